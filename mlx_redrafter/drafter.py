@@ -1,0 +1,242 @@
+"""The drafter: one recurrent step over the tokens drafted so far, and the head that reads it.
+
+The network is Apple's ReDrafter (arXiv 2403.09919, section 3), with its parameter names, so that a
+checkpoint in Apple's layout loads as it is. Two things may differ from it: the head may know only the
+tokens the drafter ever proposes (``draft_to_target`` maps them back), and its layers may be quantized.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+Q_BITS = (2, 3, 4, 5, 6, 8)
+Q_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """MLX's affine quantization: ``bits`` per weight, one scale and bias per ``group_size`` weights."""
+
+    bits: int
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in Q_BITS:
+            raise ValueError(f"quantization to {self.bits!r} bits: choose one of {Q_BITS}.")
+        if self.group_size not in Q_GROUP_SIZES:
+            raise ValueError(f"quantization group size {self.group_size!r}: choose one of {Q_GROUP_SIZES}.")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The sizes of a drafter; the names are Apple's.
+
+    Args:
+        hidden_size: H, the width of the base model's embeddings and of the recurrent state.
+        vocab_size: V, the rows of the base model's embedding.
+        exit_dim: the width of the head's residual blocks.
+        num_draft_layers: how many residual blocks the head has; may be 0.
+        rnn: a recurrent cell; False sums embeddings instead.
+        draft_vocab_size: Vd, the tokens the head knows; None for all of them.
+        context_size: F, the width of what the drafter reads of the base model; H unless given.
+        quantization: of every linear layer whose input width is a multiple of the group size.
+
+    Raises:
+        ValueError: a size is not a positive integer, or the draft vocabulary exceeds the vocabulary.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    exit_dim: int
+    num_draft_layers: int
+    rnn: bool = False
+    draft_vocab_size: int | None = None
+    context_size: int = None  # type: ignore[assignment]  # becomes hidden_size
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.context_size is None:
+            object.__setattr__(self, "context_size", self.hidden_size)
+        for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "context_size"):
+            _check_size(name, getattr(self, name), least=int(name != "num_draft_layers"))
+        if not isinstance(self.rnn, bool):
+            raise ValueError(f"rnn is {self.rnn!r}: it must be true or false.")  # noqa: TRY004
+        if self.draft_vocab_size is not None:
+            _check_size("draft_vocab_size", self.draft_vocab_size)
+            if self.draft_vocab_size > self.vocab_size:
+                raise ValueError(
+                    f"draft_vocab_size is {self.draft_vocab_size}, more than the vocabulary of "
+                    f"{self.vocab_size}: choose at most that many draft tokens."
+                )
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "DrafterConfig":
+        """Read a parsed ``config.json``: unknown keys are left out, missing ones get Apple's default.
+
+        Raises:
+            ValueError: a size is missing or not valid.
+        """
+        for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers"):
+            if name not in raw:
+                raise ValueError(
+                    f"{name!r} is missing from the drafter's configuration: add it to config.json."
+                )
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        if "quantization" in known:
+            known["quantization"] = _read_quantization(known["quantization"])
+        return cls(**known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``from_dict`` reads: the entries of ``config.json`` that are not their default."""
+        fields = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.context_size == self.hidden_size:
+            del fields["context_size"]
+        return fields
+
+    @property
+    def head_inputs(self) -> int:
+        """F + H, the width of the context and the state together."""
+        return self.context_size + self.hidden_size
+
+    @property
+    def head_outputs(self) -> int:
+        """Vd, the number of draft tokens."""
+        return self.draft_vocab_size or self.vocab_size
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor a drafter of these sizes has on disk, by name."""
+        shapes = dict(self._linear_shapes())
+        if self.draft_vocab_size is not None:
+            shapes["draft_to_target"] = (self.draft_vocab_size,)
+        return shapes
+
+    def quantizes(self, inputs: int) -> bool:
+        """Whether a linear layer with this input width is quantized."""
+        return self.quantization is not None and inputs % self.quantization.group_size == 0
+
+    def _linear_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if self.head_inputs != self.exit_dim:
+            yield from self._linear("input_proj", self.head_inputs, self.exit_dim, bias=True)
+        for block in range(self.num_draft_layers):
+            yield from self._linear(f"lm_head.{block}.linear", self.exit_dim, self.exit_dim, bias=True)
+        yield from self._linear(
+            f"lm_head.{self.num_draft_layers}", self.exit_dim, self.head_outputs, bias=False
+        )
+        if self.rnn:
+            yield from self._linear("rnn_u", self.hidden_size, self.hidden_size, bias=True)
+            yield from self._linear("rnn_w", self.hidden_size, self.hidden_size, bias=False)
+
+    def _linear(
+        self, name: str, inputs: int, outputs: int, bias: bool
+    ) -> Iterator[tuple[str, tuple[int, ...]]]:
+        if self.quantization is not None and self.quantizes(inputs):
+            yield f"{name}.weight", (outputs, inputs * self.quantization.bits // 32)  # packed into uint32
+            yield f"{name}.scales", (outputs, inputs // self.quantization.group_size)
+            yield f"{name}.biases", (outputs, inputs // self.quantization.group_size)
+        else:
+            yield f"{name}.weight", (outputs, inputs)
+        if bias:
+            yield f"{name}.bias", (outputs,)
+
+
+class ResidualBlock(nn.Module):
+    """x + SiLU(W·x + b)."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.linear = nn.Linear(dims, dims)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y: mx.array = x + nn.silu(self.linear(x))
+        return y
+
+
+class Drafter(nn.Module):
+    """Apple's recurrent drafter (arXiv 2403.09919, section 3).
+
+    The state of a sequence starts as zeros [..., H]. For every token, ``advance`` the state with the
+    base model's embedding of it, then read the ``logits`` of what follows.
+
+    Args:
+        config: the sizes.
+        draft_to_target: int32 [Vd], the base model's token id of each draft token; None if the head
+            knows the whole vocabulary.
+    """
+
+    def __init__(self, config: DrafterConfig, draft_to_target: mx.array | None = None):
+        super().__init__()
+        if (draft_to_target is None) != (config.draft_vocab_size is None):
+            raise ValueError("draft_to_target and draft_vocab_size belong together: give both or neither.")
+        self.config = config
+        self._draft_to_target = draft_to_target  # the underscore keeps it out of the parameters
+        if config.head_inputs != config.exit_dim:
+            self.input_proj = nn.Linear(config.head_inputs, config.exit_dim)
+        blocks = [ResidualBlock(config.exit_dim) for _ in range(config.num_draft_layers)]
+        self.lm_head = [*blocks, nn.Linear(config.exit_dim, config.head_outputs, bias=False)]
+        if config.rnn:
+            self.rnn_u = nn.Linear(config.hidden_size, config.hidden_size)
+            self.rnn_w = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.quantization is not None:
+            nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
+
+    def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
+        """One recurrent step: s_t = SiLU(W·E(tok) + U·s_{t-1} + b), or E(tok) + s_{t-1} without a cell.
+
+        Args:
+            embedding: [..., H], the base model's embedding of the token.
+            state: [..., H], the state before it.
+        Returns:
+            [..., H], the state after it.
+        """
+        if self.config.rnn:
+            state = nn.silu(self.rnn_w(embedding) + self.rnn_u(state))  # [..., H]
+        else:
+            state = embedding + state  # [..., H]
+        return state
+
+    def logits(self, context: mx.array, state: mx.array) -> mx.array:
+        """Unnormalised log-probabilities of the next draft token.
+
+        Args:
+            context: [..., F], what the base model knew when it emitted the first token.
+            state: [..., H], the state after the last token.
+        Returns:
+            [..., Vd]
+        """
+        x = mx.concatenate([context, state], axis=-1)  # [..., F + H]
+        if "input_proj" in self:
+            x = self.input_proj(x)  # [..., exit_dim]
+        for layer in self.lm_head:
+            x = layer(x)
+        return x  # [..., Vd]
+
+    def to_target(self, index: mx.array) -> mx.array:
+        """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
+        return index if self._draft_to_target is None else self._draft_to_target[index]
+
+    def weights(self) -> dict[str, mx.array]:
+        """Every tensor of the drafter by its name on disk."""
+        named = dict(tree_flatten(self.parameters()))
+        return named if self._draft_to_target is None else {**named, "draft_to_target": self._draft_to_target}
+
+    def _is_quantized(self, _path: str, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
+
+
+def _check_size(name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name} is {value!r} in the drafter's configuration: it must be an integer of at least {least}."
+        )
+
+
+def _read_quantization(raw: object) -> Quantization:
+    if not isinstance(raw, Mapping) or "bits" not in raw:
+        raise ValueError(
+            f"quantization is {raw!r} in the drafter's configuration: it needs 'bits' and 'group_size'."
+        )
+    return Quantization(raw["bits"], raw.get("group_size", 64))
