@@ -159,9 +159,9 @@ def load_drafter(
     """
     folder = resolve_drafter(source, target)
     raw = read_config(folder)
-    config = _parse_config(folder, raw)
+    config = parse_config(folder, raw)
     if target is not None:
-        _check_base(folder, config, base_of(raw), target)
+        check_base(folder, config, base_of(raw), target)
     weights = read_weights(folder)
     unknown = set(check_shapes(config, weights, folder)) - {
         *UNUSED,
@@ -315,8 +315,8 @@ def refuse_pickles(paths: list[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in PICKLES:
             raise ValueError(
-                f"{path} is a pickle, which can run code when it is opened: save the drafter again where it was "
-                "trained, with safetensors.torch.save_file(drafter.state_dict(), 'model.safetensors')."
+                f"{path} is a pickle, which can run code when opened: save the drafter as safetensors where it "
+                "was trained, with safetensors.torch.save_file(drafter.state_dict(), 'model.safetensors')."
             )
 
 
@@ -373,7 +373,8 @@ def _check_type(where: object, name: str, value: mx.array, packed: bool) -> None
         )
 
 
-def _check_base(folder: Path, config: DrafterConfig, base: BaseIdentity | None, target: BaseIdentity) -> None:
+def check_base(folder: Path, config: DrafterConfig, base: BaseIdentity | None, target: BaseIdentity) -> None:
+    """Raise ``ValueError`` if a drafter is not for ``target``; only sizes count if it records no base."""
     if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.vocab_size):
         found = base or f"hidden size {config.hidden_size} and vocabulary {config.vocab_size}"
     elif base is not None and not base.matches(target):
@@ -383,7 +384,8 @@ def _check_base(folder: Path, config: DrafterConfig, base: BaseIdentity | None, 
     raise ValueError(f"the drafter {folder} is for {found}, not for {target}: use the drafter of this model.")
 
 
-def _parse_config(folder: Path, raw: Mapping[str, Any]) -> DrafterConfig:
+def parse_config(folder: Path, raw: Mapping[str, Any]) -> DrafterConfig:
+    """The sizes in a parsed config.json; ``ValueError`` names the file."""
     try:
         return DrafterConfig.from_dict(raw)
     except ValueError as error:
@@ -393,19 +395,21 @@ def _parse_config(folder: Path, raw: Mapping[str, Any]) -> DrafterConfig:
 def _build(
     folder: Path, config: DrafterConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None
 ) -> Drafter:
-    cast = {name: _cast(value, dtype) for name, value in weights.items()}
-    _check_values(folder, config, cast)
-    drafter = Drafter(config, cast.pop("draft_to_target", None))
-    drafter.load_weights(list(cast.items()))
+    weights = {name: cast(value, dtype) for name, value in weights.items()}
+    check_values(folder, config, weights)
+    drafter = Drafter(config, weights.pop("draft_to_target", None))
+    drafter.load_weights(list(weights.items()))
     drafter.eval()
     return drafter
 
 
-def _cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
+def cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """``value`` in ``dtype`` if it is a float; integers and packed weights as they are."""
     return value if dtype is None or not mx.issubdtype(value.dtype, mx.floating) else value.astype(dtype)
 
 
-def _check_values(folder: Path, config: DrafterConfig, weights: Mapping[str, mx.array]) -> None:
+def check_values(folder: Path, config: DrafterConfig, weights: Mapping[str, mx.array]) -> None:
+    """Raise ``ValueError`` if a weight is not finite or ``draft_to_target`` is not a set of token ids."""
     finite = {
         name: mx.isfinite(value).all()
         for name, value in weights.items()

@@ -1,0 +1,652 @@
+"""Sources of weights -> bundle, and back: the ``convert`` and ``export`` commands.
+
+A drafter comes from Apple's layout (or from a bundle) and may be cast, quantized and trimmed to the
+tokens that occur most often; ``export`` writes one that was not trimmed or quantized back to Apple's
+layout bit for bit. Base models are converted by ``mlx_redrafter.base``.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from . import bundle
+from .bundle import BaseIdentity
+from .drafter import Q_BITS, Q_GROUP_SIZES, DrafterConfig, Quantization
+from .files import atomic_folder
+
+DTYPES = ("float16", "bfloat16", "float32")
+Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+BASE_FILES = ("*.json", "*.safetensors", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
+LINES_AT_ONCE = 256
+
+Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class Tokenizer(Protocol):
+    """What counting needs of a tokenizer; with a ``chat_template``, also ``apply_chat_template``."""
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion wrote: where, the drafter's sizes, its base if known, tensors nothing reads."""
+
+    folder: Path
+    config: DrafterConfig
+    base: BaseIdentity | None
+    unused: list[str]
+
+
+def convert_drafter(
+    source: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | BaseIdentity | None = None,
+    q_bits: int | None = None,
+    q_group_size: int = 64,
+    dtype: str | None = None,
+    draft_vocab: int | None = None,
+    frequencies: str | Path | None = None,
+    save_frequencies: str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Converted:
+    """Write the bundle of a drafter.
+
+    Args:
+        source: a folder in Apple's layout, a bundle, or a Hugging Face repository of either.
+        output: the bundle's folder; must not exist.
+        base: the base model the drafter belongs to (folder, repository or identity); the bundle
+            refuses every other. None keeps what the source records, if anything.
+        q_bits: quantize every linear layer whose input width is a multiple of ``q_group_size``.
+        dtype: cast to "float16", "bfloat16" or "float32"; None keeps each tensor's.
+        draft_vocab: keep only this many output tokens, the most frequent ones.
+        frequencies: what they are counted in: text, JSONL or JSON conversations, or a count file.
+        save_frequencies: write the counts there (.json or .npz), to be given as ``frequencies``.
+        tokenizer: counts text; by default the one of ``base``.
+        revision: of the repository ``source``.
+        trust_remote_code: allow Python code in the folder of ``base``.
+        progress: show bars on stderr.
+    Raises:
+        ValueError: an argument is not valid, or the source is damaged or belongs to another base.
+    """
+    quantization = None if q_bits is None else Quantization(q_bits, q_group_size)
+    _check_output(output)
+    _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
+    folder = _drafter_folder(source, revision)
+    raw = bundle.read_config(folder)
+    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
+    unused = bundle.check_shapes(config, weights, folder)
+    bundle.check_values(folder, config, {name: weights[name] for name in config.shapes()})
+    _check_draft_vocab(draft_vocab, config)
+    identity = _identity(base, folder, config, bundle.base_of(raw), trust_remote_code)
+    if frequencies is not None:
+        tokenizer = tokenizer or _tokenizer(base, frequencies, trust_remote_code)
+        counts = count_tokens(frequencies, config.vocab_size, tokenizer, progress)
+        if save_frequencies is not None:
+            save_counts(save_frequencies, counts)
+        if draft_vocab is not None:
+            config, weights = trim(config, weights, counts, draft_vocab)
+    if dtype is not None:
+        weights = {name: bundle.cast(value, getattr(mx, dtype)) for name, value in weights.items()}
+    if quantization is not None:
+        config, weights = quantize(config, weights, quantization, progress)
+    extra = {"source_config": _source_config(raw, dtype)}
+    bundle.write_drafter(output, config, weights, identity, extra, drafter_card(config, identity))
+    return Converted(Path(output), config, identity, unused)
+
+
+def export_drafter(source: str | Path, output: str | Path) -> None:
+    """Write a bundle back to Apple's layout: the tensors bit for bit, the original config.json entries.
+
+    Raises:
+        ValueError: the drafter is trimmed or quantized, which Apple's layout cannot express.
+    """
+    _check_output(output)
+    folder = bundle.resolve_drafter(source)
+    raw = bundle.read_config(folder)
+    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
+    bundle.check_shapes(config, weights, folder)
+    for changed, how in (
+        (config.draft_vocab_size, "trimmed vocabulary"),
+        (config.quantization, "quantization"),
+    ):
+        if changed is not None:
+            raise ValueError(
+                f"{folder} has a {how}, which Apple's layout lacks: export the original drafter."
+            )
+    with atomic_folder(Path(output)) as temporary:
+        (temporary / "config.json").write_text(json.dumps(_source_config(raw), indent=2) + "\n")
+        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "pt"})
+
+
+def trim(
+    config: DrafterConfig, weights: Mapping[str, mx.array], counts: Counts, size: int
+) -> tuple[DrafterConfig, dict[str, mx.array]]:
+    """Keep the head's rows of the ``size`` most frequent tokens, ties and zeros by lower id.
+
+    Args:
+        counts: int64 [V], how often each token occurs.
+    Returns:
+        the new config, and the weights with ``draft_to_target`` int32 [size], ascending.
+    """
+    if "draft_to_target" in weights:
+        candidates = np.array(weights["draft_to_target"])  # [Vd]
+    else:
+        candidates = np.arange(config.vocab_size, dtype=np.int32)  # [V]
+    best = np.lexsort((candidates, -counts[candidates]))[:size]
+    rows = best[np.argsort(candidates[best])]  # [size]
+    head = f"lm_head.{config.num_draft_layers}."
+    trimmed = {
+        name: value[mx.array(rows)] if name.startswith(head) else value for name, value in weights.items()
+    }
+    trimmed["draft_to_target"] = mx.array(candidates[rows].astype(np.int32))
+    return replace(config, draft_vocab_size=size), trimmed
+
+
+def quantize(
+    config: DrafterConfig, weights: Mapping[str, mx.array], quantization: Quantization, progress: bool = False
+) -> tuple[DrafterConfig, dict[str, mx.array]]:
+    """Quantize every linear layer whose input width is a multiple of the group size.
+
+    Raises:
+        ValueError: the drafter is quantized already, or no layer fits.
+    """
+    if config.quantization is not None:
+        raise ValueError("the drafter is quantized already: quantize the one it was made from.")
+    quantized = replace(config, quantization=quantization)
+    layers = [name.removesuffix(".scales") for name in quantized.shapes() if name.endswith(".scales")]
+    if not layers:
+        raise ValueError(
+            f"no layer's width is a multiple of the group size {quantization.group_size}: take a smaller one."
+        )
+    result = dict(weights)
+    for layer in tqdm(layers, "quantizing", unit=" layers", disable=not progress):
+        packed = mx.quantize(result[f"{layer}.weight"], quantization.group_size, quantization.bits)
+        mx.eval(packed)
+        result.update(zip((f"{layer}.weight", f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
+    return quantized, result
+
+
+def count_tokens(
+    path: str | Path, vocab_size: int, tokenizer: Tokenizer | None = None, progress: bool = False
+) -> Counts:
+    """How often each token occurs in a file.
+
+    Args:
+        path: a count file (.npz, or .json with "counts"), conversations (.jsonl, or .json with a
+            list) or, under any other name, text.
+        vocab_size: V; a token beyond it is an error.
+        tokenizer: needed for all but count files; its chat template, if any, formats conversations.
+    Returns:
+        int64 [V]
+    Raises:
+        ValueError: the file is missing, empty or damaged, or holds tokens beyond the vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: name a file of text, conversations or counts.")
+    if (counts := _load_counts(path, vocab_size)) is not None:
+        return counts
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} is text, which takes the base model's tokenizer to count: name it with --model."
+        )
+    counts = np.zeros(vocab_size, np.int64)  # [V]
+    pieces = _encoded(path, tokenizer)
+    for ids in tqdm(pieces, f"counting {path.name}", unit=" pieces", disable=not progress):
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(
+                f"the tokenizer makes token {max(ids)}, but the drafter's vocabulary has {vocab_size}: "
+                "name the drafter's own base model."
+            )
+        np.add.at(counts, ids, 1)
+    if not counts.any():
+        raise ValueError(f"{path} holds no text: name a file of text, conversations or counts.")
+    return counts
+
+
+def save_counts(path: str | Path, counts: Counts) -> None:
+    """Write counts int64 [V] as .npz or .json, for ``count_tokens`` to read."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        if path.suffix == ".npz":
+            np.savez_compressed(temporary, counts=counts)
+        else:
+            seen = {str(token): int(counts[token]) for token in np.flatnonzero(counts)}
+            temporary.write_text(json.dumps({"vocab_size": len(counts), "counts": seen}) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def upload(folder: str | Path, repo: str) -> None:
+    """Upload a folder to a Hugging Face repository, which is created if need be.
+
+    Raises:
+        ValueError: it failed; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=str(folder))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ValueError(
+            f"{folder} is converted, but uploading it to {repo} failed ({reason}): "
+            f"log in with `hf auth login`, then `hf upload {repo} {folder}`."
+        ) from error
+
+
+def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
+    """The README.md of a converted drafter."""
+    model = base.name if base is not None and base.name else "BASE_MODEL"
+    header = f"base_model: {model}\n" if "/" in model else ""
+    bits = f", {config.quantization.bits}-bit" if config.quantization else ""
+    return (
+        f"---\nlibrary_name: mlx-redrafter\n{header}tags:\n- mlx\n- redrafter\n---\n\n"
+        "# A recurrent drafter\n\n"
+        f"It makes {base or 'its base model'} generate faster without changing its output "
+        "([ReDrafter](https://arxiv.org/abs/2403.09919)).\n\n"
+        f"{config.num_draft_layers} residual blocks of width {config.exit_dim}, {config.head_outputs} of "
+        f"{config.vocab_size} tokens{bits}.\n\n"
+        "```bash\npip install mlx-redrafter\n"
+        f'mlx-redrafter generate --model {model} --drafter THIS_FOLDER --prompt "Hello"\n```\n'
+    )
+
+
+def base_card(source: str) -> str:
+    """The README.md of a converted base model."""
+    return (
+        "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
+        f"Converted from {source} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
+    )
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``mlx-redrafter convert``: mlx_lm.convert's, and those of drafters."""
+    parser.add_argument(
+        "--hf-path", "--model", help="base model: a folder, a GGUF file or a Hugging Face repository"
+    )
+    parser.add_argument("--mlx-path", default="mlx_model", help="output folder (default: %(default)s)")
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the base model")
+    parser.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
+    parser.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
+    parser.add_argument("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are not quantized")
+    parser.add_argument("-d", "--dequantize", action="store_true", help="dequantize the base model")
+    parser.add_argument("--upload-repo", help="upload the result to this Hugging Face repository")
+    parser.add_argument("--revision", help="branch, tag or commit of the source repository")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow Python code in the source")
+    group = parser.add_argument_group("drafters")
+    group.add_argument("--drafter", help="convert this drafter; --model then names the base it belongs to")
+    group.add_argument("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
+    group.add_argument("--drafter-q-group-size", type=int, help="weights per scale (default: 64)")
+    group.add_argument("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
+    group.add_argument(
+        "--frequencies", help="where to count them: text, JSONL conversations, or saved counts"
+    )
+    group.add_argument("--save-frequencies", help="write the counts to this .json or .npz file")
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Run ``mlx-redrafter convert``; return the exit status.
+
+    Raises:
+        ValueError: an argument is not valid or the conversion failed, in one line.
+    """
+    if args.drafter is None and args.hf_path is None:
+        raise ValueError("nothing to convert: name a base model with --model, or a drafter with --drafter.")
+    _check_output(args.mlx_path)
+    if args.upload_repo is not None:
+        _check_repo(args.upload_repo)
+    if args.drafter is None and _is_drafter(args.hf_path, args.revision):
+        args.drafter, args.hf_path = args.hf_path, None
+    (_run_base if args.drafter is None else _run_drafter)(args)
+    if args.upload_repo is not None:
+        upload(args.mlx_path, args.upload_repo)
+        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+    return 0
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``mlx-redrafter export``."""
+    parser.add_argument("--drafter", required=True, help="a bundle: a folder, a shipped name or a repository")
+    parser.add_argument("--output", default="apple_drafter", help="output folder (default: %(default)s)")
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Run ``mlx-redrafter export``; return the exit status.
+
+    Raises:
+        ValueError: the drafter cannot be exported, in one line.
+    """
+    export_drafter(args.drafter, args.output)
+    print(f"{args.output}: the drafter in Apple's layout")
+    return 0
+
+
+def _run_base(args: argparse.Namespace) -> None:
+    for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
+    _check_quantization_arguments(args)
+    from .base import convert_base
+
+    convert_base(
+        args.hf_path,
+        args.mlx_path,
+        quantize=args.quantize,
+        q_bits=args.q_bits,
+        q_group_size=args.q_group_size,
+        q_mode=args.q_mode,
+        dtype=args.dtype,
+        dequantize=args.dequantize,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        progress=True,
+    )
+    card = Path(args.mlx_path) / "README.md"
+    if not card.exists():
+        card.write_text(base_card(args.hf_path))
+    print(f"{args.mlx_path}: the model {args.hf_path}")
+
+
+def _run_drafter(args: argparse.Namespace) -> None:
+    if args.quantize or args.dequantize or args.q_bits is not None or args.q_group_size is not None:
+        raise ValueError("-q, -d and --q-* are for base models: quantize a drafter with --drafter-q-bits.")
+    if args.drafter_q_group_size is not None and args.drafter_q_bits is None:
+        raise ValueError("--drafter-q-group-size needs --drafter-q-bits.")
+    converted = convert_drafter(
+        args.drafter,
+        args.mlx_path,
+        base=args.hf_path,
+        q_bits=args.drafter_q_bits,
+        q_group_size=64 if args.drafter_q_group_size is None else args.drafter_q_group_size,
+        dtype=args.dtype,
+        draft_vocab=args.draft_vocab,
+        frequencies=args.frequencies,
+        save_frequencies=args.save_frequencies,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        progress=True,
+    )
+    _report(converted)
+
+
+def _report(converted: Converted) -> None:
+    config, size = converted.config, (converted.folder / "model.safetensors").stat().st_size
+    bits = f", {config.quantization.bits} bits" if config.quantization else ""
+    print(
+        f"{converted.folder}: a drafter of {size / 1e6:.1f} MB{bits}, {config.head_outputs} of "
+        f"{config.vocab_size} tokens, for {converted.base or 'any base of its size (--model names one)'}"
+    )
+    if converted.unused:
+        print(f"kept but never used: {', '.join(converted.unused)}")
+
+
+def _check_output(output: str | Path) -> None:
+    if Path(output).exists():
+        raise ValueError(f"{output} exists already: delete it or name another output folder.")
+
+
+def _check_repo(repo: str) -> None:
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
+        raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
+
+
+def _check_quantization_arguments(args: argparse.Namespace) -> None:
+    if args.quantize and args.dequantize:
+        raise ValueError("-q and -d exclude each other: choose one.")
+    if not args.quantize and (
+        args.q_bits is not None or args.q_group_size is not None or args.q_mode != "affine"
+    ):
+        raise ValueError("--q-bits, --q-group-size and --q-mode need -q.")
+    if args.q_mode == "affine":
+        if args.q_bits is not None and args.q_bits not in Q_BITS:
+            raise ValueError(f"--q-bits is {args.q_bits}: choose one of {Q_BITS}.")
+        if args.q_group_size is not None and args.q_group_size not in Q_GROUP_SIZES:
+            raise ValueError(f"--q-group-size is {args.q_group_size}: choose one of {Q_GROUP_SIZES}.")
+
+
+def _check_frequency_arguments(size: int | None, source: str | Path | None, save: str | Path | None) -> None:
+    if size is not None and size < 1:
+        raise ValueError(f"a draft vocabulary of {size} tokens: keep at least 1.")
+    if source is None and size is not None:
+        raise ValueError(
+            f"a draft vocabulary of {size} tokens needs --frequencies: a file to count tokens in."
+        )
+    if source is None and save is not None:
+        raise ValueError(f"counts to save in {save} need --frequencies: a file to count tokens in.")
+    if source is not None and size is None and save is None:
+        raise ValueError(f"the counts of {source} are not used: add --draft-vocab or --save-frequencies.")
+    if source is not None and not Path(source).is_file():
+        raise ValueError(f"{source} does not exist: name a file of text, conversations or counts.")
+    if save is not None and Path(save).suffix not in (".json", ".npz"):
+        raise ValueError(f"counts cannot be saved as {save}: name a .json or .npz file.")
+
+
+def _check_draft_vocab(size: int | None, config: DrafterConfig) -> None:
+    if size is not None and size > config.head_outputs:
+        raise ValueError(
+            f"a draft vocabulary of {size} tokens: the drafter has {config.head_outputs}, keep at most these."
+        )
+
+
+def _is_drafter(source: str, revision: str | None) -> bool:
+    path = Path(source)
+    try:
+        folder = path if path.exists() else bundle.download(source, revision, ("config.json",))
+        bundle.read_config(folder)
+    except ValueError:
+        return False  # whatever is wrong with it, the conversion of base models says it better
+    return True
+
+
+def _drafter_folder(source: str | Path, revision: str | None) -> Path:
+    if revision is not None and not Path(source).exists():
+        return bundle.download(str(source), revision)
+    return bundle.resolve_drafter(source)
+
+
+def _base_folder(base: str | Path) -> Path:
+    path = Path(base).expanduser()
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file: convert it with `mlx-redrafter convert --model {path}`, name that folder."
+        )
+    return path if path.is_dir() else bundle.download(str(base), patterns=BASE_FILES)
+
+
+def _identity(
+    base: str | Path | BaseIdentity | None,
+    folder: Path,
+    config: DrafterConfig,
+    recorded: BaseIdentity | None,
+    trust_remote_code: bool,
+) -> BaseIdentity | None:
+    if base is None:
+        return recorded
+    identity = base if isinstance(base, BaseIdentity) else load_identity(base, trust_remote_code)
+    bundle.check_base(folder, config, recorded, identity)
+    return identity
+
+
+def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIdentity:
+    """The identity of the base model in a folder or repository; reads only a few rows of it.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from mlx_lm.utils import load_model
+
+    folder = _base_folder(base)
+    try:
+        model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the base model {base} cannot be loaded ({str(error).strip()}): name another."
+        ) from error
+    return bundle.identity_of(model, str(base) if not Path(base).exists() else folder.resolve().name)
+
+
+def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:
+    if base is None or isinstance(base, BaseIdentity) or Path(frequencies).suffix == ".npz":
+        return None
+    from mlx_lm.utils import load_tokenizer
+
+    folder = _base_folder(str(base))
+    try:
+        tokenizer: Tokenizer = load_tokenizer(  # type: ignore[no-untyped-call]
+            folder, {"trust_remote_code": trust_remote_code}
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"the tokenizer of {base} cannot be loaded ({str(error).strip()}).") from error
+    return tokenizer
+
+
+def _source_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
+    """The config.json of the checkpoint that a bundle was made from, with the dtype it was cast to."""
+    plain = {key: value for key, value in raw.items() if key != bundle.SECTION}
+    source = dict(raw.get(bundle.SECTION, {}).get("source_config", plain))
+    if dtype is not None:
+        source.update({key: dtype for key in ("torch_dtype", "dtype") if key in source})
+    return source
+
+
+def _load_counts(path: Path, vocab_size: int) -> Counts | None:
+    if path.suffix == ".npz":
+        values = _npz_counts(path)
+    elif path.suffix == ".json" and isinstance(
+        raw := _json(path.read_text("utf-8", errors="replace"), path), dict
+    ):
+        values = _json_counts(path, raw, vocab_size)
+    else:
+        return None
+    if values.shape != (vocab_size,) or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
+        raise ValueError(
+            f"{path} does not hold the counts of {vocab_size} tokens: count with this drafter's base."
+        )
+    return values.astype(np.int64)
+
+
+def _npz_counts(path: Path) -> np.ndarray[Any, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return np.asarray(arrays["counts"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a file of counts ({error}): write one with --save-frequencies."
+        ) from error
+
+
+def _json_counts(path: Path, raw: Mapping[str, Any], vocab_size: int) -> np.ndarray[Any, Any]:
+    counts = np.zeros(vocab_size, np.int64)  # [V]
+    try:
+        seen = {int(token): count for token, count in raw["counts"].items()}
+        if raw["vocab_size"] != vocab_size or not all(0 <= token < vocab_size for token in seen):
+            raise ValueError(f"made for another vocabulary than {vocab_size}")
+        counts[list(seen)] = list(seen.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is not a usable file of counts ({error}): count with this drafter's base."
+        ) from error
+    return counts
+
+
+def _encoded(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Token ids of a file, piece by piece."""
+    if path.suffix not in (".json", ".jsonl"):
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            while text := "".join(islice(lines, LINES_AT_ONCE)):
+                yield tokenizer.encode(text, add_special_tokens=False)
+        return
+    for where, record in _records(path):
+        content = _content(record, where)
+        if isinstance(content, str):
+            yield tokenizer.encode(content, add_special_tokens=False)
+        else:
+            yield _encode_chat(content, tokenizer)
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".json":
+        for number, record in enumerate(_json(path.read_text("utf-8", errors="replace"), path), 1):
+            yield f"{path}, record {number}", record
+        return
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+
+
+def _json(text: str, where: object) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} is not valid JSON ({error}): mend it, or name a .txt file for plain text."
+        ) from error
+
+
+def _content(record: Any, where: str) -> str | list[dict[str, str]]:
+    """The text of a record, or its messages."""
+    fields = record if isinstance(record, dict) else {}
+    if isinstance(text := fields.get("text"), str):
+        return text
+    turns = (
+        fields.get("messages") or fields.get("conversations") or fields.get("turns") or fields.get("prompt")
+    )
+    if isinstance(turns, str):
+        turns = [turns]
+    messages = [_message(turn) for turn in turns] if isinstance(turns, list) else []
+    if not messages or None in messages:
+        raise ValueError(
+            f"{where} has no usable messages, conversations, turns, prompt or text: mend or remove it."
+        )
+    return [message for message in messages if message is not None]
+
+
+def _message(turn: Any) -> dict[str, str] | None:
+    """A turn in the form that chat templates take, from OpenAI's form, ShareGPT's or a plain string."""
+    if isinstance(turn, str):
+        return {"role": "user", "content": turn}
+    if not isinstance(turn, dict):
+        return None
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if isinstance(content, list):  # of parts, as for models that see
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    if not isinstance(role, str) or not isinstance(content, str):
+        return None
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    from jinja2 import TemplateError
+
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+        except TemplateError:  # a template may refuse a role or their order; their text still counts
+            pass
+    ids: list[int] = tokenizer.encode("\n".join(m["content"] for m in messages), add_special_tokens=False)
+    return ids
