@@ -110,7 +110,9 @@ def identity_of(model: nn.Module, name: str = "") -> BaseIdentity:
     *_, embedding = max(embeddings, key=lambda found: found[:2])
     vocab_size = embedding.weight.shape[0]
     rows = np.array(embedding(mx.array(digest_rows(vocab_size))).astype(mx.float32))  # [64, H]
-    model_type = getattr(model, "model_type", None) or getattr(model.args, "model_type", "unknown")
+    model_type = getattr(model, "model_type", None) or getattr(
+        getattr(model, "args", None), "model_type", "?"
+    )
     return BaseIdentity(str(model_type), rows.shape[1], vocab_size, embedding_digest(rows), name)
 
 
@@ -315,8 +317,8 @@ def refuse_pickles(paths: list[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in PICKLES:
             raise ValueError(
-                f"{path} is a pickle, which can run code when opened: save the drafter as safetensors where it "
-                "was trained, with safetensors.torch.save_file(drafter.state_dict(), 'model.safetensors')."
+                f"{path} is a pickle, which can run code when opened: save the drafter as safetensors where "
+                "it was trained (safetensors.torch.save_file(drafter.state_dict(), 'model.safetensors'))."
             )
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,7 +27,6 @@ from .files import atomic_folder
 
 DTYPES = ("float16", "bfloat16", "float32")
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-BASE_FILES = ("*.json", "*.safetensors", "*.py", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 LINES_AT_ONCE = 256
 
@@ -354,7 +354,7 @@ def _run_base(args: argparse.Namespace) -> None:
 
     convert_base(
         args.hf_path,
-        args.mlx_path,
+        Path(args.mlx_path),
         quantize=args.quantize,
         q_bits=args.q_bits,
         q_group_size=args.q_group_size,
@@ -363,7 +363,7 @@ def _run_base(args: argparse.Namespace) -> None:
         dequantize=args.dequantize,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
-        progress=True,
+        progress=lambda line: print(line, file=sys.stderr),
     )
     card = Path(args.mlx_path) / "README.md"
     if not card.exists():
@@ -468,15 +468,6 @@ def _drafter_folder(source: str | Path, revision: str | None) -> Path:
     return bundle.resolve_drafter(source)
 
 
-def _base_folder(base: str | Path) -> Path:
-    path = Path(base).expanduser()
-    if path.is_file():
-        raise ValueError(
-            f"{path} is a file: convert it with `mlx-redrafter convert --model {path}`, name that folder."
-        )
-    return path if path.is_dir() else bundle.download(str(base), patterns=BASE_FILES)
-
-
 def _identity(
     base: str | Path | BaseIdentity | None,
     folder: Path,
@@ -492,35 +483,35 @@ def _identity(
 
 
 def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIdentity:
-    """The identity of the base model in a folder or repository; reads only a few rows of it.
+    """The identity of a base model: a folder, a GGUF file or a repository. Reads a few rows of it.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     from mlx_lm.utils import load_model
 
-    folder = _base_folder(base)
+    from .model import model_folder
+
+    folder = model_folder(str(base))
     try:
         model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
-            f"the base model {base} cannot be loaded ({str(error).strip()}): name another."
+            f"the base model {base} cannot be loaded ({reason}): name the drafter's base."
         ) from error
-    return bundle.identity_of(model, str(base) if not Path(base).exists() else folder.resolve().name)
+    return bundle.identity_of(model, Path(base).resolve().name if Path(base).exists() else str(base))
 
 
 def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:
     if base is None or isinstance(base, BaseIdentity) or Path(frequencies).suffix == ".npz":
         return None
-    from mlx_lm.utils import load_tokenizer
+    from .model import model_folder
+    from .tokenizers import load_tokenizer
 
-    folder = _base_folder(str(base))
-    try:
-        tokenizer: Tokenizer = load_tokenizer(  # type: ignore[no-untyped-call]
-            folder, {"trust_remote_code": trust_remote_code}
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"the tokenizer of {base} cannot be loaded ({str(error).strip()}).") from error
+    tokenizer: Tokenizer = load_tokenizer(
+        model_folder(str(base)), name=str(base), trust_remote_code=trust_remote_code
+    )
     return tokenizer
 
 

@@ -1,0 +1,181 @@
+"""The drafter's arithmetic against NumPy, written from arXiv 2403.09919, section 3."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_redrafter.drafter import Drafter, DrafterConfig, Quantization
+
+H, V = 8, 20
+CASES = list(itertools.product((True, False), (16, 12), (0, 1, 2), (None, 5), (H, 24)))
+
+
+def make(rnn=True, exit_dim=16, blocks=2, draft_vocab=None, context_size=H, quantization=None):
+    config = DrafterConfig(H, V, exit_dim, blocks, rnn, draft_vocab, context_size, quantization)
+    mx.random.seed(0)
+    return Drafter(config, None if draft_vocab is None else mx.array([1, 3, 4, 11, 19], mx.int32))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def golden(weights, config, embeddings, context):
+    """Logits [T, Vd] after each of the embeddings [T, H], with the context [F]."""
+    w = {name: np.array(value, np.float64) for name, value in weights.items()}
+    state, logits = np.zeros(config.hidden_size), []
+    for embedding in embeddings:
+        if config.rnn:
+            state = silu(w["rnn_w.weight"] @ embedding + w["rnn_u.weight"] @ state + w["rnn_u.bias"])
+        else:
+            state = embedding + state
+        x = np.concatenate([context, state])
+        if config.exit_dim != len(x):
+            x = w["input_proj.weight"] @ x + w["input_proj.bias"]
+        for block in range(config.num_draft_layers):
+            x = x + silu(w[f"lm_head.{block}.linear.weight"] @ x + w[f"lm_head.{block}.linear.bias"])
+        logits.append(w[f"lm_head.{config.num_draft_layers}.weight"] @ x)
+    return np.array(logits)
+
+
+def run(drafter, embeddings, context):
+    state, logits = mx.zeros((1, H)), []  # [B, H]
+    for embedding in embeddings:
+        state = drafter.advance(mx.array(embedding, mx.float32)[None], state)
+        logits.append(drafter.logits(mx.array(context, mx.float32)[None], state)[0])
+    return np.array(mx.stack(logits))
+
+
+@pytest.mark.parametrize(("rnn", "exit_dim", "blocks", "draft_vocab", "context_size"), CASES)
+def test_golden_values(rnn, exit_dim, blocks, draft_vocab, context_size):
+    drafter = make(rnn, exit_dim, blocks, draft_vocab, context_size)
+    random = np.random.RandomState(1)
+    embeddings, context = random.randn(3, H), random.randn(context_size)
+    expected = golden(drafter.weights(), drafter.config, embeddings, context)
+    assert expected.shape == (3, draft_vocab or V)
+    np.testing.assert_allclose(run(drafter, embeddings, context), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rnn", "exit_dim", "blocks", "draft_vocab", "context_size"), CASES)
+def test_shapes_are_those_of_the_network(rnn, exit_dim, blocks, draft_vocab, context_size):
+    drafter = make(rnn, exit_dim, blocks, draft_vocab, context_size)
+    assert {name: value.shape for name, value in drafter.weights().items()} == drafter.config.shapes()
+
+
+def test_any_leading_axes():
+    drafter = make()
+    embedding, state = mx.random.normal((2, 3, H)), mx.random.normal((2, 3, H))
+    wide = drafter.logits(embedding, drafter.advance(embedding, state))
+    one = drafter.logits(embedding[1, 2], drafter.advance(embedding[1, 2], state[1, 2]))
+    assert wide.shape == (2, 3, V)
+    np.testing.assert_allclose(np.array(wide[1, 2]), np.array(one), atol=1e-5)
+
+
+def test_to_target():
+    index = mx.array([[0, 4], [2, 0]])
+    assert make(draft_vocab=5).to_target(index).tolist() == [[1, 19], [4, 1]]
+    assert make().to_target(index).tolist() == index.tolist()
+
+
+def test_the_map_is_no_parameter():
+    drafter = make(draft_vocab=5)
+    assert "draft_to_target" in drafter.weights()
+    assert all(
+        mx.issubdtype(value.dtype, mx.floating) for _, value in mx_leaves(drafter.trainable_parameters())
+    )
+
+
+def mx_leaves(tree):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(tree)
+
+
+def test_compiles():
+    drafter = make(draft_vocab=5)
+
+    def draft(embedding, state, context):
+        state = drafter.advance(embedding, state)
+        return drafter.to_target(mx.argmax(drafter.logits(context, state), axis=-1)), state
+
+    inputs = [mx.random.normal((2, H)) for _ in range(3)]
+    for plain, compiled in zip(draft(*inputs), mx.compile(draft)(*inputs), strict=True):
+        np.testing.assert_allclose(np.array(plain), np.array(compiled), atol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 32), (4, 64), (3, 32)])
+def test_quantized_layers_are_those_that_fit(bits, group_size):
+    quantization = Quantization(bits, group_size)
+    config = DrafterConfig(64, 100, 96, 1, rnn=True, quantization=quantization)
+    drafter = Drafter(config)
+    assert {name: value.shape for name, value in drafter.weights().items()} == config.shapes()
+    fits = "lm_head.1.scales" in config.shapes()  # 96 is a multiple of 32 and not of 64
+    assert fits == (group_size == 32)
+    assert "rnn_u.scales" in config.shapes()
+
+
+def test_quantized_arithmetic():
+    config = DrafterConfig(32, 40, 64, 1, rnn=True, quantization=Quantization(4, 32))
+    drafter = Drafter(config)
+    plain = dict(drafter.weights())
+    for name in [name for name in plain if name.endswith(".scales")]:
+        layer = name.removesuffix(".scales")
+        packed = [plain.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases")]
+        plain[f"{layer}.weight"] = mx.dequantize(*packed, group_size=32, bits=4)
+    random = np.random.RandomState(1)
+    embedding, context = random.randn(1, 32), random.randn(32)
+    state = drafter.advance(mx.array(embedding, mx.float32), mx.zeros((1, 32)))
+    logits = drafter.logits(mx.array(context, mx.float32)[None], state)
+    np.testing.assert_allclose(np.array(logits), golden(plain, config, embedding, context), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"vocab_size": -3}, "vocab_size is -3"),
+        ({"exit_dim": 1.5}, "exit_dim is 1.5"),
+        ({"exit_dim": "16"}, "exit_dim is '16'"),
+        ({"num_draft_layers": -1}, "num_draft_layers is -1"),
+        ({"num_draft_layers": True}, "num_draft_layers is True"),
+        ({"rnn": "yes"}, "rnn is 'yes'"),
+        ({"draft_vocab_size": 21}, "more than the vocabulary"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size is 0"),
+        ({"context_size": 0}, "context_size is 0"),
+        ({"quantization": {"bits": 7, "group_size": 64}}, "7 bits"),
+        ({"quantization": {"bits": 4, "group_size": 48}}, "group size 48"),
+        ({"quantization": 4}, "quantization is 4"),
+    ],
+)
+def test_config_refuses(change, complaint):
+    raw = {"hidden_size": H, "vocab_size": V, "exit_dim": 16, "num_draft_layers": 1, **change}
+    with pytest.raises(ValueError, match=complaint):
+        DrafterConfig.from_dict(raw)
+
+
+def test_config_names_what_is_missing():
+    with pytest.raises(ValueError, match="'exit_dim' is missing"):
+        DrafterConfig.from_dict({"hidden_size": H, "vocab_size": V})
+
+
+def test_config_defaults_are_apples():
+    raw = {"hidden_size": H, "vocab_size": V, "exit_dim": 16, "num_draft_layers": 2, "emb_norm": False}
+    config = DrafterConfig.from_dict(raw)
+    assert (config.rnn, config.draft_vocab_size, config.context_size, config.quantization) == (
+        False,
+        None,
+        H,
+        None,
+    )
+
+
+def test_config_round_trip():
+    config = DrafterConfig(H, V, 16, 1, True, 5, 24, Quantization(4, 32))
+    assert DrafterConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_trimmed_drafter_needs_its_map():
+    with pytest.raises(ValueError, match="draft_to_target"):
+        Drafter(DrafterConfig(H, V, 16, 1, draft_vocab_size=5))
