@@ -1,0 +1,268 @@
+"""Base models: a Hugging Face repository, a folder or a GGUF file becomes a folder that mlx-lm loads."""
+
+import importlib.util
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_map_with_path
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize_model, save
+from safetensors import SafetensorError, safe_open
+
+from mlx_redrafter.files import atomic_folder
+from mlx_redrafter.gguf import convert_gguf
+from mlx_redrafter.tokenizers import load_tokenizer
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+_LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, IndexError)
+Progress = Callable[[str], None]
+
+
+def convert_base(
+    source: str | Path,
+    output: Path,
+    *,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a base model to a folder that ``mlx_lm.load`` loads. The options are ``mlx_lm.convert``'s.
+
+    Args:
+        source: a Hugging Face repository id, a folder, a ``.gguf`` file, or a folder with just that. A
+            GGUF file keeps its quantization exactly unless ``quantize`` asks for another.
+        output: a folder that does not exist yet; appears whole or not at all.
+        q_bits: bits per weight, None for the mode's usual number.
+        q_group_size: weights per scale, None for the mode's usual number.
+        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        dtype: "float16", "bfloat16" or "float32" for what is not quantized; None keeps the config's.
+        revision: branch, tag or commit of the repository.
+        trust_remote_code: run Python files that come with the model.
+        progress: called with one line per stage.
+
+    Raises:
+        ValueError: anything wrong with the source or the options, in one line with the remedy.
+    """
+    _check_options(quantize, dequantize, dtype, q_mode)
+    say = progress or (lambda _: None)
+    if output.exists():
+        raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    gguf = find_gguf(source)
+    if gguf and not (quantize or dequantize or dtype):
+        convert_gguf(gguf, output, say)
+        return
+    unpacked = _unpacked_gguf(gguf, output, say) if gguf else nullcontext(base_folder(source, revision))
+    with unpacked as folder, atomic_folder(output) as result:
+        say(f"loading {source}")
+        model, config = load_base(folder, trust_remote_code)
+        tokenizer = load_tokenizer(
+            folder,
+            name=str(source),
+            eos_token_ids=config.get("eos_token_id"),
+            trust_remote_code=trust_remote_code,
+        )
+        if gguf and (quantize or dequantize):
+            model, config = _dequantize(_cast(model, mx.float32), config)  # exact
+        dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+        if dtype in MODEL_CONVERSION_DTYPES:
+            model = _cast(model, getattr(mx, dtype))
+        if quantize:
+            model, config = quantize_model(model, config, q_group_size, q_bits, mode=q_mode)
+        if dequantize:
+            model, config = _dequantize(model, config)
+        say(f"writing {output}")
+        save(result, folder, model, tokenizer, config)
+
+
+def base_folder(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a Hugging Face model, downloading it unless ``source`` is a folder.
+
+    Raises:
+        ValueError: no such folder and no such repository, or it holds no safetensors weights.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_weight_format(str(source), [file.name for file in path.iterdir()])
+        return path
+    if path.exists():
+        remedy = "convert it to safetensors first" if path.suffix in _PICKLES else "give the model's folder"
+        kind = "a pickle file, which can run code" if path.suffix in _PICKLES else "a file"
+        raise ValueError(f"{source} is {kind}: {remedy}{_HOW if path.suffix in _PICKLES else '.'}")
+    try:
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=_DOWNLOADED))
+        if not any(folder.glob("*.safetensors")):
+            _check_weight_format(str(source), list_repo_files(str(source), revision=revision))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(source)):
+            raise
+        raise ValueError(
+            f"{source} is neither a folder nor a repository that can be downloaded ({_first_line(error)}):"
+            " check the name and the connection, or give a local folder."
+        ) from error
+    return folder
+
+
+def find_gguf(source: str | Path) -> Path | None:
+    """Return the GGUF file ``source`` is, or is a folder of; None for any other source.
+
+    Raises:
+        ValueError: the folder holds several, or ``source`` is named like a GGUF file and missing.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"{source} does not exist: check the path.")
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    if len(files) > 1:
+        raise ValueError(f"{source} holds {len(files)} GGUF files: name one, such as {files[0]}.")
+    return files[0] if files else None
+
+
+def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[Module, dict[str, Any]]:
+    """Load the model in ``folder`` lazily, having checked every file of it.
+
+    Returns:
+        The mlx-lm model and its config.
+
+    Raises:
+        ValueError: a file is missing, damaged or holds NaN; an architecture mlx-lm does not know; or
+            Python code in the folder would have to run and ``trust_remote_code`` is False.
+    """
+    _check_config(folder, trust_remote_code)
+    _check_weights(folder)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if "trust_remote_code" not in inspect.signature(load_model).parameters:
+        trust = {}  # mlx-lm before 0.32
+    try:
+        model, config = load_model(folder, lazy=True, **trust)
+    except _LOAD_ERRORS as error:
+        raise ValueError(
+            f"mlx-lm cannot load {folder} ({_first_line(error)}): check its config.json."
+        ) from error
+    return model, config
+
+
+_HOW = (
+    ", for example with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder,"
+    " safe_serialization=True)."
+)
+
+
+def _check_options(quantize: bool, dequantize: bool, dtype: str | None, q_mode: str) -> None:
+    if quantize and dequantize:
+        raise ValueError("Choose either quantize or dequantize, not both.")
+    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}.")
+    if q_mode not in _MODES:
+        raise ValueError(f"q_mode {q_mode!r} is not one of {', '.join(_MODES)}.")
+
+
+def _check_weight_format(source: str, files: list[str]) -> None:
+    """Refuse a model without safetensors, naming the pickle or GGUF file it has instead."""
+    if any(name.endswith(".safetensors") for name in files):
+        return
+    for name in sorted(files):
+        if name.endswith(_PICKLES):
+            raise ValueError(
+                f"{source} holds only {name}, a pickle file, which can run code: convert it{_HOW}"
+            )
+        if name.endswith(".gguf"):
+            raise ValueError(f"{source} holds GGUF files: download one, such as {name}, and give its path.")
+    raise ValueError(f"{source} holds no model*.safetensors: download the weights too.")
+
+
+def _check_config(folder: Path, trust_remote_code: bool) -> None:
+    config = _json_object(folder / "config.json")
+    name, own_code = str(config.get("model_type")), config.get("model_file")
+    if own_code and not trust_remote_code:
+        raise ValueError(f"{folder} needs its own code, {own_code!r}: trust_remote_code runs it.")
+    known = name.isidentifier() and importlib.util.find_spec(
+        f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}"
+    )
+    if not (known or own_code):
+        raise ValueError(f"mlx-lm has no model_type {name!r} ({folder}): update mlx-lm or use another model.")
+
+
+def _check_weights(folder: Path) -> None:
+    """Check that every shard is there and whole and that no array holds NaN, one array in memory at a time."""
+    index = folder / "model.safetensors.index.json"
+    listed = set((_json_object(index).get("weight_map") or {}).values()) if index.exists() else set()
+    shards = sorted(folder.glob("model*.safetensors"))
+    if missing := sorted(listed - {shard.name for shard in shards}):
+        raise ValueError(f"{folder} lacks {missing[0]}, which its index lists: download it.")
+    if not shards:
+        raise ValueError(f"{folder} holds no model*.safetensors: download the weights too.")
+    for shard in shards:
+        try:
+            with safe_open(shard, "numpy"):
+                weights = dict(mx.load(str(shard)))  # type: ignore[arg-type]
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{shard} is damaged ({_first_line(error)}): download it again.") from error
+        while weights:
+            name, array = weights.popitem()
+            if mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any():
+                raise ValueError(f"{name} in {shard} holds NaN: download it again or use another model.")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path.parent} holds no {path.name}: give a folder with a whole model.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} is not valid JSON ({_first_line(error)}): download it again.") from error
+    if isinstance(content, dict):
+        return content
+    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: download it again.")
+
+
+@contextmanager
+def _unpacked_gguf(gguf: Path, output: Path, say: Progress) -> Iterator[Path]:
+    """Yield a temporary folder, beside ``output``, with the converted GGUF file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        folder = Path(temporary) / gguf.stem
+        convert_gguf(gguf, folder, say)
+        yield folder
+
+
+def _cast(model: Module, dtype: mx.Dtype) -> Module:
+    """Cast the floating-point parameters that the model allows to be cast."""
+    allowed = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(path: str, array: mx.array) -> mx.array:
+        return array.astype(dtype) if allowed(path) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    return model
+
+
+def _dequantize(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
+    kept = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    return dequantize_model(model), kept
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return f"{kind}{text[:300]}".rstrip(".")

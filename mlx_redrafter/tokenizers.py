@@ -1,0 +1,453 @@
+"""Tokenizers for models that bring none mlx-lm can read: GGUF metadata and SentencePiece files."""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType  # SentencePiece numbers its piece types the same way
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer as _mlx_load_tokenizer
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+VICUNA_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% set system = "
+    "'A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user\\'s questions.' %}{% endif %}"
+    "{{ bos_token + system + ' ' }}"
+    "{% for message in turns %}{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.jsonl", "*.tiktoken", "*.py")
+_LONGEST_MERGED_PIECE = 1024  # characters; bounds the work a hostile vocabulary can ask for
+
+
+# --- Loading -----------------------------------------------------------------------------------------
+
+
+def load_tokenizer(
+    folder: Path,
+    *,
+    name: str = "",
+    eos_token_ids: int | list[int] | None = None,
+    trust_remote_code: bool = False,
+) -> TokenizerWrapper:
+    """Load the tokenizer of a model folder as ``mlx_lm.load`` would, and where that is not enough, too.
+
+    A folder with only ``tokenizer.model`` gets the equivalent fast tokenizer, a Vicuna without a chat
+    template gets its template. Nothing is written to ``folder``: that work is done in a copy.
+
+    Args:
+        folder: holds the tokenizer's files and, usually, ``config.json``.
+        name: repository id or path the model came from; only looked at for "vicuna".
+        eos_token_ids: ends of generation besides the tokenizer's own, as ``config.json`` gives them.
+
+    Raises:
+        ValueError: the folder holds no tokenizer, or one that cannot be read.
+    """
+    extra = {"trust_remote_code": trust_remote_code}
+    try:
+        if not (_sentencepiece_only(folder) or _needs_vicuna_template(folder, name)):
+            return _load(folder, extra, eos_token_ids)
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = Path(temporary)
+            _copy_small_files(folder, copy)
+            ensure_fast_tokenizer(copy)
+            if _needs_vicuna_template(copy, f"{name} {folder}"):
+                _edit_config(copy, chat_template=VICUNA_TEMPLATE)
+            return _load(copy, extra, eos_token_ids)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ValueError(f"No usable tokenizer in {folder}: {reason} Add its tokenizer.json.") from error
+
+
+def _load(folder: Path, extra: dict[str, Any], eos_token_ids: int | list[int] | None) -> TokenizerWrapper:
+    tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)  # type: ignore[no-untyped-call]
+    return tokenizer
+
+
+def ensure_fast_tokenizer(folder: Path) -> None:
+    """Write the ``tokenizer.json`` equivalent to ``tokenizer.model`` into a folder that lacks it.
+
+    Does nothing if ``tokenizer.json`` exists or ``tokenizer.model`` is not a SentencePiece file.
+    """
+    if not _sentencepiece_only(folder):
+        return
+    proto = _read_proto(folder / "tokenizer.model")
+    if proto is None:
+        return
+    tokenizer = _sentencepiece_tokenizer(_pieces_of_proto(proto))
+    added = folder / "added_tokens.json"
+    if added.exists():
+        tokens = sorted(_read_json(added).items(), key=lambda item: item[1])
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token, _ in tokens])
+    config = _spm_config(proto) | _read_json(folder / "tokenizer_config.json")
+    for obsolete in ("legacy", "sp_model_kwargs", "use_default_system_prompt", "added_tokens_decoder"):
+        config.pop(obsolete, None)
+    save_tokenizer(folder, tokenizer, config)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, adding BOS and EOS as ``config`` says.
+
+    ``config`` follows transformers: ``add_bos_token``, ``add_eos_token``, ``bos_token``, ... The class
+    is set to the one that reads ``tokenizer.json`` as it stands; others rebuild parts of it.
+    """
+    _add_template(
+        tokenizer,
+        _content(config.get("bos_token")) if config.get("add_bos_token") else None,
+        _content(config.get("eos_token")) if config.get("add_eos_token") else None,
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+
+
+def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    """Make encoding add ``bos`` in front and ``eos`` behind; None adds nothing."""
+    if bos is None and eos is None:
+        return
+    single = ([bos] if bos else []) + ["$A:0"] + ([eos] if eos else [])
+    pair = single + [part.replace("$A:0", "$B") + ":1" for part in single]
+    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys([bos, eos]) if token]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+
+
+def _sentencepiece_only(folder: Path) -> bool:
+    return (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+
+
+def _needs_vicuna_template(folder: Path, name: str) -> bool:
+    config = _read_json(folder / "config.json")
+    if "vicuna" not in f"{name} {folder} {config.get('_name_or_path', '')}".lower():
+        return False
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return False
+    return not _read_json(folder / "tokenizer_config.json").get("chat_template")
+
+
+def _copy_small_files(source: Path, destination: Path) -> None:
+    for pattern in _SMALL_FILES:
+        for path in source.glob(pattern):
+            shutil.copy(path, destination)
+
+
+def _edit_config(folder: Path, **entries: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(_read_json(path) | entries, ensure_ascii=False), "utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object in ``path``, or {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): download the file again.") from error
+    if isinstance(content, dict):
+        return content
+    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: download it again.")
+
+
+def _content(token: Any) -> str | None:
+    """Return the text of a special token, which configs give as a string or as {"content": ...}."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+# --- SentencePiece -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A SentencePiece vocabulary and its normalisation: what tokenizer.model and GGUF files hold."""
+
+    texts: Sequence[str]
+    scores: Sequence[float]
+    types: Sequence[int]
+    merges: Sequence[tuple[str, str]] = ()  # empty: derived from the scores
+    unigram: bool = False
+    charsmap: bytes = b""
+    add_prefix: bool = True  # a space in front of the text
+    collapse_spaces: bool = False
+
+
+def _read_proto(path: Path) -> Any:
+    """Return the parsed SentencePiece model, or None for another format (tiktoken)."""
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError:
+        return None
+    return proto if proto.pieces else None
+
+
+def _pieces_of_proto(proto: Any) -> Pieces:
+    return Pieces(
+        texts=[piece.piece for piece in proto.pieces],
+        scores=[piece.score for piece in proto.pieces],
+        types=[piece.type for piece in proto.pieces],
+        unigram=proto.trainer_spec.model_type == 1,
+        charsmap=proto.normalizer_spec.precompiled_charsmap,
+        add_prefix=proto.normalizer_spec.add_dummy_prefix,
+        collapse_spaces=proto.normalizer_spec.remove_extra_whitespaces,
+    )
+
+
+def _spm_config(proto: Any) -> dict[str, Any]:
+    """Return the tokenizer_config.json of a Llama tokenizer with the model's own special tokens."""
+    spec = proto.trainer_spec
+    ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    named = {name: proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+    return {"add_bos_token": "bos_token" in named, "add_eos_token": False, **named}
+
+
+def _sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
+    """Build the tokenizer that gives the ids SentencePiece gives.
+
+    As in Llama's own tokenizer.json, the space in front is added again after a special token.
+    """
+    byte_fallback = TokenType.BYTE in pieces.types
+    unknown = next((i for i, kind in enumerate(pieces.types) if kind == TokenType.UNKNOWN), None)
+    if pieces.unigram:
+        vocabulary = list(zip(pieces.texts, pieces.scores, strict=True))
+        model: models.Model = models.Unigram(vocabulary, unk_id=unknown, byte_fallback=byte_fallback)
+    else:
+        model = models.BPE(
+            _vocabulary(pieces.texts),
+            list(pieces.merges) or _merges(pieces),
+            unk_token=None if unknown is None else pieces.texts[unknown],
+            fuse_unk=True,
+            byte_fallback=byte_fallback,
+        )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = _normalizer(pieces)
+    strip = [decoders.Strip(" ", 1, 0)] if pieces.add_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    _add_special(tokenizer, pieces.texts, pieces.types)
+    return tokenizer
+
+
+def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
+    steps: list[normalizers.Normalizer] = []
+    if pieces.charsmap:
+        steps.append(normalizers.Precompiled(pieces.charsmap))
+    if pieces.collapse_spaces:
+        steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if pieces.add_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+
+
+def _merges(pieces: Pieces) -> list[tuple[str, str]]:
+    """List every way to form a piece from two others, best score first: SentencePiece's merge order."""
+    ids = {
+        text: i
+        for i, (text, kind) in enumerate(zip(pieces.texts, pieces.types, strict=True))
+        if kind == TokenType.NORMAL and len(text) <= _LONGEST_MERGED_PIECE
+    }
+    ranked = []
+    for text, i in ids.items():
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in ids and right in ids:
+                ranked.append((-pieces.scores[i], i, ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def _vocabulary(texts: Sequence[str]) -> dict[str, int]:
+    vocabulary = {text: i for i, text in enumerate(texts)}
+    if len(vocabulary) != len(texts):
+        twice = next(text for i, text in enumerate(texts) if vocabulary[text] != i)
+        raise ValueError(f"The vocabulary holds the token {twice!r} twice: convert the model again.")
+    return vocabulary
+
+
+def _add_special(tokenizer: Tokenizer, texts: Iterable[str], types: Iterable[int]) -> None:
+    """Register control tokens as special and user-defined ones as tokens found in any text."""
+    special = (TokenType.CONTROL, TokenType.UNKNOWN)
+    for kinds, add in (
+        (special, tokenizer.add_special_tokens),
+        ((TokenType.USER_DEFINED,), tokenizer.add_tokens),
+    ):
+        chosen = [t for t, kind in zip(texts, types, strict=True) if kind in kinds and t]
+        add([AddedToken(text, normalized=False, special=kinds == special) for text in chosen])
+
+
+# --- GGUF --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pre:
+    """How a byte-level BPE cuts text into words: each pattern in turn isolates what it matches."""
+
+    patterns: tuple[str, ...] = ()
+    gpt2: bool = False  # GPT-2's own pattern after them
+    nfc: bool = False
+    ignore_merges: bool = False  # a word that is a token is that token
+    add_bos: bool = False  # unless the metadata says otherwise
+
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"  # % digits
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
+)
+_DEEPSEEK_LETTERS = (
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
+    "Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎ"
+    "ↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
+)
+_DEEPSEEK_LLM = (
+    r"[\r\n]",
+    rf"\s?[{_DEEPSEEK_LETTERS}]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}",
+)
+_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
+_DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+    + _REST,
+)
+_GPT2 = Pre(gpt2=True)
+_GPT_NEOX = Pre(gpt2=True, nfc=True)
+_DIGITS = Pre((r"\p{N}",), gpt2=True)
+_LLAMA3 = Pre((_WORDS % r"\p{N}{1,3}",), ignore_merges=True, add_bos=True)
+_CL100K = Pre((_WORDS % r"\p{N}{1,3}",))
+_QWEN2 = Pre((_WORDS % r"\p{N}",), nfc=True)
+_TEKKEN = Pre((_CASED % ("", "", r"\p{N}"),), ignore_merges=True, add_bos=True)
+_GPT4O = Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", r"\p{N}{1,3}"),))
+
+PRE_TOKENIZERS: dict[str, Pre] = {
+    **dict.fromkeys(("default", "gpt-2", "jais", "phi-2", "trillion", "exaone4"), _GPT2),
+    **dict.fromkeys(("olmo", "mpt"), _GPT_NEOX),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "mellum2"), _DIGITS),
+    **dict.fromkeys(("command-r", "exaone"), Pre((r"\p{N}",), gpt2=True, nfc=True)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2),
+    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
+    "tekken": _TEKKEN,
+    "deepseek-llm": Pre(_DEEPSEEK_LLM),
+    "deepseek-coder": Pre(_DEEPSEEK_CODER),
+    "deepseek-v3": Pre(_DEEPSEEK_V3),
+}
+
+
+def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int) -> None:
+    """Rebuild the tokenizer a GGUF file describes and write it to ``folder``.
+
+    Args:
+        metadata: the file's key/value pairs; ``tokenizer.ggml.model`` must be "gpt2" (byte-level BPE)
+            or "llama" (SentencePiece BPE with scores).
+        context_length: tokens; becomes ``model_max_length``.
+
+    Raises:
+        ValueError: another kind of tokenizer, or lists that do not fit together.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise ValueError(
+            f"GGUF tokenizer {kind!r} is not supported ('gpt2' and 'llama' are): use the HF repo."
+        )
+    pre = _pre_of(metadata) if kind == "gpt2" else Pre(add_bos=True)
+    try:
+        tokenizer = _byte_level_tokenizer(metadata, pre) if kind == "gpt2" else _gguf_sentencepiece(metadata)
+    except ValueError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise ValueError(f"The GGUF tokenizer is inconsistent: {error}. Download the file again.") from error
+    save_tokenizer(folder, tokenizer, _gguf_config(metadata, pre, context_length))
+
+
+def _pre_of(metadata: Mapping[str, Any]) -> Pre:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        print(
+            f"warning: unknown GGUF pre-tokenizer {name!r}: using GPT-2's, text may be cut differently.",
+            file=sys.stderr,
+        )
+    return PRE_TOKENIZERS.get(name, _GPT2)
+
+
+def _byte_level_tokenizer(metadata: Mapping[str, Any], pre: Pre) -> Tokenizer:
+    texts, types = _gguf_tokens(metadata)
+    merges = _gguf_merges(metadata)
+    tokenizer = Tokenizer(models.BPE(_vocabulary(texts), merges, ignore_merges=pre.ignore_merges))
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.gpt2)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    _add_special(tokenizer, texts, types)
+    return tokenizer
+
+
+def _gguf_sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
+    texts, types = _gguf_tokens(metadata)
+    scores = metadata.get("tokenizer.ggml.scores", [0.0] * len(texts))
+    if len(scores) != len(texts):
+        raise ValueError(f"The GGUF has {len(scores)} scores for {len(texts)} tokens: download it again.")
+    pieces = Pieces(
+        texts,
+        scores,
+        types,
+        merges=_gguf_merges(metadata),
+        add_prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
+        collapse_spaces=metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
+    )
+    return _sentencepiece_tokenizer(pieces)
+
+
+def _gguf_tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Return the tokens in order of id and their types (default: NORMAL)."""
+    texts = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("The GGUF has no list tokenizer.ggml.tokens: download or convert it again.")
+    types = metadata.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(texts))
+    if len(types) != len(texts):
+        raise ValueError(f"The GGUF has {len(types)} token types for {len(texts)} tokens: download it again.")
+    return texts, types
+
+
+def _gguf_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in metadata.get("tokenizer.ggml.merges", []):
+        left, _, right = merge[1:].partition(" ")  # a token may itself be a space
+        merges.append((merge[:1] + left, right))
+    return merges
+
+
+def _gguf_config(metadata: Mapping[str, Any], pre: Pre, context_length: int) -> dict[str, Any]:
+    texts, _ = _gguf_tokens(metadata)
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {f"{to}_token": metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for to, key in names.items()}
+    config: dict[str, Any] = {name: texts[i] for name, i in ids.items() if 0 <= i < len(texts)}
+    config["add_bos_token"] = (
+        metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos) and "bos_token" in config
+    )
+    config["add_eos_token"] = metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in config
+    config["model_max_length"] = context_length
+    if template := metadata.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    return config
