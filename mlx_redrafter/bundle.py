@@ -134,15 +134,30 @@ def write_drafter(
         card: the text of README.md; none is written if empty.
     Raises:
         ValueError: a tensor is missing or has another shape, or ``folder`` exists.
+        OSError: the disk is full or not writable.
     """
     unused = check_shapes(config, weights)
     section = {"format": FORMAT, "base": base and asdict(base), "unused_tensors": unused, **(extra or {})}
     raw = {"model_type": MODEL_TYPE, **config.to_dict(), SECTION: section}
     with atomic_folder(Path(folder)) as temporary:
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), metadata={"format": "mlx"})
+        save_weights(temporary / "model.safetensors", weights, "mlx")
         if card:
             (temporary / "README.md").write_text(card)
+
+
+def save_weights(path: Path, weights: Mapping[str, mx.array], framework: str) -> None:
+    """Write a safetensors file that says it comes from ``framework`` ("mlx" or "pt").
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        mx.save_safetensors(str(path), dict(weights), metadata={"format": framework})
+    except RuntimeError as error:
+        raise OSError(
+            f"{path.name} cannot be written ({error}): make room on the disk, or write elsewhere."
+        ) from error
 
 
 def load_drafter(

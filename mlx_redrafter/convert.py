@@ -133,7 +133,7 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
             )
     with atomic_folder(Path(output)) as temporary:
         (temporary / "config.json").write_text(json.dumps(_source_config(raw), indent=2) + "\n")
-        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "pt"})
+        bundle.save_weights(temporary / "model.safetensors", weights, "pt")
 
 
 def trim(

@@ -363,6 +363,16 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise RuntimeError("[write] Unable to write 4 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match="cannot be written .*Unable to write"):
+        write_drafter(tmp_path / "bundle", CONFIG, weights_of())
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_writing_checks_the_weights(tmp_path):
     weights = weights_of()
     del weights["rnn_u.bias"]
