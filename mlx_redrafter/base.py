@@ -253,7 +253,7 @@ def _cast(model: Module, dtype: mx.Dtype) -> Module:
     def cast(path: str, array: mx.array) -> mx.array:
         return array.astype(dtype) if allowed(path) and mx.issubdtype(array.dtype, mx.floating) else array
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(cast, model.parameters()))  # type: ignore[no-untyped-call]
     return model
 
 

@@ -174,12 +174,20 @@ _QWEN3_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_n
 _ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 
-def _number(metadata: Mapping[str, Any], key: str, default: float | None = None) -> Any:
+def _number(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """Return a positive finite number of the metadata; ValueError if it is missing or anything else."""
     value = metadata.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"GGUF metadata {key} is {value!r}, not a positive number: use another file.")
-    return value
+    if type(value) in (int, float) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"GGUF metadata {key} is {value!r}, not a positive number: use another file.")
+
+
+def _count(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive integer of the metadata; ValueError if it is missing or anything else."""
+    value = metadata.get(key, default)
+    if type(value) is int and value > 0:
+        return value
+    raise ValueError(f"GGUF metadata {key} is {value!r}, not a positive integer: use another file.")
 
 
 def _config(file: GGUFFile) -> dict[str, Any]:
@@ -194,9 +202,9 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         known = ", ".join(_ARCHITECTURES)
         raise ValueError(f"GGUF architecture {arch!r} is not supported ({known} are): convert the HF repo.")
     model_type, class_name = _ARCHITECTURES[arch]
-    heads = _number(metadata, f"{arch}.attention.head_count")
-    hidden = _number(metadata, f"{arch}.embedding_length")
-    head_dim = _number(metadata, f"{arch}.attention.key_length", hidden // heads)
+    heads = _count(metadata, f"{arch}.attention.head_count")
+    hidden = _count(metadata, f"{arch}.embedding_length")
+    head_dim = _count(metadata, f"{arch}.attention.key_length", hidden // heads)
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         if (dim := metadata.get(key, head_dim)) != head_dim:
             raise ValueError(f"GGUF {key} is {dim!r} but heads have {head_dim}: convert the HF repo instead.")
@@ -207,14 +215,14 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "model_type": model_type,
         "architectures": [class_name],
         "hidden_size": hidden,
-        "num_hidden_layers": _number(metadata, f"{arch}.block_count"),
-        "intermediate_size": _number(metadata, f"{arch}.feed_forward_length"),
+        "num_hidden_layers": _count(metadata, f"{arch}.block_count"),
+        "intermediate_size": _count(metadata, f"{arch}.feed_forward_length"),
         "num_attention_heads": heads,
-        "num_key_value_heads": _number(metadata, f"{arch}.attention.head_count_kv", heads),
+        "num_key_value_heads": _count(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "rms_norm_eps": _number(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "max_position_embeddings": _number(metadata, f"{arch}.context_length"),
+        "max_position_embeddings": _count(metadata, f"{arch}.context_length"),
         "rope_theta": _number(metadata, f"{arch}.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": biased,
@@ -228,9 +236,16 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
+def _vocabulary_size(metadata: Mapping[str, Any]) -> int:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and tokens:
+        return len(tokens)
+    raise ValueError("The GGUF has no list tokenizer.ggml.tokens: use a file with a tokenizer.")
+
+
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Return bos_token_id and eos_token_id, the latter a list if the end of a turn is another token."""
-    size = len(metadata.get("tokenizer.ggml.tokens", []))
+    size = _vocabulary_size(metadata)
     ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
     bos, *ends = (i if isinstance(i, int) and 0 <= i < size else None for i in ids.values())
     ends = [i for i in dict.fromkeys(ends) if i is not None]
@@ -239,24 +254,23 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    prefix = f"{arch}.rope.scaling"
+    metadata, prefix = file.metadata, f"{arch}.rope.scaling"
     if "rope_freqs.weight" in file.tensors:
-        return _scaling_of_factors(file, config, file.metadata.get(f"{prefix}.original_context_length", 8192))
-    linear = file.metadata.get(f"{arch}.rope.scale_linear")
-    kind = file.metadata.get(f"{prefix}.type", "none" if linear is None else "linear")
+        return _scaling_of_factors(file, config, _count(metadata, f"{prefix}.original_context_length", 8192))
+    old = f"{arch}.rope.scale_linear"
+    kind = metadata.get(f"{prefix}.type", "linear" if old in metadata else "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise ValueError(f"GGUF rope scaling {kind!r} is not supported: convert the HF repo instead.")
-    factor = linear if linear is not None else _number(file.metadata, f"{prefix}.factor")
+    factor = _number(metadata, old if old in metadata else f"{prefix}.factor")
     scaling = {"type": kind, "rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = config["max_position_embeddings"] / factor
-        scaling["original_max_position_embeddings"] = int(
-            _number(file.metadata, f"{prefix}.original_context_length", original)
-        )
+        original = max(1, int(config["max_position_embeddings"] / factor))
+        original = _count(metadata, f"{prefix}.original_context_length", original)
+        scaling["original_max_position_embeddings"] = original
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
-            scaling[name] = file.metadata.get(f"{prefix}.yarn_{name}", default)
+            scaling[name] = _number(metadata, f"{prefix}.yarn_{name}", default)
     return scaling
 
 
@@ -329,7 +343,7 @@ def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | Non
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
     if quantization := _quantization(file, names):
         config["quantization"] = config["quantization_config"] = quantization
-    tokens = len(file.metadata.get("tokenizer.ggml.tokens", []))
+    tokens = _vocabulary_size(file.metadata)
     if tokens > config["vocab_size"]:
         raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: download it again.")
     with atomic_folder(output) as folder:
@@ -345,13 +359,13 @@ def _names(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, str]:
         tensor = file.tensors.get(name)
         if tensor is None:
             raise ValueError(f"The GGUF lacks the tensor {name}: it is one part of several, or damaged.")
-        if tensor.shape != shape:
-            raise ValueError(f"GGUF tensor {name} has shape {tensor.shape}, not {shape}: use another file.")
         if tensor.type not in _FLOATS | _BITS:
             raise ValueError(
                 f"GGUF tensor {name} has type {tensor.type.name}, supported are F32, F16, BF16, Q4_0, Q4_1 and"
                 " Q8_0: use such a file (of the same model), or convert the HF repo with --quantize."
             )
+        if tensor.shape != shape:
+            raise ValueError(f"GGUF tensor {name} has shape {tensor.shape}, not {shape}: use another file.")
         if len(shape) == 1 and tensor.type not in _FLOATS:
             raise ValueError(f"GGUF tensor {name} is a vector of type {tensor.type.name}: use another file.")
         names[name] = hf_name
@@ -528,7 +542,8 @@ def _scales_and_biases(
     scales: npt.NDArray[np.float16], zero: int
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating]]:
     """Return scales and -zero * scales, both in float32 if the latter overflow float16."""
-    biases = scales.astype(np.float32) * -zero  # exact: zero is a power of two
+    with np.errstate(invalid="ignore"):  # a NaN is reported later
+        biases = scales.astype(np.float32) * -zero  # exact: zero is a power of two
     if np.abs(biases).max() > np.finfo(np.float16).max:
         return scales.astype(np.float32), biases
     return scales, biases.astype(np.float16)

@@ -308,9 +308,10 @@ _CASED = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
     rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_REST}"
 )
+# Escapes where an editor that normalises Unicode would change the character.
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚ"
-    "Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎ"
+    "Ḁ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎ"
     "ↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃"
 )
 _DEEPSEEK_LLM = (
@@ -353,6 +354,26 @@ PRE_TOKENIZERS: dict[str, Pre] = {
 }
 
 
+_GGUF_TYPES: dict[str, type] = {
+    **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"), str),
+    **{f"tokenizer.ggml.add_{name}": bool for name in ("bos_token", "eos_token", "space_prefix")},
+    "tokenizer.ggml.remove_extra_whitespaces": bool,
+    **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "unknown", "padding")},
+}
+_GGUF_LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
+
+
+def _check_gguf_types(metadata: Mapping[str, Any]) -> None:
+    """Refuse metadata about the tokenizer whose values are not of the type that the format gives them."""
+    wrong = [key for key, kind in _GGUF_TYPES.items() if not isinstance(metadata.get(key, kind()), kind)]
+    for name, kind in _GGUF_LISTS.items():
+        values = metadata.get(f"tokenizer.ggml.{name}", [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            wrong.append(f"tokenizer.ggml.{name}")
+    if wrong:
+        raise ValueError(f"GGUF metadata {wrong[0]} is not of the right type: download the file again.")
+
+
 def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int) -> None:
     """Rebuild the tokenizer a GGUF file describes and write it to ``folder``.
 
@@ -364,6 +385,7 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_leng
     Raises:
         ValueError: another kind of tokenizer, or lists that do not fit together.
     """
+    _check_gguf_types(metadata)
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(
@@ -421,9 +443,7 @@ def _gguf_sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _gguf_tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     """Return the tokens in order of id and their types (default: NORMAL)."""
-    texts = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError("The GGUF has no list tokenizer.ggml.tokens: download or convert it again.")
+    texts = metadata.get("tokenizer.ggml.tokens", [])
     types = metadata.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(texts))
     if len(types) != len(texts):
         raise ValueError(f"The GGUF has {len(types)} token types for {len(texts)} tokens: download it again.")

@@ -1,0 +1,8 @@
+"""Convert models and drafters: the same as ``mlx-redrafter convert``."""
+
+import sys
+
+from mlx_redrafter.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""Generate text: the same as ``mlx-redrafter generate``."""
+
+import sys
+
+from mlx_redrafter.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

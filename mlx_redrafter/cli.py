@@ -1,0 +1,71 @@
+"""The ``mlx-redrafter`` command."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+DEBUG = "MLX_REDRAFTER_DEBUG"  # environment variable: show tracebacks
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (default: this process's) and return the exit code.
+
+    0 is success, 2 bad input, 130 an interrupt.
+    """
+    _quiet_libraries()
+    try:
+        args = build_parser().parse_args(arguments)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> Parser:
+    """The parser of all subcommands; ``args.run`` is the function to call."""
+    from importlib.metadata import version
+
+    from . import convert, generate_command
+
+    parser = Parser(prog="mlx-redrafter", description=__doc__)
+    parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+    for name, text, add, run in (
+        ("generate", "generate text", generate_command.add_arguments, generate_command.run),
+        ("convert", "convert a model or a drafter", convert.add_convert_arguments, convert.run_convert),
+        ("export", "write a drafter in Apple's layout", convert.add_export_arguments, convert.run_export),
+    ):
+        command: Any = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        add(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' chatter out of the way of ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

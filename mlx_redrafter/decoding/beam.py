@@ -1,0 +1,79 @@
+"""Draft beam search: the drafter's best continuations of the last token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from .topk import top_k
+
+LOWEST = -1e9  # stands for log 0, so that scores stay finite and comparable
+
+
+class Drafter(Protocol):
+    """A recurrent drafter: one step of its state, and its head over the draft vocabulary."""
+
+    def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
+        """[..., H], [..., H] -> [..., H]."""
+        ...
+
+    def logits(self, context: mx.array, state: mx.array) -> mx.array:
+        """[..., F], [..., H] -> [..., V_draft]."""
+        ...
+
+    def to_target(self, index: mx.array) -> mx.array:
+        """Draft vocabulary indices -> the target's token ids, of the same shape."""
+        ...
+
+
+@dataclass
+class Beam:
+    """The survivors of every depth; ``parents`` are places in the depth before (0 at the first)."""
+
+    tokens: mx.array  # [B, L, W] the target's token ids
+    parents: mx.array  # [B, L, W] in 0..W-1
+    scores: mx.array  # [B, L, W] cumulative log-probability, never above the parent's
+
+
+def draft(
+    drafter: Drafter,
+    embed: Callable[[mx.array], mx.array],
+    token: mx.array,
+    context: mx.array,
+    width: int,
+    length: int,
+) -> Beam:
+    """Search ``length`` tokens ahead, keeping the ``width`` best beams (arXiv 2403.09919, section 3).
+
+    Args:
+        drafter: the drafter.
+        embed: token ids [...] -> the target's embeddings [..., H].
+        token: [B], the last token emitted.
+        context: [B, F], what the drafter reads of the target.
+        width: beams kept at each depth.
+        length: tokens drafted.
+    """
+    depths = []
+    parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
+    tokens, states = token[:, None], None  # [B, 1]: the only beam before the first depth
+    scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
+    for _ in range(length):
+        embedding = embed(tokens)  # [B, W, H]
+        states = drafter.advance(embedding, mx.zeros_like(embedding) if states is None else states)
+        rows = mx.broadcast_to(context[:, None], (*tokens.shape, context.shape[-1]))  # [B, W, F]
+        total = scores[..., None] + log_softmax(drafter.logits(rows, states))  # [B, W, V_draft]
+        vocabulary = total.shape[-1]
+        scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
+        parents, index = best // vocabulary, best % vocabulary  # [B, W]
+        states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, H]
+        tokens = drafter.to_target(index)  # [B, W]
+        depths.append((tokens, parents, scores))
+    return Beam(*(mx.stack(values, axis=1) for values in zip(*depths, strict=True)))
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log-probabilities in float32, at most 0 and finite whatever the logits are (NaN included)."""
+    logits = logits.astype(mx.float32)
+    values = mx.minimum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), 0.0)
+    return mx.where(values > LOWEST, values, LOWEST)

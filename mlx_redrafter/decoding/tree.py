@@ -1,0 +1,77 @@
+"""The drafted beams as one prefix tree, the shape in which the target verifies them.
+
+Beam search names each survivor's parent, so the survivors of all depths form a tree with no
+duplicates. Example (width 2, length 2, all nodes kept), after the token "the":
+
+    depth 1: cat, dog            node  0 the   1 cat  2 dog  3 sat  4 ran
+    depth 2: cat sat, cat ran    parent 0      0      0      1      1
+                                 depth  0      1      1      2      2
+    ancestors of node 3: 0, 1, 3
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .beam import Beam
+
+
+@dataclass
+class Tree:
+    """N nodes; node 0 is the last token emitted, parents come before their children."""
+
+    tokens: mx.array  # [B, N]
+    parents: mx.array  # [B, N], 0 for the root itself
+    depths: mx.array  # [B, N], 0 for the root
+    ancestors: mx.array  # [B, N, N] bool: column is the row's node itself or an ancestor of it
+
+
+def build_tree(token: mx.array, beam: Beam, nodes: int) -> Tree:
+    """The root and the ``nodes - 1`` likeliest survivors of the beam search.
+
+    A child never scores above its parent and ties go to the smaller depth, so whatever is kept, its
+    ancestors are kept too.
+
+    Args:
+        token: [B], the last token emitted.
+        beam: the survivors, W at each of L depths.
+        nodes: N, between 2 and 1 + W * L.
+    """
+    batch, length, width = beam.tokens.shape
+    survivors = length * width
+    kept = _likeliest(beam.scores.reshape(batch, survivors), nodes - 1)  # [B, N-1], ascending
+    place = mx.arange(survivors)
+    depth_before = (place // width - 1) * width  # where the depth before starts; -W for the first
+    parents = beam.parents.reshape(batch, survivors) + depth_before  # [B, L*W], negative: the root
+    parents = mx.take_along_axis(parents, kept, axis=1)  # [B, N-1]
+    before = (kept[:, None] <= parents[..., None]).sum(axis=-1)  # [B, N-1]: node number of the parent
+    parents = mx.concatenate([mx.zeros((batch, 1), mx.int32), before.astype(mx.int32)], axis=1)
+    tokens = mx.take_along_axis(beam.tokens.reshape(batch, survivors), kept, axis=1)
+    tokens = mx.concatenate([token[:, None].astype(tokens.dtype), tokens], axis=1)  # [B, N]
+    return make_tree(tokens, parents, min(length, nodes - 1))
+
+
+def make_tree(tokens: mx.array, parents: mx.array, depth: int) -> Tree:
+    """A tree of at most ``depth`` levels below the root from its nodes' tokens and parents [B, N]."""
+    ancestors = ancestor_mask(parents, depth)
+    return Tree(tokens, parents, ancestors.sum(axis=-1).astype(mx.int32) - 1, ancestors)
+
+
+def _likeliest(scores: mx.array, count: int) -> mx.array:
+    """Places [B, count] of the largest of ``scores`` [B, M], in ascending order; ties: first ones."""
+    place = mx.arange(scores.shape[1])
+    other, own = scores[:, None, :], scores[:, :, None]
+    ahead = (other > own) | ((other == own) & (place < place[:, None]))  # [B, M, M]
+    chosen = ahead.sum(axis=-1) < count  # [B, M], count of them true
+    return mx.sort(mx.where(chosen, place, scores.shape[1]), axis=1)[:, :count].astype(mx.int32)
+
+
+def ancestor_mask(parents: mx.array, depth: int) -> mx.array:
+    """[B, N] parents -> [B, N, N] bool, for a tree of at most ``depth`` levels below the root."""
+    node = mx.arange(parents.shape[1])
+    mask = node[None, :, None] == node[None, None, :]  # [1, N, N]: each node itself
+    above = mx.broadcast_to(node, parents.shape)  # [B, N]
+    for _ in range(depth):
+        above = mx.take_along_axis(parents, above, axis=1)
+        mask = mask | (above[..., None] == node)
+    return mask

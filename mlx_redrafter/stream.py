@@ -1,0 +1,385 @@
+"""From a prompt to text, token by token, with mlx-lm's responses and statistics."""
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate as mlx_stream_generate
+from mlx_lm.generate import GenerationResponse, wired_limit
+from mlx_lm.models.cache import KVCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import backend
+from .decoding.cache import Cache
+from .decoding.loop import Emitted, decode
+from .decoding.sampling import Sampling
+from .decoding.step import DraftShape, Pick, State, step
+from .model import SpeculativeModel
+from .target import Target, from_prompt_cache, to_prompt_cache
+
+UNLIMITED = 1 << 62  # tokens
+PREFILL_STEP_SIZE = 2048  # mlx-lm's default
+# Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
+PLAIN_ONLY = ("kv_bits", "logits_processors", "input_embeddings", "draft_model")
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+@dataclass
+class Response(GenerationResponse):  # type: ignore[misc]
+    """mlx-lm's response for one token, and how the drafter has fared so far.
+
+    Attributes:
+        steps: verification steps so far.
+        tokens_per_step: tokens emitted per step (the first token comes from the prompt, without one).
+        acceptance: for each depth, the share of the steps that emitted the token drafted there.
+    """
+
+    steps: int = 0
+    tokens_per_step: float = 0.0
+    acceptance: tuple[float, ...] = ()
+
+
+def stream_generate(
+    model: SpeculativeModel | nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | Sequence[int],
+    max_tokens: int = 256,
+    *,
+    shape: DraftShape | None = None,
+    sampling: Sampling | None = None,
+    sampler: Sampler | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    prompt_cache: Sequence[Any] | None = None,
+    max_kv_size: int | None = None,
+    draft: bool = True,
+    **options: Any,
+) -> Iterator[Response]:
+    """Generate text; stands in for ``mlx_lm.stream_generate``.
+
+    With a drafter, every token still has exactly the model's own distribution. Without one, with
+    ``draft=False``, or with options that a drafter cannot follow, mlx-lm itself decodes.
+
+    Args:
+        model: from ``load``, or any mlx-lm model.
+        tokenizer: from ``load``.
+        prompt: text or token ids.
+        max_tokens: tokens to generate at most; -1 is no limit.
+        shape: how much to draft at each step; the default depends on the device.
+        sampling: temperature and filters; greedy by default.
+        sampler: instead of ``sampling``, a function from log-probabilities [..., V] to tokens [...].
+        seed: makes sampling repeatable; without it, MLX's global random state is used.
+        stop: texts that end the generation; they are not part of the output.
+        prefill_step_size: prompt tokens processed at once.
+        prompt_progress_callback: called with prompt tokens processed and their total.
+        prompt_cache: mlx-lm caches of an earlier part of the text.
+        max_kv_size: tokens the cache may hold, as in mlx-lm.
+        draft: False decodes with mlx-lm.
+        **options: other options of ``mlx_lm.generate_step``; these switch drafting off.
+
+    Yields:
+        One response per token; the last one has a ``finish_reason``, "stop" or "length".
+
+    Raises:
+        ValueError: an empty prompt, one longer than the model's context, or an option out of range.
+    """
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
+    model = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
+    ids = _encode(model, tokenizer, prompt)
+    _check_numbers(max_tokens, prefill_step_size)
+    if seed is not None:
+        mx.random.seed(seed)
+    options = {name: value for name, value in options.items() if value is not None}
+    pick = _picker(sampling, sampler)
+    if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
+        shape = shape or backend.current().shape
+        _check_shape(model, shape)
+        progress = prompt_progress_callback or (lambda done, total: None)
+        request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache)
+        responses = _speculative(model, tokenizer, request, shape, pick)
+    else:
+        responses = _plain(
+            mlx_stream_generate(
+                model.model,
+                tokenizer,
+                ids,
+                max_tokens,
+                sampler=sampler if sampling is None else _mlx_sampler(sampling),
+                prefill_step_size=prefill_step_size,
+                prompt_progress_callback=prompt_progress_callback,
+                prompt_cache=prompt_cache,
+                max_kv_size=max_kv_size,
+                **options,
+            )
+        )
+    return until(responses, [stop] if isinstance(stop, str) else list(stop))
+
+
+def generate(
+    model: SpeculativeModel | nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | Sequence[int],
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """The whole text that ``stream_generate`` yields; stands in for ``mlx_lm.generate``.
+
+    With ``verbose``, text and statistics are printed as they come.
+    """
+    text = ""
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose:
+        print("", "=" * 10, statistics(response), sep="\n")
+    return text
+
+
+def statistics(last: Response) -> str:
+    """mlx-lm's statistics of a finished generation, and the drafter's if there was one."""
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec",
+        f"Peak memory: {last.peak_memory:.3f} GB",
+    ]
+    if last.steps:
+        depths = " ".join(f"{share:.2f}" for share in last.acceptance)
+        lines.insert(2, f"Drafting: {last.tokens_per_step:.2f} tokens per step, acceptance by depth {depths}")
+    return "\n".join(lines)
+
+
+def until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Response]:
+    """Pass ``responses`` on up to the first of the ``stop`` texts.
+
+    Text that may be the beginning of a stop text is held back until it is clear.
+
+    Raises:
+        ValueError: an empty stop text.
+    """
+    if "" in stop:
+        raise ValueError("an empty stop text would end the output at once: leave it out.")
+    return _until(responses, stop) if stop else responses
+
+
+def _until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Response]:
+    held = ""
+    for response in responses:
+        held += response.text
+        places = [place for text in stop if (place := held.find(text)) >= 0]
+        if places:
+            yield replace(response, text=held[: min(places)], finish_reason="stop")
+            return
+        keep = 0 if response.finish_reason else _unclear(held, stop)
+        yield replace(response, text=held[: len(held) - keep])
+        held = held[len(held) - keep :]
+
+
+def _unclear(text: str, stop: Sequence[str]) -> int:
+    """How many of the last characters of ``text`` may be the beginning of a stop text."""
+    return max(
+        (n for phrase in stop for n in range(1, len(phrase)) if text.endswith(phrase[:n])),
+        default=0,
+    )
+
+
+def _encode(
+    model: SpeculativeModel, tokenizer: TokenizerWrapper, prompt: str | mx.array | Sequence[int]
+) -> list[int]:
+    if isinstance(prompt, str):
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        ids = list(tokenizer.encode(prompt, add_special_tokens=special))
+    else:
+        ids = list(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give some text.")
+    if model.context_length is not None and len(ids) > model.context_length:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, more than the model's context of {model.context_length}: "
+            "shorten it."
+        )
+    return ids
+
+
+def _check_numbers(max_tokens: int, prefill_step_size: int) -> None:
+    if max_tokens < 1 and max_tokens != -1:
+        raise ValueError(f"max tokens {max_tokens} is not usable: give 1 or more, or -1 for no limit.")
+    if prefill_step_size < 1:
+        raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
+
+
+def _check_shape(model: SpeculativeModel, shape: DraftShape) -> None:
+    assert model.drafter is not None
+    known = model.drafter.config.head_outputs
+    if shape.width > known:
+        raise ValueError(f"beam width {shape.width} exceeds the drafter's vocabulary of {known} tokens.")
+
+
+def _can_draft(
+    model: SpeculativeModel,
+    ids: list[int],
+    max_tokens: int,
+    max_kv_size: int | None,
+    prompt_cache: Sequence[Any] | None,
+    options: dict[str, Any],
+) -> bool:
+    """Whether the drafter can do what is asked; warns where it is there but cannot."""
+    if model.drafter is None:
+        return False
+    unknown = [name for name in options if name not in PLAIN_ONLY]
+    reasons = [name for name in PLAIN_ONLY if name in options] or unknown
+    if max_kv_size is not None and (max_tokens < 0 or len(ids) + max_tokens > max_kv_size):
+        reasons.append(f"max_kv_size={max_kv_size}, less than prompt and max tokens together")
+    if prompt_cache is not None and not all(type(cache) is KVCache for cache in prompt_cache):
+        reasons.append(f"a prompt cache of {type(prompt_cache[0]).__name__}")
+    if reasons:
+        warnings.warn(f"decoding without the drafter: it cannot follow {', '.join(reasons)}.", stacklevel=3)
+    return not reasons
+
+
+def _picker(sampling: Sampling | None, sampler: Sampler | None) -> Pick:
+    if sampler is None:
+        return (sampling or Sampling()).pick
+    if sampling is not None:
+        raise ValueError("sampling and sampler are both given: give one of them.")
+
+    def pick(logits: mx.array, key: mx.array) -> mx.array:
+        rows = logits.reshape(-1, logits.shape[-1])
+        return sampler(_logprobs(rows)).reshape(logits.shape[:-1]).astype(mx.int32)
+
+    return pick
+
+
+def _mlx_sampler(sampling: Sampling) -> Sampler | None:
+    """The same sampling for mlx-lm's decoding loop (None: its own greedy one)."""
+    if sampling.temperature == 0:
+        return None
+    return lambda logprobs: sampling.pick(logprobs, _new_key())
+
+
+def _new_key() -> mx.array:
+    """A random key drawn from MLX's global random state."""
+    return mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32)
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class _Request:
+    ids: list[int]
+    max_tokens: int
+    prefill_step_size: int
+    progress: Callable[[int, int], None]
+    prompt_cache: Sequence[KVCache] | None
+
+
+def _speculative(
+    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: _Request, shape: DraftShape, pick: Pick
+) -> Iterator[Response]:
+    target, drafter = model.target, model.drafter
+    assert target is not None and drafter is not None
+    with wired_limit(model.model):
+        writer = Writer(tokenizer, shape.depth, len(request.ids), request.max_tokens)
+        caches = target.make_cache() if request.prompt_cache is None else request.prompt_cache
+        logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
+        key, first_key = mx.random.split(_new_key())
+        token = pick(logits, first_key)
+        first = Emitted(token.tolist(), 0, logits)
+        writer.begin()
+        yield from writer.write(first)
+        if writer.finished:
+            if request.prompt_cache is not None:
+                _complete(target, caches, writer.last)
+            return
+        rows = caches[0].offset
+        state = State(token, context, mx.array([rows], mx.int32), from_prompt_cache(caches), key)
+
+        def release(cache: Cache, rows: int) -> None:
+            if request.prompt_cache is not None:
+                to_prompt_cache(cache, rows, request.prompt_cache)
+                _complete(target, request.prompt_cache, writer.last)
+
+        del caches, context  # decoding must hold the only references
+        run = partial(step, target, drafter, pick, shape)
+        limit = (UNLIMITED if request.max_tokens < 0 else request.max_tokens) - 1
+        steps = decode(run, shape, state, rows, limit, frozenset(tokenizer.eos_token_ids), release)
+        del state
+        with contextlib.closing(steps):
+            for emitted in steps:
+                writer.count(emitted)
+                yield from writer.write(emitted)
+
+
+def _complete(target: Target, caches: Sequence[KVCache], last: int) -> None:
+    """Let the caller's caches hold the last token too, as mlx-lm leaves them."""
+    target.forward(mx.array([[last]]), caches)
+    mx.eval([cache.state for cache in caches])
+
+
+def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
+    for response in responses:
+        yield Response(**{f.name: getattr(response, f.name) for f in fields(GenerationResponse)})
+
+
+class Writer:
+    """Turns emitted tokens into responses, and keeps the statistics."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, depth: int, prompt_tokens: int, max_tokens: int) -> None:
+        self.tokenizer, self.detokenizer = tokenizer, tokenizer.detokenizer
+        self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+        self.accepted = [0] * depth
+        self.tokens = self.steps = self.last = 0
+        self.finished = False
+        self.start = time.perf_counter()
+
+    def begin(self) -> None:
+        """The prompt has been read and the first token is there."""
+        handed_in, self.start = self.start, time.perf_counter()
+        self.prompt_tps = self.prompt_tokens / (self.start - handed_in)
+
+    def count(self, emitted: Emitted) -> None:
+        """Take a step into the statistics."""
+        self.steps += 1
+        for depth in range(emitted.drafted):
+            self.accepted[depth] += 1
+
+    def write(self, emitted: Emitted) -> Iterator[Response]:
+        """The responses for the tokens of a step."""
+        for place, token in enumerate(emitted.tokens):
+            self.tokens += 1
+            self.last = token
+            ended = token in self.tokenizer.eos_token_ids
+            if not ended:
+                self.detokenizer.add_token(token)
+            self.finished = ended or self.tokens == self.max_tokens
+            if self.finished:
+                self.detokenizer.finalize()
+            yield Response(
+                text=self.detokenizer.last_segment,
+                token=token,
+                logprobs=_logprobs(emitted.logits[place]),
+                from_draft=place < emitted.drafted,
+                prompt_tokens=self.prompt_tokens,
+                prompt_tps=self.prompt_tps,
+                generation_tokens=self.tokens,
+                generation_tps=self.tokens / (time.perf_counter() - self.start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=("stop" if ended else "length") if self.finished else None,
+                steps=self.steps,
+                tokens_per_step=(self.tokens - 1) / self.steps if self.steps else 0.0,
+                acceptance=tuple(hits / self.steps for hits in self.accepted) if self.steps else (),
+            )

@@ -1,0 +1,283 @@
+"""An mlx-lm model seen as the target of speculative decoding.
+
+The model's own code runs unmodified. It asks its cache for three things: ``offset`` (positions),
+``make_mask`` and ``update_and_fetch``; ``TreeCache`` answers them for a tree of drafted nodes. Two
+things the code does not offer are reached through a *view*, a copy of the modules that shares all
+weights: the inner model's output (the hidden states) is recorded on its way to the head, and rotary
+embeddings, which take one offset per batch row only, get the nodes as batch rows.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from .decoding.cache import Cache, grow, visible, write_rows
+from .decoding.step import Verified
+from .decoding.tree import Tree, make_tree
+
+ROPE_NAMES = ("rope", "rotary_emb")
+INNER_NAMES = ("model", "transformer", "backbone")
+EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
+
+
+class Target:
+    """A language model that verifies trees.
+
+    Args:
+        model: an mlx-lm model with rotary attention and plain (or sliding-window) KV caches.
+
+    Raises:
+        ValueError: the model's state cannot be rolled back, or its parts cannot be found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
+        self.embed: nn.Module = find_embedding(model)
+        self._view = _view(model)
+        self._recorder = _Recorder.put_into(self._view)
+
+    def make_cache(self) -> list[KVCache]:
+        """mlx-lm caches for prompt processing, one per layer, that keep every token."""
+        return [KVCache() if window is None else _WindowedCache(window) for window in self.windows]
+
+    def read_prompt(
+        self,
+        prompt: list[int],
+        chunk: int,
+        progress: Callable[[int, int], None],
+        caches: Sequence[KVCache],
+    ) -> tuple[mx.array, mx.array]:
+        """Process a prompt ``chunk`` tokens at a time, the last token by itself (as mlx-lm does).
+
+        Args:
+            prompt: one or more token ids.
+            chunk: tokens per forward pass.
+            progress: called with the tokens processed and their total, at the start and per chunk.
+            caches: from ``make_cache``, or of an earlier part of the text; they take the prompt in.
+
+        Returns:
+            Logits [1, V] and hidden state [1, F] after the prompt.
+        """
+        progress(0, len(prompt))
+        for start in range(0, len(prompt) - 1, chunk):
+            end = min(start + chunk, len(prompt) - 1)
+            self.forward(mx.array([prompt[start:end]]), caches)
+            mx.eval([c.state for c in caches])
+            progress(end, len(prompt))
+            mx.clear_cache()
+        logits, hidden = self.forward(mx.array([prompt[-1:]]), caches)
+        mx.eval(logits, hidden, [c.state for c in caches])
+        progress(len(prompt), len(prompt))
+        return logits[:, -1], hidden[:, -1]
+
+    def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
+        """Tokens [B, n] behind what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
+        logits = self._view(tokens, cache=caches)
+        return logits, self._recorder.take()
+
+    def verify(self, tree: Tree, cache: Cache, length: mx.array) -> Verified:
+        """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
+        masks: dict[int | None, mx.array] = {}
+        layers = zip(cache.keys, cache.values, self.windows, strict=True)
+        caches = [TreeCache(tree, length, masks, *layer) for layer in layers]
+        logits, hidden = self.forward(tree.tokens, caches)
+        return Verified(
+            logits,
+            hidden,
+            [c.keys for c in caches],
+            [c.values for c in caches],
+            [c.node_keys for c in caches],
+            [c.node_values for c in caches],
+        )
+
+    def check(self) -> None:
+        """Compare a branching tree's logits with sequential decoding on this very model.
+
+        Raises:
+            ValueError: they differ, so drafting would change what the model says.
+        """
+        a, b, c, root, d, e, f, g, h = [(7919 * i + 13) % self.embed.weight.shape[0] for i in range(9)]
+        #  root - d - e - f
+        #          \ g - h
+        parents = mx.array([[0, 0, 1, 2, 1, 4]], mx.int32)
+        tree = make_tree(mx.array([[root, d, e, f, g, h]], mx.int32), parents, depth=3)
+        try:
+            caches = self.make_cache()
+            self.forward(mx.array([[a, b, c]]), caches)
+            found = self.verify(tree, grow(from_prompt_cache(caches), 16), mx.array([3])).logits[0]
+            first = self._sequential([a, b, c, root], [d, e, f])
+            wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:]])
+            error = mx.abs(found.astype(mx.float32) - wanted).max().item()
+            scale = mx.abs(wanted).max().item()
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as reason:
+            raise ValueError(f"{_name(self.model)} cannot verify a draft tree: {reason}.") from reason
+        tolerance = 1e-3 if found.dtype == mx.float32 else 0.1
+        if not error <= tolerance * max(scale, 1.0):
+            raise ValueError(
+                f"{_name(self.model)} cannot verify a draft tree: its logits differ by {error:.2g} "
+                f"(of {scale:.2g}) from sequential decoding."
+            )
+
+    def _sequential(self, prompt: list[int], chain: list[int]) -> list[mx.array]:
+        """Logits [V] after the prompt and after each token of the chain, by plain decoding."""
+        caches = make_prompt_cache(self.model)
+        logits = [self.model(mx.array([tokens]), cache=caches) for tokens in (prompt, *([t] for t in chain))]
+        return [x[0, -1].astype(mx.float32) for x in logits]
+
+
+def from_prompt_cache(caches: Sequence[KVCache]) -> Cache:
+    """The buffers of mlx-lm caches after prompt processing."""
+    return Cache([c.keys for c in caches], [c.values for c in caches])
+
+
+def to_prompt_cache(cache: Cache, rows: int, caches: Sequence[KVCache]) -> None:
+    """Give mlx-lm caches the committed buffers, ``rows`` of which are valid."""
+    for layer, keys, values in zip(caches, cache.keys, cache.values, strict=True):
+        layer.keys, layer.values, layer.offset = keys, values, rows
+
+
+class TreeCache:
+    """What one attention layer sees of the cache while a tree of N nodes is verified.
+
+    After the layer ran, ``keys`` and ``values`` [B, Hkv, C, D] hold the nodes' rows at ``length`` and
+    after, and ``node_keys`` and ``node_values`` [B, Hkv, N, D] are these rows alone.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        length: mx.array,
+        masks: dict[int | None, mx.array],
+        keys: mx.array,
+        values: mx.array,
+        window: int | None,
+    ) -> None:
+        self.tree, self.length, self.window = tree, length, window
+        self.masks = masks  # by window, shared by all layers
+        self.keys, self.values = keys, values
+        self.node_keys = self.node_values = mx.array(0)
+        self.offset = length[:, None] + tree.depths  # [B, N] positions
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        window = window_size or self.window
+        if window not in self.masks:
+            mask = visible(self.tree, self.length, self.keys.shape[2], window)  # [B, N, C]
+            self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
+        return self.masks[window]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.node_keys, self.node_values = keys, values
+        self.keys = write_rows(self.keys, keys, self.length)
+        self.values = write_rows(self.values, values, self.length)
+        return self.keys, self.values
+
+
+class _WindowedCache(KVCache):  # type: ignore[misc]
+    """Keeps every token, but shows only the last ``window`` to each, as a rotating cache would."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        return super().make_mask(n, return_array=return_array, window_size=window_size or self.window)
+
+
+class _NodeRope:
+    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, H, N, D]."""
+
+    def __init__(self, inner: Callable[..., mx.array]) -> None:
+        self.inner = inner
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
+        if not isinstance(offset, mx.array) or offset.ndim < 2:
+            return self.inner(x, offset=offset, **kwargs)
+        batch, heads, nodes, size = x.shape
+        x = x.transpose(0, 2, 1, 3).reshape(batch * nodes, heads, 1, size)
+        x = self.inner(x, offset=offset.reshape(-1), **kwargs)
+        return x.reshape(batch, nodes, heads, size).transpose(0, 2, 1, 3)  # [B, H, N, D]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class _Recorder:
+    """Stands for the inner model of a view and keeps its last output, the hidden states."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.inner = inner
+        self._output: Any = None
+
+    @classmethod
+    def put_into(cls, view: nn.Module) -> "_Recorder":
+        owner, name = _inner_place(view)
+        recorder = cls(owner[name])
+        setattr(owner, name, recorder)
+        return recorder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        self._output = self.inner(*args, **kwargs)
+        return self._output
+
+    def take(self) -> mx.array:
+        output, self._output = self._output, None
+        if not isinstance(output, mx.array) or output.ndim != 3:
+            raise ValueError("its hidden states cannot be read")
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _view(module: Any) -> Any:
+    """A twin of ``module`` that shares its arrays, with rotary embeddings that take nodes."""
+    if isinstance(module, list):
+        return [_view(item) for item in module]
+    if not isinstance(module, nn.Module):
+        return module
+    twin = copy.copy(module)
+    for name, child in module.items():
+        if name in ROPE_NAMES and callable(child):
+            setattr(twin, name, _NodeRope(child))
+        elif not isinstance(child, mx.array):
+            twin[name] = _view(child)
+    return twin
+
+
+def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that owns the inner model (whose output the head reads), and its name there."""
+    owner = model.get("language_model", model)
+    for name in INNER_NAMES:
+        if isinstance(owner.get(name), nn.Module):
+            return owner, name
+    raise ValueError(f"{_name(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
+
+
+def find_embedding(model: nn.Module) -> nn.Module:
+    """The token embedding of an mlx-lm model (callable: ids -> vectors, quantized or not)."""
+    owner, name = _inner_place(model)
+    embeddings = [m for _, m in owner[name].named_modules() if isinstance(m, EMBEDDINGS)]
+    if not embeddings:
+        raise ValueError(f"{_name(model)} has no token embedding.")
+    return max(embeddings, key=lambda m: int(m.weight.shape[0]))
+
+
+def _window(cache: Any, model: nn.Module) -> int | None:
+    """The attention window behind an mlx-lm cache; None where it keeps everything."""
+    if type(cache) is KVCache:
+        return None
+    if type(cache) is RotatingKVCache and cache.keep == 0:
+        return int(cache.max_size)
+    raise ValueError(
+        f"{_name(model)} cannot be decoded with a drafter: its {type(cache).__name__} cannot be rolled "
+        "back after a rejected draft. Use --no-draft."
+    )
+
+
+def _name(model: nn.Module) -> str:
+    return f"Model type {getattr(model, 'model_type', type(model).__name__)}"

@@ -1,0 +1,207 @@
+"""What is emitted is what the model would have said: greedy decoding against mlx-lm's, token for token."""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
+
+from mlx_redrafter.decoding.cache import Cache, commit, grow
+from mlx_redrafter.decoding.loop import decode
+from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.step import DraftShape, State, step
+from mlx_redrafter.target import Target, from_prompt_cache
+
+PROMPT = [5, 9, 33, 2, 17, 60, 3]
+SHAPES = [(1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8), (3, 2, 2)]
+GREEDY = Sampling().pick
+
+
+def plain(model, count, prompt=PROMPT):
+    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+def start(target, prompt=PROMPT):
+    """The state after the prompt and the first token."""
+    caches = target.make_cache()
+    logits, context = target.read_prompt(prompt, 4, lambda done, total: None, caches)
+    key = mx.random.key(0)
+    length = mx.array([len(prompt)], mx.int32)
+    return State(GREEDY(logits, key), context, length, from_prompt_cache(caches), key)
+
+
+def speculative(target, drafter, shape, count, prompt=PROMPT):
+    """Tokens, and how many each step emitted."""
+    state = start(target, prompt)
+    tokens = state.token.tolist()
+    run = partial(step, target, drafter, GREEDY, shape)
+    steps = list(decode(run, shape, state, len(prompt), count - 1, frozenset()))
+    return tokens + [token for s in steps for token in s.tokens], [len(s.tokens) for s in steps]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_says_what_it_would_have_said(name):
+    model = make_model(name)
+    target = Target(model)
+    target.check()
+    expected = plain(model, 30)
+    for shape in (DraftShape(1, 3), DraftShape(4, 3, 9)):
+        oracle = ScriptedDrafter(target, PROMPT + expected)
+        for drafter in (oracle, RandomDrafter(target), ScriptedDrafter(target, PROMPT + expected, shift=1)):
+            assert speculative(target, drafter, shape, 30)[0] == expected
+
+
+@pytest.mark.parametrize("values", SHAPES)
+def test_good_and_bad_drafters_at_every_shape(values):
+    shape = DraftShape(*values)
+    model = make_model("llama3-rope")  # whose text does not repeat itself soon
+    target = Target(model)
+    expected = plain(model, 61)
+    text = PROMPT + expected + plain(model, 10, PROMPT + expected)
+    tokens, steps = speculative(target, ScriptedDrafter(target, text), shape, 61)
+    assert tokens == expected
+    assert all(n == shape.depth + 1 for n in steps[:-1])  # the last step may be cut short
+    wrong_tokens, wrong_steps = speculative(target, WrongDrafter(target, text), shape, 61)
+    assert wrong_tokens == expected
+    assert set(wrong_steps) == {1}
+    assert speculative(target, RandomDrafter(target), shape, 61)[0] == expected
+
+
+class WrongDrafter(ScriptedDrafter):
+    """Drafts anything but the right token."""
+
+    def logits(self, context, state):
+        return -super().logits(context, state)
+
+
+def test_the_buffers_grow_during_decoding():
+    model = make_model("qwen3")
+    target = Target(model)
+    expected = plain(model, 600)
+    assert speculative(target, RandomDrafter(target), DraftShape(2, 2), 600)[0] == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("values", [(1, 4), (4, 5), (4, 5, 8)])
+def test_after_every_step_the_cache_equals_a_fresh_prefill(name, values):
+    shape = DraftShape(*values)
+    model = make_model(name)
+    target = Target(model)
+    text = PROMPT + plain(model, 40)
+    good, bad = ScriptedDrafter(target, text), RandomDrafter(target)
+    state = start(target)
+    state.cache = grow(state.cache, 256)
+    tokens = PROMPT + state.token.tolist()
+    for number in range(8):
+        state, output = step(target, bad if number % 3 else good, GREEDY, shape, state)
+        tokens += output.tokens[0, : output.count.item()].tolist()
+        assert state.length.item() == len(tokens) - 1  # every token except the last
+        assert tokens[-1] == state.token.item()
+        cache = commit(state.cache)
+        caches = target.make_cache()
+        _, hidden = target.forward(mx.array([tokens[:-1]]), caches)
+        fresh = from_prompt_cache(caches)
+        for mine, wanted in zip(cache.keys + cache.values, fresh.keys + fresh.values, strict=True):
+            rows = len(tokens) - 1
+            np.testing.assert_allclose(np.array(mine)[:, :, :rows], np.array(wanted)[:, :, :rows], atol=1e-4)
+        np.testing.assert_allclose(np.array(state.context), np.array(hidden[:, -1]), atol=1e-3)
+
+
+def test_rows_of_a_batch_are_independent():
+    model = make_model("llama")
+    target = Target(model)
+    shape = DraftShape(3, 3, 7)
+    prompts = [PROMPT, [4, 4, 8, 50], list(range(20, 33))]
+    expected = [plain(model, 25, prompt) for prompt in prompts]
+    text = prompts[0] + expected[0]  # good for the first row only
+    drafter = ScriptedDrafter(target, text)
+    states = [start(target, prompt) for prompt in prompts]
+    state = stack(states)  # mlx-lm's caches start with 256 rows
+    emitted = [row.token.tolist() for row in states]
+    for _ in range(25):
+        state, output = step(target, drafter, GREEDY, shape, state)
+        for row, (tokens, count) in enumerate(zip(output.tokens.tolist(), output.count.tolist(), strict=True)):
+            emitted[row] += tokens[:count]
+    for row in range(3):
+        assert emitted[row][:25] == expected[row]
+
+
+def stack(states):
+    """One state of several rows, from states whose caches have one capacity."""
+
+    def join(values):
+        return mx.concatenate(list(values))
+
+    keys = [join(layer) for layer in zip(*[s.cache.keys for s in states], strict=True)]
+    values = [join(layer) for layer in zip(*[s.cache.values for s in states], strict=True)]
+    token, context, length = (join(getattr(s, name) for s in states) for name in ("token", "context", "length"))
+    return State(token, context, length, Cache(keys, values), states[0].key)
+
+
+@pytest.mark.parametrize("values", [(1, 4), (4, 5, 8)])
+def test_the_whole_step_traces_under_compile(values):
+    shape = DraftShape(*values)
+    target = Target(make_model("llama"))
+    drafter = RandomDrafter(target)
+    pick = Sampling(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01).pick
+    traces = []
+
+    def flat(state):
+        return {**vars(state), "cache": vars(state.cache)}
+
+    @mx.compile
+    def compiled(arrays):
+        traces.append(1)
+        cache = type(state.cache)(**arrays["cache"])
+        after, output = step(target, drafter, pick, shape, State(**{**arrays, "cache": cache}))
+        return flat(after), vars(output)
+
+    state = start(target)
+    state.cache = grow(state.cache, 256)
+    state, _ = step(target, drafter, pick, shape, state)  # so that there is a path to commit
+    eager = state
+    for _ in range(5):
+        arrays, output = compiled(flat(state))
+        eager, expected = step(target, drafter, pick, shape, eager)
+        state = State(**{**arrays, "cache": type(eager.cache)(**arrays["cache"])})
+        assert output["tokens"].tolist() == expected.tokens.tolist()
+    assert len(traces) == 1
+
+
+def test_a_model_whose_positions_are_not_reached_is_refused(monkeypatch):
+    monkeypatch.setattr("mlx_redrafter.target.ROPE_NAMES", ())
+    with pytest.raises(ValueError, match="cannot verify a draft tree"):
+        Target(make_model("llama")).check()
+
+
+def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
+    everything = lambda tree, length, capacity, window: mx.ones((1, 6, capacity), mx.bool_)  # noqa: E731
+    monkeypatch.setattr("mlx_redrafter.target.visible", everything)
+    with pytest.raises(ValueError, match="its logits differ"):
+        Target(make_model("llama")).check()
+
+
+def test_a_model_with_recurrent_layers_is_refused():
+    from mlx_lm.models import mamba2
+
+    model = mamba2.Model(
+        mamba2.ModelArgs(
+            model_type="mamba2", num_heads=4, head_dim=8, vocab_size=50, hidden_size=16, intermediate_size=32,
+            state_size=8, num_hidden_layers=2, layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1,
+            use_bias=False, use_conv_bias=True, tie_word_embeddings=True, time_step_limit=(0.0, 1.0),
+            time_step_rank="auto",
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="cannot be rolled back"):
+        Target(model)
+
+
+def test_the_view_leaves_the_model_as_it_was():
+    model = make_model("llama")
+    before = plain(model, 10)
+    names = [name for name, _ in model.named_modules()]
+    Target(model).check()
+    assert [name for name, _ in model.named_modules()] == names
+    assert plain(model, 10) == before

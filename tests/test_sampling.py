@@ -1,0 +1,148 @@
+"""Sampling has the model's own distribution: three tokens' joint distribution against enumeration."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from models import RandomDrafter, TableDrafter, make_model
+from scipy.stats import chisquare
+
+from mlx_redrafter.decoding.cache import grow
+from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.step import DraftShape, State, step
+from mlx_redrafter.target import Target, from_prompt_cache
+
+SIZE = 6  # tokens of the vocabulary
+PROMPT = [3, 1, 4, 1, 5]
+ROWS = 6000
+FILTERS = {
+    "none": {},
+    "top-p": {"top_p": 0.8},
+    "top-k": {"top_k": 3},
+    "min-p": {"min_p": 0.15},
+    "all": {"top_p": 0.9, "top_k": 4, "min_p": 0.05},
+}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(make_model("llama", seed=3, vocab_size=SIZE))
+
+
+@pytest.fixture(scope="module")
+def drafters(target):
+    return {
+        "good": TableDrafter(target, PROMPT, 4),
+        "random": RandomDrafter(target),
+        "wrong": TableDrafter(target, PROMPT, 4, sign=-1),
+    }
+
+
+def filtered(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
+    """mlx-lm's filters and temperature in NumPy: probabilities of one row [V]."""
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    order = np.argsort(-p)
+    keep = np.ones(len(p), bool)
+    if 0 < top_p < 1:
+        before = np.cumsum(p[order]) - p[order]
+        keep[order[before >= top_p]] = False
+    if top_k:
+        keep[order[top_k:]] = False
+    keep &= p >= min_p * p.max()
+    q = np.where(keep, p ** (1 / temperature), 0.0)
+    return q / q.sum()
+
+
+def joint(target, **options):
+    """Probability of every three tokens after the prompt, [V, V, V]."""
+    texts = np.array(list(itertools.product(range(SIZE), repeat=3)))
+    ids = mx.array(np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1))
+    logits = np.array(target.model(ids))[:, len(PROMPT) - 1 : -1].astype(np.float64)
+    each = [[filtered(row, **options)[t] for row, t in zip(l, text, strict=True)] for l, text in zip(logits, texts, strict=True)]
+    return np.prod(each, axis=1)
+
+
+def sample(target, drafter, shape, sampling, seed):
+    """Three tokens for each of ROWS independent rows, [ROWS, 3], and the drafted tokens accepted."""
+    caches = target.make_cache()
+    logits, context = target.read_prompt(PROMPT, 512, lambda done, total: None, caches)
+    key, first = mx.random.split(mx.random.key(seed))
+    cache = grow(from_prompt_cache(caches), 32)
+    repeat = lambda x: mx.repeat(x[:, :, :32] if x.ndim == 4 else x, ROWS, axis=0)  # noqa: E731
+    cache = type(cache)([repeat(k) for k in cache.keys], [repeat(v) for v in cache.values])
+    token = sampling.pick(repeat(logits), first)
+    length = mx.full((ROWS,), len(PROMPT), mx.int32)
+    state = State(token, repeat(context), length, cache, key)
+    rows, accepted = [[t] for t in token.tolist()], 0
+    for _ in range(2):  # each step emits one token at least
+        state, output = step(target, drafter, sampling.pick, shape, state)
+        for row, tokens, count in zip(rows, output.tokens.tolist(), output.count.tolist(), strict=True):
+            row += tokens[:count]
+            accepted += count - 1
+    return np.array([row[:3] for row in rows]), accepted / ROWS / 2
+
+
+def check_distribution(tokens, expected):
+    counts = np.bincount(tokens @ [SIZE * SIZE, SIZE, 1], minlength=SIZE**3)
+    assert counts[expected == 0].sum() == 0  # what a filter drops never comes
+    wanted = expected * len(tokens)
+    common = wanted >= 5
+    counts = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(wanted[common], wanted[~common].sum())
+    if wanted[-1] < 5:
+        counts, wanted = counts[:-1], wanted[:-1] * (counts[:-1].sum() / wanted[:-1].sum())
+    assert chisquare(counts, wanted).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("quality", ["good", "random", "wrong"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_three_tokens_have_the_models_joint_distribution(target, drafters, temperature, name, quality, width):
+    options = {"temperature": temperature, **FILTERS[name]}
+    shape = DraftShape(width, 2, None if width == 1 else 5)
+    tokens, accepted = sample(target, drafters[quality], shape, Sampling(**options), seed=width)
+    check_distribution(tokens, joint(target, **options))
+    if quality == "good":
+        assert accepted > 0.3  # the drafts did matter
+
+
+def test_the_test_notices_a_wrong_distribution(target, drafters):
+    tokens, _ = sample(target, drafters["good"], DraftShape(1, 2), Sampling(temperature=0.7), seed=1)
+    with pytest.raises(AssertionError):
+        check_distribution(tokens, joint(target, temperature=0.8))
+
+
+@pytest.mark.parametrize("options", [*FILTERS.values(), {"top_k": 100}, {"top_p": 0.0}, {"min_p": 1.0}])
+def test_filters_are_mlx_lms(options):
+    from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+
+    logits = 2 * mx.random.normal((5, 40), key=mx.random.key(2))
+    wanted = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if 0 < options.get("top_p", 1) < 1:
+        wanted = apply_top_p(wanted, options["top_p"])
+    if options.get("min_p"):
+        wanted = apply_min_p(wanted, options["min_p"])
+    if 0 < options.get("top_k", 0) < 40:
+        wanted = apply_top_k(wanted, options["top_k"])
+    found = Sampling(temperature=1.0, **options).filtered(logits)
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"top_p": float("nan")}, "top-p"),
+        ({"min_p": -1}, "min-p"),
+        ({"top_k": -1}, "top-k"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, word):
+    with pytest.raises(ValueError, match=word):
+        Sampling(**options)
