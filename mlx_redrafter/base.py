@@ -74,7 +74,7 @@ def convert_base(
         model, config = load_base(folder, trust_remote_code)
         tokenizer = load_tokenizer(
             folder,
-            name=str(source),
+            name="" if Path(source).is_dir() else str(source),
             eos_token_ids=config.get("eos_token_id"),
             trust_remote_code=trust_remote_code,
         )
@@ -85,6 +85,8 @@ def convert_base(
             model = _cast(model, getattr(mx, dtype))
         if quantize:
             model, config = quantize_model(model, config, q_group_size, q_bits, mode=q_mode)
+            if not any(hasattr(module, "bits") for _, module in model.named_modules()):
+                raise ValueError(f"q_group_size {q_group_size} divides no layer's width: try 64 or 32.")
         if dequantize:
             model, config = _dequantize(model, config)
         say(f"writing {output}")
@@ -98,24 +100,25 @@ def base_folder(source: str | Path, revision: str | None = None) -> Path:
         ValueError: no such folder and no such repository, or it holds no safetensors weights.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if source and path.is_dir():
         _check_weight_format(str(source), [file.name for file in path.iterdir()])
         return path
-    if path.exists():
-        remedy = "convert it to safetensors first" if path.suffix in _PICKLES else "give the model's folder"
-        kind = "a pickle file, which can run code" if path.suffix in _PICKLES else "a file"
-        raise ValueError(f"{source} is {kind}: {remedy}{_HOW if path.suffix in _PICKLES else '.'}")
+    if path.is_file():
+        if path.suffix in _PICKLES:
+            raise ValueError(
+                f"{source} is a pickle file, which can run code: convert it to safetensors{_HOW}"
+            )
+        raise ValueError(f"{source} is a file: give the model's folder.")
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=_DOWNLOADED))
-        if not any(folder.glob("*.safetensors")):
-            _check_weight_format(str(source), list_repo_files(str(source), revision=revision))
+        files = [file.name for file in folder.glob("*.safetensors")]
+        files = files or list_repo_files(str(source), revision=revision)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(source)):
-            raise
         raise ValueError(
             f"{source} is neither a folder nor a repository that can be downloaded ({_first_line(error)}):"
             " check the name and the connection, or give a local folder."
         ) from error
+    _check_weight_format(str(source), files)
     return folder
 
 
@@ -184,7 +187,7 @@ def _check_weight_format(source: str, files: list[str]) -> None:
     for name in sorted(files):
         if name.endswith(_PICKLES):
             raise ValueError(
-                f"{source} holds only {name}, a pickle file, which can run code: convert it{_HOW}"
+                f"{source} holds only {name}, a pickle file, which can run code: convert it to safetensors{_HOW}"
             )
         if name.endswith(".gguf"):
             raise ValueError(f"{source} holds GGUF files: download one, such as {name}, and give its path.")

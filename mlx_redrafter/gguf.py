@@ -347,7 +347,7 @@ def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | Non
     if tokens > config["vocab_size"]:
         raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: download it again.")
     with atomic_folder(output) as folder:
-        write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"])
+        write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"], path.name)
         _write_weights(file, names, config, dtype, folder, progress)
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
 

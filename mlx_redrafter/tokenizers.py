@@ -47,12 +47,13 @@ def load_tokenizer(
 
     Args:
         folder: holds the tokenizer's files and, usually, ``config.json``.
-        name: repository id or path the model came from; only looked at for "vicuna".
+        name: the model's repository id or path if that is not ``folder``; looked at for "vicuna".
         eos_token_ids: ends of generation besides the tokenizer's own, as ``config.json`` gives them.
 
     Raises:
         ValueError: the folder holds no tokenizer, or one that cannot be read.
     """
+    name = name or _name_of(folder)
     extra = {"trust_remote_code": trust_remote_code}
     try:
         if not (_sentencepiece_only(folder) or _needs_vicuna_template(folder, name)):
@@ -61,7 +62,7 @@ def load_tokenizer(
             copy = Path(temporary)
             _copy_small_files(folder, copy)
             ensure_fast_tokenizer(copy)
-            if _needs_vicuna_template(copy, f"{name} {folder}"):
+            if _needs_vicuna_template(copy, name):
                 _edit_config(copy, chat_template=VICUNA_TEMPLATE)
             return _load(copy, extra, eos_token_ids)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -126,12 +127,17 @@ def _sentencepiece_only(folder: Path) -> bool:
 
 
 def _needs_vicuna_template(folder: Path, name: str) -> bool:
-    config = _read_json(folder / "config.json")
-    if "vicuna" not in f"{name} {folder} {config.get('_name_or_path', '')}".lower():
+    if "vicuna" not in f"{Path(name).name} {_read_json(folder / 'config.json').get('_name_or_path')}".lower():
         return False
     if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
         return False
     return not _read_json(folder / "tokenizer_config.json").get("chat_template")
+
+
+def _name_of(folder: Path) -> str:
+    """Return the model's name: the folder's, or the repository's if it is in the Hugging Face cache."""
+    folder = folder.resolve()
+    return folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
 
 
 def _copy_small_files(source: Path, destination: Path) -> None:
@@ -360,7 +366,12 @@ _GGUF_TYPES: dict[str, type] = {
     "tokenizer.ggml.remove_extra_whitespaces": bool,
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "unknown", "padding")},
 }
-_GGUF_LISTS = {"tokens": str, "merges": str, "token_type": int, "scores": (int, float)}
+_GGUF_LISTS: dict[str, type | tuple[type, ...]] = {
+    "tokens": str,
+    "merges": str,
+    "token_type": int,
+    "scores": (int, float),
+}
 
 
 def _check_gguf_types(metadata: Mapping[str, Any]) -> None:
@@ -374,13 +385,16 @@ def _check_gguf_types(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"GGUF metadata {wrong[0]} is not of the right type: download the file again.")
 
 
-def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int) -> None:
+def write_gguf_tokenizer(
+    metadata: Mapping[str, Any], folder: Path, context_length: int, name: str = ""
+) -> None:
     """Rebuild the tokenizer a GGUF file describes and write it to ``folder``.
 
     Args:
         metadata: the file's key/value pairs; ``tokenizer.ggml.model`` must be "gpt2" (byte-level BPE)
             or "llama" (SentencePiece BPE with scores).
         context_length: tokens; becomes ``model_max_length``.
+        name: the file's, looked at for "vicuna" like ``general.name``.
 
     Raises:
         ValueError: another kind of tokenizer, or lists that do not fit together.
@@ -398,7 +412,10 @@ def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_leng
         raise
     except Exception as error:  # the tokenizers library raises nothing more specific
         raise ValueError(f"The GGUF tokenizer is inconsistent: {error}. Download the file again.") from error
-    save_tokenizer(folder, tokenizer, _gguf_config(metadata, pre, context_length))
+    config = _gguf_config(metadata, pre, context_length)
+    if "chat_template" not in config and "vicuna" in f"{name} {metadata.get('general.name')}".lower():
+        config["chat_template"] = VICUNA_TEMPLATE
+    save_tokenizer(folder, tokenizer, config)
 
 
 def _pre_of(metadata: Mapping[str, Any]) -> Pre:
