@@ -170,7 +170,8 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
         raise ValueError(f"{folder} cannot be loaded as a model: {reason}") from error
-    bad = [name for name, value in tree_flatten(model.parameters()) if not _finite(value)]
+    parameters: Any = tree_flatten(model.parameters())
+    bad = [name for name, value in parameters if not _finite(value)]
     if bad:
         raise ValueError(f"{folder} has NaN or infinite weights in {bad[0]}: get the model again.")
     return model, config

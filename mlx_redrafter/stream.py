@@ -202,7 +202,8 @@ def _encode(
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         ids = list(tokenizer.encode(prompt, add_special_tokens=special))
     else:
-        ids = list(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
+        values: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
+        ids = list(values)
     if not ids:
         raise ValueError("the prompt is empty: give some text.")
     if model.context_length is not None and len(ids) > model.context_length:
@@ -298,7 +299,8 @@ def _speculative(
         logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
         key, first_key = mx.random.split(_new_key())
         token = pick(logits, first_key)
-        first = Emitted(token.tolist(), 0, logits)
+        tokens: Any = token.tolist()
+        first = Emitted(tokens, 0, logits)
         writer.begin()
         yield from writer.write(first)
         if writer.finished:

@@ -112,8 +112,8 @@ class Target:
             found = self.verify(tree, grow(from_prompt_cache(caches), 16), mx.array([3])).logits[0]
             first = self._sequential([a, b, c, root], [d, e, f])
             wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:]])
-            error = mx.abs(found.astype(mx.float32) - wanted).max().item()
-            scale = mx.abs(wanted).max().item()
+            error = float(mx.abs(found.astype(mx.float32) - wanted).max())
+            scale = float(mx.abs(wanted).max())
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as reason:
             raise ValueError(f"{_name(self.model)} cannot verify a draft tree: {reason}.") from reason
         tolerance = 1e-3 if found.dtype == mx.float32 else 0.1
@@ -130,7 +130,7 @@ class Target:
         return [x[0, -1].astype(mx.float32) for x in logits]
 
 
-def from_prompt_cache(caches: Sequence[KVCache]) -> Cache:
+def from_prompt_cache(caches: Sequence[Any]) -> Cache:
     """The buffers of mlx-lm caches after prompt processing."""
     return Cache([c.keys for c in caches], [c.values for c in caches])
 
@@ -196,7 +196,8 @@ class _NodeRope:
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
         if not isinstance(offset, mx.array) or offset.ndim < 2:
-            return self.inner(x, offset=offset, **kwargs)
+            rotated: mx.array = self.inner(x, offset=offset, **kwargs)
+            return rotated
         batch, heads, nodes, size = x.shape
         x = x.transpose(0, 2, 1, 3).reshape(batch * nodes, heads, 1, size)
         x = self.inner(x, offset=offset.reshape(-1), **kwargs)
@@ -220,7 +221,7 @@ class _Recorder:
         setattr(owner, name, recorder)
         return recorder
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._output = self.inner(*args, **kwargs)
         return self._output
 

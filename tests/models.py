@@ -83,7 +83,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3": (
         "gemma3_text",
-        {"sliding_window": 8, "sliding_window_pattern": 2, "num_hidden_layers": 4, "query_pre_attn_scalar": 8},
+        {
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "num_hidden_layers": 4,
+            "query_pre_attn_scalar": 8,
+        },
     ),
 }
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import Beam, draft, log_softmax
-from mlx_redrafter.decoding.cache import Cache, commit, grow, leave_path, visible, write_rows
+from mlx_redrafter.decoding.cache import commit, grow, leave_path, visible, write_rows
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, make_tree
@@ -59,7 +59,7 @@ def reference_beams(table, token, width, length):
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     beams, depths = {(token,): 0.0}, []
     for _ in range(length):
-        grown = {b + (t,): s + logp[b[-1], t] for b, s in beams.items() for t in range(len(table))}
+        grown = {(*b, t): s + logp[b[-1], t] for b, s in beams.items() for t in range(len(table))}
         beams = dict(sorted(grown.items(), key=lambda item: -item[1])[:width])
         depths.append(beams)
     return depths
@@ -119,7 +119,9 @@ def test_every_pruned_tree_holds_its_ancestors(width, length):
 
 def test_the_documented_tree():
     beam = Beam(
-        mx.array([[[11, 12], [13, 14]]]), mx.array([[[0, 0], [0, 0]]]), mx.array([[[-0.1, -2.0], [-0.5, -1.5]]])
+        mx.array([[[11, 12], [13, 14]]]),
+        mx.array([[[0, 0], [0, 0]]]),
+        mx.array([[[-0.1, -2.0], [-0.5, -1.5]]]),
     )
     tree = build_tree(mx.array([10]), beam, 5)
     assert tree.tokens.tolist() == [[10, 11, 12, 13, 14]]

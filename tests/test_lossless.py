@@ -122,7 +122,9 @@ def test_rows_of_a_batch_are_independent():
     emitted = [row.token.tolist() for row in states]
     for _ in range(25):
         state, output = step(target, drafter, GREEDY, shape, state)
-        for row, (tokens, count) in enumerate(zip(output.tokens.tolist(), output.count.tolist(), strict=True)):
+        for row, (tokens, count) in enumerate(
+            zip(output.tokens.tolist(), output.count.tolist(), strict=True)
+        ):
             emitted[row] += tokens[:count]
     for row in range(3):
         assert emitted[row][:25] == expected[row]
@@ -136,7 +138,9 @@ def stack(states):
 
     keys = [join(layer) for layer in zip(*[s.cache.keys for s in states], strict=True)]
     values = [join(layer) for layer in zip(*[s.cache.values for s in states], strict=True)]
-    token, context, length = (join(getattr(s, name) for s in states) for name in ("token", "context", "length"))
+    token, context, length = (
+        join(getattr(s, name) for s in states) for name in ("token", "context", "length")
+    )
     return State(token, context, length, Cache(keys, values), states[0].key)
 
 

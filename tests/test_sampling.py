@@ -60,8 +60,8 @@ def joint(target, **options):
     texts = np.array(list(itertools.product(range(SIZE), repeat=3)))
     ids = mx.array(np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1))
     logits = np.array(target.model(ids))[:, len(PROMPT) - 1 : -1].astype(np.float64)
-    each = [[filtered(row, **options)[t] for row, t in zip(l, text, strict=True)] for l, text in zip(logits, texts, strict=True)]
-    return np.prod(each, axis=1)
+    p = np.stack([[filtered(row, **options) for row in rows] for rows in logits])  # [V * V * V, 3, V]
+    return np.take_along_axis(p, texts[..., None], axis=-1)[..., 0].prod(axis=1)
 
 
 def sample(target, drafter, shape, sampling, seed):

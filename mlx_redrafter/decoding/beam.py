@@ -69,7 +69,7 @@ def draft(
         states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, H]
         tokens = drafter.to_target(index)  # [B, W]
         depths.append((tokens, parents, scores))
-    return Beam(*(mx.stack(values, axis=1) for values in zip(*depths, strict=True)))
+    return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
 
 
 def log_softmax(logits: mx.array) -> mx.array:

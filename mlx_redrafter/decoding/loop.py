@@ -1,7 +1,8 @@
 """The host's side of decoding: keep the device busy, grow the buffers, stop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -30,7 +31,7 @@ def decode(
     limit: int,
     stop: frozenset[int],
     release: Callable[[Cache, int], None] = lambda cache, rows: None,
-) -> Iterator[Emitted]:
+) -> Generator[Emitted, None, None]:
     """Run steps until ``limit`` tokens or one of the ``stop`` tokens (which is emitted) has come.
 
     While the device runs one step, the host builds the next; it hands that over once the first is
@@ -80,7 +81,8 @@ def _with_room(state: State, rows: int, shape: DraftShape) -> State:
 
 def _read(output: Output, limit: int, stop: frozenset[int]) -> tuple[Emitted, int]:
     """What the user gets of a step, and how many tokens it had: the only wait for the device."""
-    (tokens,), (count,) = output.tokens.tolist(), output.count.tolist()
-    tokens = tokens[:count][:limit]
+    row: Any = output.tokens[0].tolist()
+    count: Any = output.count[0].tolist()
+    tokens = row[:count][:limit]
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
     return Emitted(tokens[:end], min(end, count - 1), output.logits[0]), count

@@ -95,7 +95,9 @@ class Output:
     logits: mx.array  # [B, D+1, V] the target's logits from which ``tokens`` were picked
 
 
-def step(target: Target, drafter: Drafter, pick: Pick, shape: DraftShape, state: State) -> tuple[State, Output]:
+def step(
+    target: Target, drafter: Drafter, pick: Pick, shape: DraftShape, state: State
+) -> tuple[State, Output]:
     """Draft, verify, accept; commit comes first, for the step before (``cache.py`` says why)."""
     key, sample_key = mx.random.split(state.key)
     cache = commit(state.cache)
