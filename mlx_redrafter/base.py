@@ -166,8 +166,8 @@ def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[Module, di
 
 
 _HOW = (
-    ", for example with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder,"
-    " safe_serialization=True)."
+    ", for example with transformers: AutoModelForCausalLM.from_pretrained(folder)"
+    ".save_pretrained(new_folder, safe_serialization=True)."
 )
 
 
@@ -186,9 +186,8 @@ def _check_weight_format(source: str, files: list[str]) -> None:
         return
     for name in sorted(files):
         if name.endswith(_PICKLES):
-            raise ValueError(
-                f"{source} holds only {name}, a pickle file, which can run code: convert it to safetensors{_HOW}"
-            )
+            danger = f"the pickle file {name}, which can run code"
+            raise ValueError(f"{source} holds only {danger}: convert it to safetensors{_HOW}")
         if name.endswith(".gguf"):
             raise ValueError(f"{source} holds GGUF files: download one, such as {name}, and give its path.")
     raise ValueError(f"{source} holds no model*.safetensors: download the weights too.")
@@ -207,7 +206,7 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Check that every shard is there and whole and that no array holds NaN, one array in memory at a time."""
+    """Check that every shard is there and whole and holds no NaN, with one array in memory at a time."""
     index = folder / "model.safetensors.index.json"
     listed = set((_json_object(index).get("weight_map") or {}).values()) if index.exists() else set()
     shards = sorted(folder.glob("model*.safetensors"))
@@ -256,7 +255,7 @@ def _cast(model: Module, dtype: mx.Dtype) -> Module:
     def cast(path: str, array: mx.array) -> mx.array:
         return array.astype(dtype) if allowed(path) and mx.issubdtype(array.dtype, mx.floating) else array
 
-    model.update(tree_map_with_path(cast, model.parameters()))  # type: ignore[no-untyped-call]
+    model.update(tree_map_with_path(cast, model.parameters()))
     return model
 
 
@@ -268,4 +267,4 @@ def _dequantize(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str
 def _first_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{text[:300]}".rstrip(".")
+    return f"{kind}{text[:160]}".rstrip(".")

@@ -210,7 +210,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
             raise ValueError(f"GGUF {key} is {dim!r} but heads have {head_dim}: convert the HF repo instead.")
     if "token_embd.weight" not in file.tensors:
         raise ValueError("The GGUF has no tensor token_embd.weight: it is not a whole language model.")
-    biased = "blk.0.attn_q.bias" in file.tensors
+    if model_type == "qwen2" and head_dim * heads != hidden:
+        raise ValueError(f"GGUF heads of {head_dim} in a qwen2 of {heads}: mlx-lm has no such model.")
     config = {
         "model_type": model_type,
         "architectures": [class_name],
@@ -225,8 +226,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "max_position_embeddings": _count(metadata, f"{arch}.context_length"),
         "rope_theta": _number(metadata, f"{arch}.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": biased,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "attention_bias": _has_bias(file, model_type, "attn_q", always="qwen2"),
+        "mlp_bias": _has_bias(file, model_type, "ffn_gate"),
         **_token_ids(metadata),
     }
     if scaling := _rope_scaling(file, arch, config):
@@ -234,6 +235,11 @@ def _config(file: GGUFFile) -> dict[str, Any]:
     if window := metadata.get(f"{arch}.attention.sliding_window"):
         print(f"warning: sliding window of {window} ignored, mlx-lm attends to all tokens.", file=sys.stderr)
     return config
+
+
+def _has_bias(file: GGUFFile, model_type: str, name: str, always: str = "") -> bool:
+    """Whether a projection has a bias: a choice in mlx-lm's llama, fixed in its other models."""
+    return model_type == always or (model_type == "llama" and f"blk.0.{name}.bias" in file.tensors)
 
 
 def _vocabulary_size(metadata: Mapping[str, Any]) -> int:
@@ -361,8 +367,8 @@ def _names(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"The GGUF lacks the tensor {name}: it is one part of several, or damaged.")
         if tensor.type not in _FLOATS | _BITS:
             raise ValueError(
-                f"GGUF tensor {name} has type {tensor.type.name}, supported are F32, F16, BF16, Q4_0, Q4_1 and"
-                " Q8_0: use such a file (of the same model), or convert the HF repo with --quantize."
+                f"GGUF tensor {name} has type {tensor.type.name}; supported are F32, F16, BF16, Q4_0, Q4_1"
+                " and Q8_0: use such a file (of the same model), or convert the HF repo with --quantize."
             )
         if tensor.shape != shape:
             raise ValueError(f"GGUF tensor {name} has shape {tensor.shape}, not {shape}: use another file.")
@@ -400,8 +406,11 @@ def _expected(file: GGUFFile, config: Mapping[str, Any]) -> Iterator[tuple[str, 
                 f"{hf_block}.{hf_name}.weight",
                 (sizes[name], inputs.get(name, hidden)),
             )
-            biased = config["attention_bias" if name in _ATTENTION else "mlp_bias"]
-            if biased and (name != "attn_output" or f"{block}.{name}.bias" in file.tensors):
+            optional = name == "attn_output"  # qwen2 has none; llama's may be absent
+            biased = config["attention_bias" if name in _ATTENTION else "mlp_bias"] and not (
+                optional and (config["model_type"] == "qwen2" or f"{block}.{name}.bias" not in file.tensors)
+            )
+            if biased:
                 yield f"{block}.{name}.bias", f"{hf_block}.{hf_name}.bias", (sizes[name],)
 
 

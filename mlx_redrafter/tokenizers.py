@@ -1,10 +1,11 @@
 """Tokenizers for models that bring none mlx-lm can read: GGUF metadata and SentencePiece files."""
 
 import json
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def load_tokenizer(
 
 
 def _load(folder: Path, extra: dict[str, Any], eos_token_ids: int | list[int] | None) -> TokenizerWrapper:
-    tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)  # type: ignore[no-untyped-call]
+    tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)
     return tokenizer
 
 
@@ -85,13 +86,20 @@ def ensure_fast_tokenizer(folder: Path) -> None:
     proto = _read_proto(folder / "tokenizer.model")
     if proto is None:
         return
-    tokenizer = _sentencepiece_tokenizer(_pieces_of_proto(proto))
+    pieces = _pieces_of_proto(proto)
+    tokenizer = _sentencepiece_tokenizer(pieces)
     added = folder / "added_tokens.json"
     if added.exists():
         tokens = sorted(_read_json(added).items(), key=lambda item: item[1])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token, _ in tokens])
     config = _spm_config(proto) | _read_json(folder / "tokenizer_config.json")
-    for obsolete in ("legacy", "sp_model_kwargs", "use_default_system_prompt", "added_tokens_decoder"):
+    for obsolete in (
+        "auto_map",
+        "legacy",
+        "sp_model_kwargs",
+        "use_default_system_prompt",
+        "added_tokens_decoder",
+    ):
         config.pop(obsolete, None)
     save_tokenizer(folder, tokenizer, config)
 
@@ -183,17 +191,18 @@ class Pieces:
     unigram: bool = False
     charsmap: bytes = b""
     add_prefix: bool = True  # a space in front of the text
+    isolate: bool = False  # user-defined pieces are words of their own, not added tokens
     collapse_spaces: bool = False
 
 
 def _read_proto(path: Path) -> Any:
-    """Return the parsed SentencePiece model, or None for another format (tiktoken)."""
+    """Return the parsed SentencePiece model of type unigram or BPE, or None for anything else (tiktoken)."""
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:
         return None
-    return proto if proto.pieces else None
+    return proto if proto.pieces and proto.trainer_spec.model_type in (1, 2) else None
 
 
 def _pieces_of_proto(proto: Any) -> Pieces:
@@ -204,6 +213,7 @@ def _pieces_of_proto(proto: Any) -> Pieces:
         unigram=proto.trainer_spec.model_type == 1,
         charsmap=proto.normalizer_spec.precompiled_charsmap,
         add_prefix=proto.normalizer_spec.add_dummy_prefix,
+        isolate=True,
         collapse_spaces=proto.normalizer_spec.remove_extra_whitespaces,
     )
 
@@ -240,8 +250,24 @@ def _sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    _add_special(tokenizer, pieces.texts, pieces.types)
+    _add_special(tokenizer, pieces.texts, pieces.types, user_defined=not pieces.isolate)
+    if pieces.isolate:
+        _isolate_user_defined(tokenizer, pieces)
     return tokenizer
+
+
+def _isolate_user_defined(tokenizer: Tokenizer, pieces: Pieces) -> None:
+    """Cut the text at user-defined pieces, longest first, and let the model take each whole.
+
+    Added tokens would do that too, but the normalizer would put a space in front of what follows them.
+    """
+    own = [t for t, kind in zip(pieces.texts, pieces.types, strict=True) if kind == TokenType.USER_DEFINED]
+    if not own:
+        return
+    pattern = "|".join(re.escape(text) for text in sorted(own, key=len, reverse=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.ignore_merges = True
 
 
 def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
@@ -279,15 +305,16 @@ def _vocabulary(texts: Sequence[str]) -> dict[str, int]:
     return vocabulary
 
 
-def _add_special(tokenizer: Tokenizer, texts: Iterable[str], types: Iterable[int]) -> None:
+def _add_special(
+    tokenizer: Tokenizer, texts: Sequence[str], types: Sequence[int], *, user_defined: bool = True
+) -> None:
     """Register control tokens as special and user-defined ones as tokens found in any text."""
-    special = (TokenType.CONTROL, TokenType.UNKNOWN)
-    for kinds, add in (
-        (special, tokenizer.add_special_tokens),
-        ((TokenType.USER_DEFINED,), tokenizer.add_tokens),
-    ):
-        chosen = [t for t, kind in zip(texts, types, strict=True) if kind in kinds and t]
-        add([AddedToken(text, normalized=False, special=kinds == special) for text in chosen])
+    kinds = [*zip(texts, types, strict=True)]
+    special = [text for text, kind in kinds if text and kind in (TokenType.CONTROL, TokenType.UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
+    if user_defined:
+        plain = [text for text, kind in kinds if text and kind == TokenType.USER_DEFINED]
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
 
 
 # --- GGUF --------------------------------------------------------------------------------------------
@@ -332,8 +359,8 @@ _DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-�
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
-    + _REST,
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    + rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_REST}",
 )
 _GPT2 = Pre(gpt2=True)
 _GPT_NEOX = Pre(gpt2=True, nfc=True)
