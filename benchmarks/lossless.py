@@ -13,6 +13,7 @@ import sys
 from importlib import metadata
 from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -112,8 +113,14 @@ def compare(plain: list[Any], drafted: list[r.Response]) -> dict[str, Any]:
         logprobs = plain[same].logprobs.astype(mx.float32)
         gap = float(logprobs[plain[same].token] - logprobs[drafted[same].token])
     last = drafted[-1]
-    return {"tokens": len(plain) if same is None else same, "diverged": same is not None, "gap": gap,
-            "steps": last.steps, "emitted": last.generation_tokens}  # fmt: skip
+    return {
+        "tokens": len(plain) if same is None else same,
+        "diverged": same is not None,
+        "gap": gap,
+        "steps": last.steps,
+        "emitted": last.generation_tokens,
+        "speedup": last.generation_tps / plain[-1].generation_tps,
+    }
 
 
 def summary(shape: r.DraftShape, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,6 +133,7 @@ def summary(shape: r.DraftShape, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_compared": same,
         "divergences_per_1000_tokens": round(1000 * diverged / (same + diverged), 2),
         "logit_gaps": [round(gap, 4) for gap in gaps],
+        "speedup_median": round(median(row["speedup"] for row in rows), 3),
         "tokens_per_step": round((sum(x["emitted"] - 1 for x in rows)) / sum(x["steps"] for x in rows), 3),
     }
 

@@ -8,6 +8,7 @@ the ``cmeel-openblas`` package first. Elsewhere (macOS has Accelerate) this does
 """
 
 import ctypes
+import functools
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 VARIABLE = "MLX_REDRAFTER_BLAS"
 
 
+@functools.cache
 def load_blas() -> str | None:
     """Load the BLAS that MLX shall use; return its path, or None where MLX keeps its own.
 
@@ -37,7 +39,9 @@ def load_blas() -> str | None:
         _load(path)
     except OSError as error:
         if choice:
-            raise ValueError(f"{VARIABLE}={choice} cannot be loaded ({error}): name a BLAS or 'off'.") from error
+            raise ValueError(
+                f"{VARIABLE}={choice} cannot be loaded ({error}): name a BLAS or 'off'."
+            ) from error
         _warn(f"{path} cannot be loaded ({error}).")
         return None
     return path
