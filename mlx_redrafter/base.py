@@ -25,7 +25,12 @@ from mlx_redrafter.tokenizers import load_tokenizer
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-_LOAD_ERRORS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, IndexError)
+# What mlx-lm's code raises on a config.json that is not right.
+LOAD_ERRORS = (
+    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
+    OSError, MemoryError, ImportError,
+)  # fmt: skip
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in a config.json
 Progress = Callable[[str], None]
 
 
@@ -141,8 +146,13 @@ def find_gguf(source: str | Path) -> Path | None:
     return files[0] if files else None
 
 
-def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[Module, dict[str, Any]]:
+def load_base(
+    folder: Path, trust_remote_code: bool = False, *, check_values: bool = True
+) -> tuple[Module, dict[str, Any]]:
     """Load the model in ``folder`` lazily, having checked every file of it.
+
+    Args:
+        check_values: read all weights and refuse NaN; otherwise only headers are read.
 
     Returns:
         The mlx-lm model and its config.
@@ -151,14 +161,14 @@ def load_base(folder: Path, trust_remote_code: bool = False) -> tuple[Module, di
         ValueError: a file is missing, damaged or holds NaN; an architecture mlx-lm does not know; or
             Python code in the folder would have to run and ``trust_remote_code`` is False.
     """
-    _check_config(folder, trust_remote_code)
-    _check_weights(folder)
+    raw = _check_config(folder, trust_remote_code)
+    _check_layers(folder, raw, _check_weights(folder, check_values))
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if "trust_remote_code" not in inspect.signature(load_model).parameters:
         trust = {}  # mlx-lm before 0.32
     try:
         model, config = load_model(folder, lazy=True, **trust)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ValueError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}): check its config.json."
         ) from error
@@ -193,7 +203,7 @@ def _check_weight_format(source: str, files: list[str]) -> None:
     raise ValueError(f"{source} holds no model*.safetensors: download the weights too.")
 
 
-def _check_config(folder: Path, trust_remote_code: bool) -> None:
+def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = _json_object(folder / "config.json")
     name, own_code = str(config.get("model_type")), config.get("model_file")
     if own_code and not trust_remote_code:
@@ -203,27 +213,50 @@ def _check_config(folder: Path, trust_remote_code: bool) -> None:
     )
     if not (known or own_code):
         raise ValueError(f"mlx-lm has no model_type {name!r} ({folder}): update mlx-lm or use another model.")
+    return config
 
 
-def _check_weights(folder: Path) -> None:
-    """Check that every shard is there and whole and holds no NaN, with one array in memory at a time."""
+def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse more layers than there are tensors before mlx-lm builds them (their arrays it builds lazily)."""
+    nested = config.get("text_config")
+    for section in (config, nested if isinstance(nested, dict) else {}):
+        for key in _LAYER_COUNTS:
+            if isinstance(count := section.get(key), int) and count > tensors:
+                raise ValueError(
+                    f"{folder}: config.json asks for {key} {count}, but the weights are {tensors} tensors: "
+                    "get the model again."
+                )
+
+
+def _check_weights(folder: Path, check_values: bool) -> int:
+    """Check that every shard is there and whole; return the number of tensors.
+
+    With ``check_values`` refuse NaN too, one array in memory at a time.
+    """
     index = folder / "model.safetensors.index.json"
-    listed = set((_json_object(index).get("weight_map") or {}).values()) if index.exists() else set()
+    weight_map = _json_object(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index} has no weight_map: download it again.")
+    listed = {str(name) for name in weight_map.values()}
     shards = sorted(folder.glob("model*.safetensors"))
     if missing := sorted(listed - {shard.name for shard in shards}):
         raise ValueError(f"{folder} lacks {missing[0]}, which its index lists: download it.")
     if not shards:
+        _check_weight_format(str(folder), [file.name for file in folder.iterdir()])
         raise ValueError(f"{folder} holds no model*.safetensors: download the weights too.")
+    tensors = 0
     for shard in shards:
         try:
             with safe_open(shard, "numpy"):
                 weights = dict(mx.load(str(shard)))  # type: ignore[arg-type]
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{shard} is damaged ({_first_line(error)}): download it again.") from error
-        while weights:
+        tensors += len(weights)
+        while check_values and weights:
             name, array = weights.popitem()
             if mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any():
                 raise ValueError(f"{name} in {shard} holds NaN: download it again or use another model.")
+    return tensors
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -100,20 +100,25 @@ def identity_of(model: nn.Module, name: str = "") -> BaseIdentity:
     Raises:
         ValueError: it has no token embedding.
     """
-    embeddings = [
-        (path.rsplit(".", 1)[-1] in EMBEDDING_NAMES, module.weight.shape[0], path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    ]
-    if not embeddings:
+    embedding = token_embedding(model)
+    if embedding is None:
         raise ValueError(f"{name or type(model).__name__} has no token embedding: it cannot have a drafter.")
-    *_, embedding = max(embeddings, key=lambda found: found[:2])
     vocab_size = embedding.weight.shape[0]
     rows = np.array(embedding(mx.array(digest_rows(vocab_size))).astype(mx.float32))  # [64, H]
     model_type = getattr(model, "model_type", None) or getattr(
         getattr(model, "args", None), "model_type", "?"
     )
     return BaseIdentity(str(model_type), rows.shape[1], vocab_size, embedding_digest(rows), name)
+
+
+def token_embedding(model: nn.Module) -> Any | None:
+    """The token embedding of an mlx-lm model: one with a usual name, else the one with the most rows."""
+    embeddings = [
+        (path.rsplit(".", 1)[-1] in EMBEDDING_NAMES, module.weight.shape[0], module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    ]
+    return max(embeddings, key=lambda found: found[:2])[-1] if embeddings else None
 
 
 def write_drafter(

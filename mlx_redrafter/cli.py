@@ -14,7 +14,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a bad command line in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,18 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         args = build_parser().parse_args(arguments)
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
         return 2
+    finally:
+        _let_go_of_output()
 
 
 def build_parser() -> Parser:
@@ -59,9 +62,18 @@ def build_parser() -> Parser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return " ".join(line.strip() for line in text.splitlines())
+def one_line(text: str) -> str:
+    """The text on one line that any terminal can show."""
+    line = " ".join(part.strip() for part in text.strip().splitlines())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _let_go_of_output() -> None:
+    """Do without what cannot be written, or the interpreter would complain about it in the end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quiet_libraries() -> None:

@@ -64,7 +64,7 @@ class DrafterConfig:
         for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "context_size"):
             _check_size(name, getattr(self, name), least=int(name != "num_draft_layers"))
         if not isinstance(self.rnn, bool):
-            raise ValueError(f"rnn is {self.rnn!r}: it must be true or false.")  # noqa: TRY004
+            raise ValueError(f"rnn is {self.rnn!r}: it must be true or false.")
         if self.draft_vocab_size is not None:
             _check_size("draft_vocab_size", self.draft_vocab_size)
             if self.draft_vocab_size > self.vocab_size:
@@ -192,11 +192,10 @@ class Drafter(nn.Module):
         Returns:
             [..., H], the state after it.
         """
-        if self.config.rnn:
-            state = nn.silu(self.rnn_w(embedding) + self.rnn_u(state))  # [..., H]
-        else:
-            state = embedding + state  # [..., H]
-        return state
+        if not self.config.rnn:
+            return embedding + state  # [..., H]
+        after: mx.array = nn.silu(self.rnn_w(embedding) + self.rnn_u(state))  # [..., H]
+        return after
 
     def logits(self, context: mx.array, state: mx.array) -> mx.array:
         """Unnormalised log-probabilities of the next draft token.

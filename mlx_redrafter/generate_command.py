@@ -1,9 +1,11 @@
 """``mlx-redrafter generate``."""
 
 import argparse
+import contextlib
 import json
 import sys
-import time
+import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from . import backend
+from .bundle import parse_config, read_config, resolve_drafter
 from .decoding.sampling import Sampling
 from .decoding.step import DraftShape
 from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
-from .stream import PREFILL_STEP_SIZE, Response, statistics, stream_generate
+from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache
+from .stream import PREFILL_STEP_SIZE, Response, check_shape, default_shape, statistics, stream_generate
 
 DEFAULT_PROMPT = "hello"
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -40,15 +44,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extra-eos-token", nargs="+", default=[], help="further tokens that end the output")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
     add("--prefill-step-size", type=int, default=PREFILL_STEP_SIZE, help="prompt tokens processed at once")
-    add("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the cache (decodes without drafter)")
+    add(
+        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the cache (decodes without drafter)"
+    )
     add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="of the quantized cache")
     add("--quantized-kv-start", type=int, default=5000, help="first step with a quantized cache")
     add("--prompt-cache-file", type=Path, help="a prompt's cache, saved by mlx_lm.cache_prompt")
-    add("--drafter", default="auto", help="folder, shipped name or repository; auto: the one that ships; none")
+    add(
+        "--drafter", default="auto", help="folder, shipped name or repository; auto: the one that ships; none"
+    )
     add("--beam-width", type=int, help="beams of the draft (default: depends on the device)")
     add("--beam-length", type=int, help="tokens drafted per step, the guaranteed one not counted")
     add("--max-nodes", type=int, help="tree nodes to verify, the root included")
-    add("--dtype", choices=DTYPES, default="auto", help="of the weights; a float type dequantizes a quantized model")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of the weights; a float type dequantizes a quantized model",
+    )
     add("--no-draft", action="store_true", help="plain decoding by mlx-lm, the baseline")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--show-draft", action="store_true", help="show drafted tokens in colour")
@@ -60,43 +73,50 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args)
     sampling = Sampling(args.temp, args.top_p, args.top_k, args.min_p)
     _check(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: give some text with --prompt, or pipe it to --prompt -.")
-    cache = _read_prompt_cache(args.prompt_cache_file)
+    prompt = _read_prompt(args)
     drafter = None if args.no_draft or args.drafter == "none" else args.drafter
+    if drafter not in (None, "auto"):
+        drafter = _find_drafter(drafter, shape)
+    if shape is not None:
+        check_shape(shape)
+    cache = _read_prompt_cache(args)
     model, tokenizer = load(
         args.model,
+        cache.tokenizer_config if cache else None,
         drafter=drafter,
         dtype=args.dtype,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
-    if model.drafter is None and not args.no_draft and args.drafter == "auto":
-        name = args.model or DEFAULT_MODEL
-        print(f"No drafter ships for {name}: plain decoding. Name one with --drafter.", file=sys.stderr)
+    if cache:
+        fit(cache, model.model, args.prompt_cache_file)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     ids = encode_prompt(tokenizer, prompt, args, cache is not None)
-    responses = stream_generate(
-        model,
-        tokenizer,
-        ids,
-        args.max_tokens,
-        shape=shape,
-        sampling=sampling,
-        seed=args.seed,
-        stop=args.stop,
-        prefill_step_size=args.prefill_step_size,
-        prompt_progress_callback=_progress(len(ids), args.prefill_step_size),
-        prompt_cache=cache,
-        max_kv_size=args.max_kv_size,
-        draft=not args.no_draft,
-        **_kv_options(args),
-    )
-    received = _collect(responses) if args.json else _print(responses, args.show_draft)
+    with warnings.catch_warnings(record=True) as notes:
+        if model.drafter is None and drafter is not None:
+            warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
+        responses = stream_generate(
+            model,
+            tokenizer,
+            ids,
+            args.max_tokens,
+            shape=shape,
+            sampling=sampling,
+            seed=args.seed,
+            stop=args.stop,
+            prefill_step_size=args.prefill_step_size,
+            prompt_progress_callback=_progress(len(ids), args.prefill_step_size),
+            prompt_cache=cache.layers if cache else None,
+            max_kv_size=args.max_kv_size,
+            draft=not args.no_draft,
+            **_kv_options(args),
+        )
+    responses = _with_notes(responses, [str(note.message) for note in notes])
     if args.json:
-        print(json.dumps(record(received, model, args, shape or backend.current().shape)))
+        _print_record(responses, model, args, shape)
+    else:
+        _print(responses, args.show_draft)
     return 0
 
 
@@ -119,11 +139,14 @@ def encode_prompt(
 
 
 def record(
-    received: list[Response], model: SpeculativeModel, args: argparse.Namespace, shape: DraftShape
+    received: list[Response], model: SpeculativeModel, args: argparse.Namespace, shape: DraftShape | None
 ) -> dict[str, Any]:
     """The JSON record of a finished generation."""
     last = received[-1]
     drafted = last.steps > 0
+    if model.drafter is not None and shape is None:
+        shape = default_shape(model.drafter.config.head_outputs)
+    shape = shape or backend.current().shape
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
     settings |= {
         "model": args.model or DEFAULT_MODEL,
@@ -161,7 +184,40 @@ def _shape(args: argparse.Namespace) -> DraftShape | None:
     return DraftShape(width, length, args.max_nodes)
 
 
+def _find_drafter(name: str, shape: DraftShape | None) -> Path:
+    """The folder of the drafter, after a look at what can be checked before the model is there."""
+    folder = resolve_drafter(name)
+    config = parse_config(folder, read_config(folder))
+    if shape is not None:
+        check_shape(shape, config.head_outputs)
+    return folder
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    prompt = (
+        _standard_input() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    )
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give some text with --prompt, or pipe it to --prompt -.")
+    return str(prompt)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"standard input is not text in UTF-8 ({error}): convert it, as with iconv."
+        ) from error
+
+
 def _check(args: argparse.Namespace) -> None:
+    for flag in ("model", "drafter", "prompt", "system_prompt", "adapter_path"):
+        _check_text(
+            f"--{flag.replace('_', '-')}", getattr(args, flag), empty=flag in ("prompt", "system_prompt")
+        )
+    for text in args.stop:
+        _check_text("--stop", text)
     for flag, value, least in (
         ("--max-kv-size", args.max_kv_size, 1),
         ("--prefill-step-size", args.prefill_step_size, 1),
@@ -172,8 +228,13 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {value} is not usable: give {least} or more.")
     if args.max_tokens < 1 and args.max_tokens != -1:
         raise ValueError(f"--max-tokens {args.max_tokens} is not usable: give 1 or more, or -1 for no limit.")
-    if "" in args.stop:
-        raise ValueError("--stop '' would end the output at once: leave it out.")
+
+
+def _check_text(flag: str, value: str | None, empty: bool = False) -> None:
+    if value == "" and not empty:
+        raise ValueError(f"{flag} '' names nothing: leave it out, or give a value.")
+    if value and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
+        raise ValueError(f"{flag} {value!r} is not text in UTF-8: check the terminal's encoding.")
 
 
 def _kv_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,16 +244,16 @@ def _kv_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size, "quantized_kv_start": start}
 
 
-def _read_prompt_cache(path: Path | None) -> list[Any] | None:
-    from mlx_lm.models.cache import load_prompt_cache
-
-    if path is None:
+def _read_prompt_cache(args: argparse.Namespace) -> PromptCache | None:
+    """The cache of ``--prompt-cache-file``, which also says which model to load unless ``--model`` does."""
+    if args.prompt_cache_file is None:
         return None
-    try:
-        return list(load_prompt_cache(str(path)))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is no prompt cache ({reason}): make one with mlx_lm.cache_prompt.") from error
+    cache = read_prompt_cache(args.prompt_cache_file)
+    check_quantization(cache, args.kv_bits, args.kv_group_size)
+    if None not in (args.model, cache.model) and args.model != cache.model:
+        raise ValueError(f"--model {args.model} is not the model of {args.prompt_cache_file}, {cache.model}.")
+    args.model = args.model or cache.model
+    return cache
 
 
 def _progress(total: int, chunk: int) -> Any:
@@ -209,20 +270,41 @@ def _progress(total: int, chunk: int) -> Any:
     return update
 
 
-def _collect(responses: Any) -> list[Response]:
-    return list(responses)
+def _with_notes(responses: Iterator[Response], notes: list[str]) -> Iterator[Response]:
+    """Say on standard error what is to be said once it is clear that there is no error to report."""
+    with contextlib.closing(responses):  # type: ignore[type-var]
+        for response in responses:
+            while notes:
+                print(f"warning: {notes.pop(0)}", file=sys.stderr)
+            yield response
 
 
-def _print(responses: Any, show_draft: bool) -> list[Response]:
-    received = []
-    print("=" * 10)
+def _print_record(
+    responses: Iterator[Response], model: SpeculativeModel, args: argparse.Namespace, shape: DraftShape | None
+) -> None:
+    """Print the record, also of a generation that was interrupted."""
+    received: list[Response] = []
+    interrupt = None
     try:
         for response in responses:
             received.append(response)
+    except KeyboardInterrupt as error:
+        interrupt = error
+    if received:
+        print(json.dumps(record(received, model, args, shape), allow_nan=False))
+    if interrupt is not None:
+        raise interrupt
+
+
+def _print(responses: Iterator[Response], show_draft: bool) -> None:
+    last = None
+    try:
+        for response in responses:
+            if last is None:
+                print("=" * 10)
+            last = response
             drafted = show_draft and response.from_draft and response.text
             print(f"{GREEN}{response.text}{PLAIN}" if drafted else response.text, end="", flush=True)
     finally:
-        print("", "=" * 10, sep="\n")
-        if received:
-            print(statistics(received[-1]))
-    return received
+        if last is not None:
+            print("", "=" * 10, statistics(last), sep="\n")

@@ -11,12 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_adapters, load_model
+from mlx_lm.utils import dequantize_model, load_adapters
 
 from . import backend
-from .base import convert_base
-from .bundle import download, find_drafter, identity_of, load_drafter
+from .base import LOAD_ERRORS, convert_base, load_base
+from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .drafter import Drafter
 from .target import Target, find_embedding
 from .tokenizers import load_tokenizer
@@ -34,6 +35,7 @@ class SpeculativeModel:
         model: the mlx-lm model.
         drafter: None where there is none; decoding is plain then.
         target: the model as the drafter's verifier; None without a drafter.
+        vocabulary: rows of the token embedding; None where there is no such thing.
         context_length: tokens the model was made for, or None if its config does not say.
     """
 
@@ -41,12 +43,16 @@ class SpeculativeModel:
         self.model = model
         self.drafter = drafter
         self.target = Target(model) if drafter is not None else None
+        embedding = token_embedding(model)
+        self.vocabulary = None if embedding is None else int(embedding.weight.shape[0])
         self.context_length = context_length
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "model":  # of an object that is just being copied
+            raise AttributeError(name)
         return getattr(self.model, name)
 
 
@@ -64,7 +70,7 @@ def load(
 
     Args:
         path_or_hf_repo: a folder, a GGUF file or a Hugging Face repository; None is the default model.
-        tokenizer_config: attributes to set on the tokenizer, such as ``{"eos_token": "</s>"}``.
+        tokenizer_config: options of the tokenizer, such as ``{"eos_token": "</s>"}``.
         drafter: a folder, a shipped drafter's name or a Hugging Face repository; "auto" takes the one
             that ships for the model, if any; None loads none.
         dtype: auto (float32 on a CPU, elsewhere as stored), float32, float16 or bfloat16. A float type
@@ -78,22 +84,26 @@ def load(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not known: choose one of {', '.join(DTYPES)}.")
-    name = str(path_or_hf_repo or DEFAULT_MODEL)
+    name = str(DEFAULT_MODEL if path_or_hf_repo is None else path_or_hf_repo)
+    if drafter is not None and drafter != "auto":
+        drafter = resolve_drafter(drafter)  # before the model, which takes longer
     folder = model_folder(name, revision)
-    model, config = _load_base(folder, trust_remote_code)
-    if adapter_path is not None:
-        model = load_adapters(model, adapter_path)
-    _cast(model, backend.current().dtype if dtype == "auto" else dtype)
+    model, config = load_base(folder, trust_remote_code, check_values=False)
+    context_length = _context_length(config, folder)
     tokenizer = load_tokenizer(
         folder,
         name=name,
-        eos_token_ids=config.get("eos_token_id"),
+        eos_token_ids=_eos_token_ids(config, folder),
         trust_remote_code=trust_remote_code,
+        options=tokenizer_config,
     )
-    for key, value in (tokenizer_config or {}).items():
-        setattr(tokenizer, key, value)
+    if adapter_path is not None:
+        model = _adapt(model, adapter_path)
+    _read_weights(model, folder)
+    _cast(model, backend.current().dtype if dtype == "auto" else dtype)
+    _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
-    speculative = SpeculativeModel(model, loaded, _context_length(config))
+    speculative = SpeculativeModel(model, loaded, context_length)
     if speculative.target is not None:
         speculative.target.check()
     return speculative, tokenizer
@@ -163,18 +173,39 @@ def _packaged_file(package: str, name: str) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _adapt(model: nn.Module, adapter_path: str) -> nn.Module:
     try:
-        model, config = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        model = load_adapters(model, adapter_path)
+    except LOAD_ERRORS as error:
+        raise ValueError(
+            f"the adapter {adapter_path} does not fit ({error}): name one that mlx_lm.lora made for it."
+        ) from error
+    model.eval()
+    return model
+
+
+def _read_weights(model: nn.Module, folder: Path) -> None:
+    try:
         mx.eval(model.parameters())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0][:300]
-        raise ValueError(f"{folder} cannot be loaded as a model: {reason}") from error
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {folder} cannot be read ({error}): get the model again.") from error
     parameters: Any = tree_flatten(model.parameters())
     bad = [name for name, value in parameters if not _finite(value)]
     if bad:
         raise ValueError(f"{folder} has NaN or infinite weights in {bad[0]}: get the model again.")
-    return model, config
+
+
+def _try_out(model: nn.Module, folder: Path) -> None:
+    """Refuse a model that cannot run: its weights have the right shapes by now, its config may be wrong."""
+    try:
+        logits = model(mx.array([[0, 0]]), cache=make_prompt_cache(model))
+        nan = bool(mx.isnan(logits).any().item())
+    except LOAD_ERRORS as error:
+        raise ValueError(
+            f"{folder} cannot run ({error}): its config.json does not fit its weights."
+        ) from error
+    if nan:
+        raise ValueError(f"{folder} computes NaN: its config.json is damaged, or it needs another --dtype.")
 
 
 def _finite(value: mx.array) -> bool:
@@ -207,6 +238,25 @@ def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Dr
     return load_drafter(source, identity, activations.dtype)
 
 
-def _context_length(config: dict[str, Any]) -> int | None:
-    length = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    return int(length) if length else None
+def _context_length(config: dict[str, Any], folder: Path) -> int | None:
+    nested = config.get("text_config")
+    sections = (config, nested if isinstance(nested, dict) else {})
+    length = next(
+        (x for section in sections if (x := section.get("max_position_embeddings")) is not None), None
+    )
+    if length is None or (type(length) is int and length > 0):
+        return length
+    raise ValueError(
+        f"{folder}: max_position_embeddings is {length!r} in config.json: it must be a positive integer."
+    )
+
+
+def _eos_token_ids(config: dict[str, Any], folder: Path) -> list[int] | None:
+    ids = config.get("eos_token_id")
+    if ids is None:
+        return None
+    if all(type(x) is int and x >= 0 for x in (ids if isinstance(ids, list) else [ids])):
+        return ids if isinstance(ids, list) else [ids]
+    raise ValueError(
+        f"{folder}: eos_token_id is {ids!r} in config.json or generation_config.json: give token ids."
+    )

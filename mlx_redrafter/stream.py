@@ -1,6 +1,7 @@
 """From a prompt to text, token by token, with mlx-lm's responses and statistics."""
 
 import contextlib
+import operator
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,11 @@ UNLIMITED = 1 << 62  # tokens
 PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
 PLAIN_ONLY = ("kv_bits", "logits_processors", "input_embeddings", "draft_model")
+# Options that do nothing without another one.
+DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
+MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
+
+UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -95,15 +101,18 @@ def stream_generate(
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
     model = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
-    ids = _encode(model, tokenizer, prompt)
-    _check_numbers(max_tokens, prefill_step_size)
+    stop = check_stop(stop)
+    _check_numbers(max_tokens, prefill_step_size, seed)
+    ids = _encode(model, tokenizer, prompt, prompt_cache)
+    options = _effective(options)
     if seed is not None:
         mx.random.seed(seed)
-    options = {name: value for name, value in options.items() if value is not None}
     pick = _picker(sampling, sampler)
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
-        shape = shape or backend.current().shape
-        _check_shape(model, shape)
+        assert model.drafter is not None
+        known = model.drafter.config.head_outputs
+        shape = shape or default_shape(known)
+        check_shape(shape, known)
         progress = prompt_progress_callback or (lambda done, total: None)
         request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache)
         responses = _speculative(model, tokenizer, request, shape, pick)
@@ -122,7 +131,7 @@ def stream_generate(
                 **options,
             )
         )
-    return until(responses, [stop] if isinstance(stop, str) else list(stop))
+    return until(responses, stop)
 
 
 def generate(
@@ -164,68 +173,106 @@ def statistics(last: Response) -> str:
 def until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Response]:
     """Pass ``responses`` on up to the first of the ``stop`` texts.
 
-    Text that may be the beginning of a stop text is held back until it is clear.
-
-    Raises:
-        ValueError: an empty stop text.
+    Text that may be the beginning of a stop text is held back until it is clear, so the output does
+    not depend on how the text is cut into tokens.
     """
-    if "" in stop:
-        raise ValueError("an empty stop text would end the output at once: leave it out.")
-    return _until(responses, stop) if stop else responses
-
-
-def _until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Response]:
     held = ""
-    for response in responses:
-        held += response.text
-        places = [place for text in stop if (place := held.find(text)) >= 0]
-        if places:
-            yield replace(response, text=held[: min(places)], finish_reason="stop")
-            return
-        keep = 0 if response.finish_reason else _unclear(held, stop)
-        yield replace(response, text=held[: len(held) - keep])
-        held = held[len(held) - keep :]
+    with contextlib.closing(responses):  # type: ignore[type-var]
+        for response in responses:
+            held += response.text
+            clear = len(held) if response.finish_reason else _clear(held, stop)
+            found = min((place for text in stop if (place := held.find(text)) >= 0), default=None)
+            if found is not None and found <= clear:
+                yield replace(response, text=held[:found], finish_reason="stop")
+                return
+            yield replace(response, text=held[:clear])
+            held = held[clear:]
 
 
-def _unclear(text: str, stop: Sequence[str]) -> int:
-    """How many of the last characters of ``text`` may be the beginning of a stop text."""
-    return max(
-        (n for phrase in stop for n in range(1, len(phrase)) if text.endswith(phrase[:n])),
-        default=0,
-    )
+def check_stop(stop: str | Sequence[str]) -> list[str]:
+    """The stop texts as a list; ``ValueError`` if one is empty."""
+    texts = [stop] if isinstance(stop, str) else list(stop)
+    if "" in texts:
+        raise ValueError("an empty stop text would end the output at once: leave it out.")
+    return texts
+
+
+def _clear(text: str, stop: Sequence[str]) -> int:
+    """How many of the first characters of ``text`` cannot be part of a stop text that is yet to end."""
+    unclear = (n for phrase in stop for n in range(1, len(phrase)) if text.endswith(phrase[:n]))
+    return len(text) - max(unclear, default=0)
 
 
 def _encode(
-    model: SpeculativeModel, tokenizer: TokenizerWrapper, prompt: str | mx.array | Sequence[int]
+    model: SpeculativeModel,
+    tokenizer: TokenizerWrapper,
+    prompt: str | mx.array | Sequence[int],
+    prompt_cache: Sequence[Any] | None,
 ) -> list[int]:
     if isinstance(prompt, str):
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         ids = list(tokenizer.encode(prompt, add_special_tokens=special))
     else:
-        values: Any = prompt.tolist() if isinstance(prompt, mx.array) else prompt
-        ids = list(values)
+        ids = _flat(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
     if not ids:
         raise ValueError("the prompt is empty: give some text.")
-    if model.context_length is not None and len(ids) > model.context_length:
+    known = model.vocabulary
+    if bad := [i for i in ids if i < 0 or (known is not None and i >= known)]:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, more than the model's context of {model.context_length}: "
-            "shorten it."
+            f"the prompt has token {bad[0]}, but the model knows {known} tokens: use its own tokenizer."
+        )
+    held = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0
+    if model.context_length is not None and held + len(ids) > model.context_length:
+        raise ValueError(
+            f"the prompt has {held + len(ids)} tokens, more than the model's context of "
+            f"{model.context_length}: shorten it."
         )
     return ids
 
 
-def _check_numbers(max_tokens: int, prefill_step_size: int) -> None:
+def _flat(prompt: Any) -> list[int]:
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise ValueError(
+            f"the prompt is no text and no flat list of token ids ({error}): give one."
+        ) from error
+
+
+def _effective(options: dict[str, Any]) -> dict[str, Any]:
+    """Without options that ask for nothing: None, an empty list, a detail of an absent option."""
+    empty = [name for name, value in options.items() if value is None or value in ([], ())]
+    given = {name: value for name, value in options.items() if name not in empty}
+    return {name: value for name, value in given.items() if DETAILS.get(name, name) in given}
+
+
+def _check_numbers(max_tokens: int, prefill_step_size: int, seed: int | None) -> None:
     if max_tokens < 1 and max_tokens != -1:
         raise ValueError(f"max tokens {max_tokens} is not usable: give 1 or more, or -1 for no limit.")
     if prefill_step_size < 1:
         raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
+    if seed is not None and not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed {seed} is not usable: give 0 to {(1 << 64) - 1}.")
 
 
-def _check_shape(model: SpeculativeModel, shape: DraftShape) -> None:
-    assert model.drafter is not None
-    known = model.drafter.config.head_outputs
-    if shape.width > known:
-        raise ValueError(f"beam width {shape.width} exceeds the drafter's vocabulary of {known} tokens.")
+def default_shape(known: int) -> DraftShape:
+    """The device's draft shape, with no more beams than the ``known`` draft tokens."""
+    usual = backend.current().shape
+    width = min(usual.width, known)
+    return replace(usual, width=width, nodes=usual.nodes and min(usual.nodes, 1 + width * usual.length))
+
+
+def check_shape(shape: DraftShape, known: int | None = None) -> None:
+    """Raise ``ValueError`` if a shape drafts too much, or more beams than the ``known`` draft tokens."""
+    if known is not None and shape.width > known:
+        raise ValueError(
+            f"beam width {shape.width} exceeds the drafter's vocabulary of {known} tokens: give fewer."
+        )
+    if shape.width * shape.depth > MOST_DRAFTED:
+        raise ValueError(
+            f"beam width {shape.width} and length {shape.depth} draft {shape.width * shape.depth} tokens per "
+            f"step: give values whose product is at most {MOST_DRAFTED}."
+        )
 
 
 def _can_draft(
@@ -241,7 +288,11 @@ def _can_draft(
         return False
     unknown = [name for name in options if name not in PLAIN_ONLY]
     reasons = [name for name in PLAIN_ONLY if name in options] or unknown
-    if max_kv_size is not None and (max_tokens < 0 or len(ids) + max_tokens > max_kv_size):
+    if (
+        max_kv_size is not None
+        and prompt_cache is None
+        and (max_tokens < 0 or len(ids) + max_tokens > max_kv_size)
+    ):
         reasons.append(f"max_kv_size={max_kv_size}, less than prompt and max tokens together")
     if prompt_cache is not None and not all(type(cache) is KVCache for cache in prompt_cache):
         reasons.append(f"a prompt cache of {type(prompt_cache[0]).__name__}")
@@ -293,37 +344,38 @@ def _speculative(
 ) -> Iterator[Response]:
     target, drafter = model.target, model.drafter
     assert target is not None and drafter is not None
+    kept = request.prompt_cache
     with wired_limit(model.model):
         writer = Writer(tokenizer, shape.depth, len(request.ids), request.max_tokens)
-        caches = target.make_cache() if request.prompt_cache is None else request.prompt_cache
+        caches = target.make_cache() if kept is None else kept
         logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
         key, first_key = mx.random.split(_new_key())
         token = pick(logits, first_key)
-        tokens: Any = token.tolist()
-        first = Emitted(tokens, 0, logits)
-        writer.begin()
-        yield from writer.write(first)
-        if writer.finished:
-            if request.prompt_cache is not None:
-                _complete(target, caches, writer.last)
-            return
         rows = caches[0].offset
         state = State(token, context, mx.array([rows], mx.int32), from_prompt_cache(caches), key)
-
-        def release(cache: Cache, rows: int) -> None:
-            if request.prompt_cache is not None:
-                to_prompt_cache(cache, rows, request.prompt_cache)
-                _complete(target, request.prompt_cache, writer.last)
-
-        del caches, context  # decoding must hold the only references
         run = partial(step, target, drafter, pick, shape)
         limit = (UNLIMITED if request.max_tokens < 0 else request.max_tokens) - 1
-        steps = decode(run, shape, state, rows, limit, frozenset(tokenizer.eos_token_ids), release)
-        del state
-        with contextlib.closing(steps):
-            for emitted in steps:
-                writer.count(emitted)
-                yield from writer.write(emitted)
+
+        def release(cache: Cache, _: int) -> None:  # the caller may have left in the middle of a step
+            if kept is not None:
+                to_prompt_cache(cache, rows + writer.tokens - 1, kept)
+
+        del caches, context  # decoding must hold the only references
+        tokens: Any = token.tolist()
+        writer.begin()
+        try:
+            yield from writer.write(Emitted(tokens, 0, logits))
+            if writer.finished:
+                return
+            steps = decode(run, shape, state, rows, limit, frozenset(tokenizer.eos_token_ids), release)
+            del state
+            with contextlib.closing(steps):
+                for emitted in steps:
+                    writer.count(emitted)
+                    yield from writer.write(emitted)
+        finally:
+            if kept is not None:
+                _complete(target, kept, writer.last)
 
 
 def _complete(target: Target, caches: Sequence[KVCache], last: int) -> None:
@@ -333,8 +385,11 @@ def _complete(target: Target, caches: Sequence[KVCache], last: int) -> None:
 
 
 def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
-    for response in responses:
-        yield Response(**{f.name: getattr(response, f.name) for f in fields(GenerationResponse)})
+    try:
+        for response in responses:
+            yield Response(**{f.name: getattr(response, f.name) for f in fields(GenerationResponse)})
+    except IndexError as error:  # of the detokenizer
+        raise ValueError(UNKNOWN_TOKEN) from error
 
 
 class Writer:
@@ -359,6 +414,12 @@ class Writer:
         for depth in range(emitted.drafted):
             self.accepted[depth] += 1
 
+    def _add(self, token: int) -> None:
+        try:
+            self.detokenizer.add_token(token)
+        except IndexError as error:
+            raise ValueError(UNKNOWN_TOKEN) from error
+
     def write(self, emitted: Emitted) -> Iterator[Response]:
         """The responses for the tokens of a step."""
         for place, token in enumerate(emitted.tokens):
@@ -366,7 +427,7 @@ class Writer:
             self.last = token
             ended = token in self.tokenizer.eos_token_ids
             if not ended:
-                self.detokenizer.add_token(token)
+                self._add(token)
             self.finished = ended or self.tokens == self.max_tokens
             if self.finished:
                 self.detokenizer.finalize()

@@ -40,6 +40,7 @@ def load_tokenizer(
     name: str = "",
     eos_token_ids: int | list[int] | None = None,
     trust_remote_code: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> TokenizerWrapper:
     """Load the tokenizer of a model folder as ``mlx_lm.load`` would, and where that is not enough, too.
 
@@ -50,12 +51,13 @@ def load_tokenizer(
         folder: holds the tokenizer's files and, usually, ``config.json``.
         name: the model's repository id or path if that is not ``folder``; looked at for "vicuna".
         eos_token_ids: ends of generation besides the tokenizer's own, as ``config.json`` gives them.
+        options: of the tokenizer, such as ``{"eos_token": "</s>"}``.
 
     Raises:
         ValueError: the folder holds no tokenizer, or one that cannot be read.
     """
     name = name or _name_of(folder)
-    extra = {"trust_remote_code": trust_remote_code}
+    extra = {**(options or {}), "trust_remote_code": trust_remote_code}
     try:
         if not (_sentencepiece_only(folder) or _needs_vicuna_template(folder, name)):
             return _load(folder, extra, eos_token_ids)

@@ -1,0 +1,88 @@
+"""A prompt's cache in a file, as ``mlx_lm.cache_prompt`` and ``mlx_lm``'s ``save_prompt_cache`` write it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, load_prompt_cache, make_prompt_cache
+from safetensors import SafetensorError, safe_open
+
+from .base import LOAD_ERRORS
+
+
+@dataclass
+class PromptCache:
+    """What such a file holds.
+
+    Attributes:
+        layers: mlx-lm's caches.
+        model: the model it was made with, as it was named then; None if the file does not say.
+        tokenizer_config: options that the tokenizer had.
+    """
+
+    layers: list[Any]
+    model: str | None = None
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompt_cache(path: Path) -> PromptCache:
+    """Read a file.
+
+    Raises:
+        ValueError: it is missing, damaged, or something else.
+    """
+    try:
+        with safe_open(path, "numpy"):  # checks the header against the size of the file
+            layers, metadata = load_prompt_cache(str(path), return_metadata=True)
+        metadata = metadata if isinstance(metadata, dict) else {}
+        options = json.loads(metadata.get("tokenizer_config", "{}"))
+        if not layers or not isinstance(options, dict):
+            raise ValueError("it is empty" if not layers else "its tokenizer_config is no object")
+        mx.eval([layer.state for layer in layers])
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"{path} is no usable prompt cache ({reason}): make one with mlx_lm.cache_prompt."
+        ) from error
+    return PromptCache(list(layers), metadata.get("model"), options)
+
+
+def check_quantization(cache: PromptCache, bits: int | None, group_size: int) -> None:
+    """Raise ``ValueError`` if the cache is quantized in another way than asked for, as mlx-lm does."""
+    first = cache.layers[0]
+    if not isinstance(first, QuantizedKVCache):
+        return
+    for flag, asked, found in (("bits", bits, first.bits), ("group-size", group_size, first.group_size)):
+        if asked is not None and asked != found:
+            raise ValueError(f"--kv-{flag} {asked} does not match the prompt cache: give {found}.")
+
+
+def fit(cache: PromptCache, model: nn.Module, path: Path) -> None:
+    """Give the cache the model's type of numbers.
+
+    Raises:
+        ValueError: it is of a model of other sizes, or holds NaN.
+    """
+    fresh = make_prompt_cache(model)
+    mx.eval(model(mx.array([[0]]), cache=fresh))
+    misfit = len(fresh) != len(cache.layers)
+    for mine, wanted in zip(cache.layers, fresh, strict=False):
+        if type(mine) is not KVCache or type(wanted) is not KVCache:
+            continue
+        for name in ("keys", "values"):
+            array, like = getattr(mine, name), getattr(wanted, name)
+            misfit = misfit or not _alike(array, like, mine.offset)
+            setattr(mine, name, array.astype(like.dtype))
+    if misfit:
+        raise ValueError(f"{path} does not fit the model: make one for it with mlx_lm.cache_prompt.")
+
+
+def _alike(array: mx.array, like: mx.array, rows: int) -> bool:
+    """Whether an array [1, Hkv, C, D] with valid ``rows`` may stand for one that is ``like`` it."""
+    if array.ndim != 4 or not 0 < rows <= array.shape[2]:
+        return False
+    same = (array.shape[:2], array.shape[3]) == (like.shape[:2], like.shape[3])
+    return same and bool(mx.isfinite(array).all().item())
