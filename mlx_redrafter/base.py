@@ -85,7 +85,10 @@ def convert_base(
         )
         if gguf and (quantize or dequantize):
             model, config = _dequantize(_cast(model, mx.float32), config)  # exact
-        dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+        nested = config.get("text_config")
+        dtype = (
+            dtype or config.get("torch_dtype") or (nested if isinstance(nested, dict) else {}).get("dtype")
+        )
         if dtype in MODEL_CONVERSION_DTYPES:
             model = _cast(model, getattr(mx, dtype))
         if quantize:
@@ -249,7 +252,7 @@ def _check_weights(folder: Path, check_values: bool) -> int:
         try:
             with safe_open(shard, "numpy"):
                 weights = dict(mx.load(str(shard)))  # type: ignore[arg-type]
-        except (SafetensorError, RuntimeError) as error:
+        except (SafetensorError, RuntimeError, OSError) as error:
             raise ValueError(f"{shard} is damaged ({_first_line(error)}): download it again.") from error
         tensors += len(weights)
         while check_values and weights:
@@ -264,7 +267,7 @@ def _json_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} holds no {path.name}: give a folder with a whole model.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({_first_line(error)}): download it again.") from error
     if isinstance(content, dict):
         return content

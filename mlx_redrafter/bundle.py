@@ -260,7 +260,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no config.json: name the folder of a drafter.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not valid JSON ({error}): fetch or convert the drafter again."
         ) from error
@@ -270,9 +270,15 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has model_type {found!r}, not {MODEL_TYPE!r}: name the folder of a drafter."
         )
     section = raw.get(SECTION, {})
-    if not isinstance(section, dict) or section.get("format", FORMAT) != FORMAT:
+    if not isinstance(section, dict) or section.get("format", FORMAT) != FORMAT or not _names(section):
         raise ValueError(f"{path} is of a format that this version cannot read: update mlx-redrafter.")
     return dict(raw)
+
+
+def _names(section: Mapping[str, Any]) -> bool:
+    """Whether the section's list of unused tensors is one."""
+    names = section.get("unused_tensors", [])
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def base_of(raw: Mapping[str, Any]) -> BaseIdentity | None:
@@ -316,6 +322,8 @@ def check_shapes(
     Raises:
         ValueError: a tensor is missing, or has another shape or type.
     """
+    if config.num_draft_layers > len(weights):
+        raise ValueError(f"{where} has {len(weights)} tensors, too few for {config.num_draft_layers} layers.")
     shapes = config.shapes()
     for name, expected in shapes.items():
         if name not in weights:
@@ -357,8 +365,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not an index of safetensors files: fetch the drafter again.") from error
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):

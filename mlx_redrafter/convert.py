@@ -10,11 +10,13 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import mlx.core as mx
 import numpy as np
@@ -249,7 +251,7 @@ def upload(folder: str | Path, repo: str) -> None:
         api = HfApi()
         api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=str(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the library's HTTP client raises
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
             f"{folder} is converted, but uploading it to {repo} failed ({reason}): "
@@ -321,10 +323,11 @@ def run_convert(args: argparse.Namespace) -> int:
         _check_repo(args.upload_repo)
     if args.drafter is None and _is_drafter(args.hf_path, args.revision):
         args.drafter, args.hf_path = args.hf_path, None
-    (_run_base if args.drafter is None else _run_drafter)(args)
+    report = (_run_base if args.drafter is None else _run_drafter)(args)
     if args.upload_repo is not None:
         upload(args.mlx_path, args.upload_repo)
-        print(f"uploaded to https://huggingface.co/{args.upload_repo}")
+        report += f"\nuploaded to https://huggingface.co/{args.upload_repo}"
+    print(report)
     return 0
 
 
@@ -345,7 +348,7 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _run_base(args: argparse.Namespace) -> None:
+def _run_base(args: argparse.Namespace) -> str:
     for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
@@ -363,15 +366,19 @@ def _run_base(args: argparse.Namespace) -> None:
         dequantize=args.dequantize,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
-        progress=lambda line: print(line, file=sys.stderr),
+        progress=_say if sys.stderr.isatty() else None,
     )
     card = Path(args.mlx_path) / "README.md"
     if not card.exists():
         card.write_text(base_card(args.hf_path))
-    print(f"{args.mlx_path}: the model {args.hf_path}")
+    return f"{args.mlx_path}: the model {args.hf_path}"
 
 
-def _run_drafter(args: argparse.Namespace) -> None:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _run_drafter(args: argparse.Namespace) -> str:
     if args.quantize or args.dequantize or args.q_bits is not None or args.q_group_size is not None:
         raise ValueError("-q, -d and --q-* are for base models: quantize a drafter with --drafter-q-bits.")
     if args.drafter_q_group_size is not None and args.drafter_q_bits is None:
@@ -388,25 +395,33 @@ def _run_drafter(args: argparse.Namespace) -> None:
         save_frequencies=args.save_frequencies,
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
-    _report(converted)
+    return _report(converted)
 
 
-def _report(converted: Converted) -> None:
+def _report(converted: Converted) -> str:
     config, size = converted.config, (converted.folder / "model.safetensors").stat().st_size
     bits = f", {config.quantization.bits} bits" if config.quantization else ""
-    print(
+    report = (
         f"{converted.folder}: a drafter of {size / 1e6:.1f} MB{bits}, {config.head_outputs} of "
         f"{config.vocab_size} tokens, for {converted.base or 'any base of its size (--model names one)'}"
     )
-    if converted.unused:
-        print(f"kept but never used: {', '.join(converted.unused)}")
+    return report + (f"\nkept but never used: {', '.join(converted.unused)}" if converted.unused else "")
 
 
 def _check_output(output: str | Path) -> None:
-    if Path(output).exists():
-        raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    path = Path(output)
+    if os.path.lexists(path):
+        raise ValueError(f"{str(output)!r} exists already: delete it or name another output folder.")
+    _check_parent(path)
+
+
+def _check_parent(path: Path) -> None:
+    """Raise ``ValueError`` if nothing can be written beside ``path``."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path} cannot be written, as {parent} is no folder of yours: name another place.")
 
 
 def _check_repo(repo: str) -> None:
@@ -443,6 +458,10 @@ def _check_frequency_arguments(size: int | None, source: str | Path | None, save
         raise ValueError(f"{source} does not exist: name a file of text, conversations or counts.")
     if save is not None and Path(save).suffix not in (".json", ".npz"):
         raise ValueError(f"counts cannot be saved as {save}: name a .json or .npz file.")
+    if save is not None and (Path(save).is_dir() or not Path(save).absolute().parent.is_dir()):
+        raise ValueError(f"counts cannot be saved as {save}: name a file in a folder that exists.")
+    if save is not None:
+        _check_parent(Path(save))
 
 
 def _check_draft_vocab(size: int | None, config: DrafterConfig) -> None:
@@ -488,17 +507,14 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
     Raises:
         ValueError: it cannot be loaded.
     """
-    from mlx_lm.utils import load_model
-
+    from .base import load_base
     from .model import model_folder
 
-    folder = model_folder(str(base))
     try:
-        model, _ = load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
+        model, _ = load_base(model_folder(str(base)), trust_remote_code, check_values=False)
+    except ValueError as error:
         raise ValueError(
-            f"the base model {base} cannot be loaded ({reason}): name the drafter's base."
+            f"the base model {base} cannot be loaded ({error}): name the drafter's base."
         ) from error
     return bundle.identity_of(model, Path(base).resolve().name if Path(base).exists() else str(base))
 
@@ -544,7 +560,7 @@ def _npz_counts(path: Path) -> np.ndarray[Any, Any]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays["counts"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is not a file of counts ({error}): write one with --save-frequencies."
         ) from error
@@ -593,7 +609,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 def _json(text: str, where: object) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{where} is not valid JSON ({error}): mend it, or name a .txt file for plain text."
         ) from error

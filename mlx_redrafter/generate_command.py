@@ -222,10 +222,11 @@ def _check(args: argparse.Namespace) -> None:
         ("--max-kv-size", args.max_kv_size, 1),
         ("--prefill-step-size", args.prefill_step_size, 1),
         ("--quantized-kv-start", args.quantized_kv_start, 0),
-        ("--seed", args.seed, 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is not usable: give {least} or more.")
+    if args.seed is not None and not 0 <= args.seed < 1 << 64:
+        raise ValueError(f"--seed {args.seed} is not usable: give 0 to {(1 << 64) - 1}.")
     if args.max_tokens < 1 and args.max_tokens != -1:
         raise ValueError(f"--max-tokens {args.max_tokens} is not usable: give 1 or more, or -1 for no limit.")
 

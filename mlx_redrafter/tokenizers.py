@@ -68,7 +68,7 @@ def load_tokenizer(
             if _needs_vicuna_template(copy, name):
                 _edit_config(copy, chat_template=VICUNA_TEMPLATE)
             return _load(copy, extra, eos_token_ids)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more specific
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(f"No usable tokenizer in {folder}: {reason} Add its tokenizer.json.") from error
 
@@ -167,7 +167,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download the file again.") from error
     if isinstance(content, dict):
         return content
