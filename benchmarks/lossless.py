@@ -26,7 +26,7 @@ from mlx_redrafter.model import DEFAULT_MODEL, model_folder
 import mlx.core as mx  # isort: skip
 import mlx_lm  # isort: skip
 
-SHAPES = ((1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8))
+SHAPES = ((1, 1), (1, 4), (2, 3), (4, 5), (3, 3, 8))
 PROMPTS = (
     "Explain why the sky is blue.",
     "Write a Python function that checks whether a string is a palindrome.",

@@ -14,7 +14,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_map_with_path
-from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize_model, save
 from safetensors import SafetensorError, safe_open
 
@@ -42,6 +42,7 @@ def convert_base(
     q_bits: int | None = None,
     q_group_size: int | None = None,
     q_mode: str = "affine",
+    quant_predicate: str | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
     revision: str | None = None,
@@ -57,6 +58,7 @@ def convert_base(
         q_bits: bits per weight, None for the mode's usual number.
         q_group_size: weights per scale, None for the mode's usual number.
         q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        quant_predicate: one of mlx-lm's recipes of mixed bits (``QUANT_RECIPES``); affine only.
         dtype: "float16", "bfloat16" or "float32" for what is not quantized; None keeps the config's.
         revision: branch, tag or commit of the repository.
         trust_remote_code: run Python files that come with the model.
@@ -65,7 +67,7 @@ def convert_base(
     Raises:
         ValueError: anything wrong with the source or the options, in one line with the remedy.
     """
-    _check_options(quantize, dequantize, dtype, q_mode)
+    _check_options(quantize, dequantize, dtype, q_mode, quant_predicate)
     say = progress or (lambda _: None)
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
@@ -92,7 +94,12 @@ def convert_base(
         if dtype in MODEL_CONVERSION_DTYPES:
             model = _cast(model, getattr(mx, dtype))
         if quantize:
-            model, config = quantize_model(model, config, q_group_size, q_bits, mode=q_mode)
+            recipe: Any = None
+            if quant_predicate is not None:
+                recipe = mixed_quant_predicate_builder(quant_predicate, model, q_group_size or 64)
+            model, config = quantize_model(
+                model, config, q_group_size, q_bits, mode=q_mode, quant_predicate=recipe
+            )
             if not any(hasattr(module, "bits") for _, module in model.named_modules()):
                 raise ValueError(f"q_group_size {q_group_size} divides no layer's width: try 64 or 32.")
         if dequantize:
@@ -184,13 +191,18 @@ _HOW = (
 )
 
 
-def _check_options(quantize: bool, dequantize: bool, dtype: str | None, q_mode: str) -> None:
+def _check_options(
+    quantize: bool, dequantize: bool, dtype: str | None, q_mode: str, quant_predicate: str | None
+) -> None:
     if quantize and dequantize:
         raise ValueError("Choose either quantize or dequantize, not both.")
     if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}.")
     if q_mode not in _MODES:
         raise ValueError(f"q_mode {q_mode!r} is not one of {', '.join(_MODES)}.")
+    if quant_predicate is not None and (quant_predicate not in QUANT_RECIPES or q_mode != "affine"):
+        recipes = ", ".join(QUANT_RECIPES)
+        raise ValueError(f"quant_predicate {quant_predicate!r} with q_mode {q_mode!r}: affine, with {recipes}.")
 
 
 def _check_weight_format(source: str, files: list[str]) -> None:

@@ -48,7 +48,7 @@ def build_parser() -> Parser:
 
     from . import convert, generate_command
 
-    parser = Parser(prog="mlx-redrafter", description=__doc__)
+    parser = Parser(prog="mlx-redrafter", description="Generate faster what the model would have said.")
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, text, add, run in (

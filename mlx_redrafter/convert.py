@@ -28,6 +28,7 @@ from .drafter import Q_BITS, Q_GROUP_SIZES, DrafterConfig, Quantization
 from .files import atomic_folder
 
 DTYPES = ("float16", "bfloat16", "float32")
+QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 LINES_AT_ONCE = 256
@@ -294,6 +295,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
     parser.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
     parser.add_argument("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
+    parser.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are not quantized")
     parser.add_argument("-d", "--dequantize", action="store_true", help="dequantize the base model")
     parser.add_argument("--upload-repo", help="upload the result to this Hugging Face repository")
@@ -362,6 +364,7 @@ def _run_base(args: argparse.Namespace) -> str:
         q_bits=args.q_bits,
         q_group_size=args.q_group_size,
         q_mode=args.q_mode,
+        quant_predicate=args.quant_predicate,
         dtype=args.dtype,
         dequantize=args.dequantize,
         revision=args.revision,
@@ -433,9 +436,14 @@ def _check_quantization_arguments(args: argparse.Namespace) -> None:
     if args.quantize and args.dequantize:
         raise ValueError("-q and -d exclude each other: choose one.")
     if not args.quantize and (
-        args.q_bits is not None or args.q_group_size is not None or args.q_mode != "affine"
+        args.q_bits is not None
+        or args.q_group_size is not None
+        or args.q_mode != "affine"
+        or args.quant_predicate is not None
     ):
-        raise ValueError("--q-bits, --q-group-size and --q-mode need -q.")
+        raise ValueError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
+    if args.quant_predicate is not None and args.q_mode != "affine":
+        raise ValueError("--quant-predicate is for --q-mode affine: leave one of them out.")
     if args.q_mode == "affine":
         if args.q_bits is not None and args.q_bits not in Q_BITS:
             raise ValueError(f"--q-bits is {args.q_bits}: choose one of {Q_BITS}.")

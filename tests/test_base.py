@@ -119,6 +119,12 @@ def test_quantize_then_dequantize(source, tmp_path, q_bits, group, mode):
     assert mx.allclose(logits(tmp_path / "q"), logits(tmp_path / "d"), atol=1e-4)
 
 
+def test_mixed_bits(source, tmp_path):
+    convert_base(source, tmp_path / "q", quantize=True, q_group_size=32, quant_predicate="mixed_3_6")
+    model, _ = mlx_lm.load(str(tmp_path / "q"))
+    assert {module.bits for _, module in model.named_modules() if hasattr(module, "bits")} == {3, 6}
+
+
 def test_dtype(source, tmp_path):
     convert_base(source, tmp_path / "out", dtype="bfloat16")
     assert logits(tmp_path / "out").dtype == mx.bfloat16
