@@ -58,30 +58,32 @@ def main() -> None:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument(
-        "--precision", nargs="+", default=["float32"], help="float32, bfloat16, float16, stored"
+        "--precision", nargs="+", default=["float32"], help="float32, bfloat16, float16, or quantized-TYPE"
     )
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     shapes = [r.DraftShape(*map(int, text.split(","))) for text in args.shapes]
-    results = [measure(args, precision, shapes) for precision in args.precision]
     versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")}
-    report = {"model": args.model, "chip": backend.chip(), "versions": versions, "results": results}
-    text = json.dumps(report, indent=1)
-    if args.output:
-        args.output.write_text(text + "\n")
-    print(text)
+    results: list[dict[str, Any]] = []
+    for precision in args.precision:
+        results.append(measure(args, precision, shapes))
+        report = {"model": args.model, "chip": backend.chip(), "versions": versions, "results": results}
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(args.output.read_text())
     sys.exit(any(shape["diverged"] for x in results if x["precision"] == "float32" for shape in x["shapes"]))
 
 
 def load(name: str, precision: str) -> Any:
-    """The model in a precision; "stored" keeps quantized weights quantized on every device."""
-    if precision != "stored":
+    """The model in a precision; "quantized-TYPE" keeps the weights quantized, with activations of a type."""
+    if not precision.startswith("quantized-"):
         return r.load(name, dtype=precision)
+    dtype = getattr(mx, precision.removeprefix("quantized-"))
     model, tokenizer = mlx_lm.load(str(model_folder(name)))[:2]
-    drafter = load_drafter(None, identity_of(model), model.model.embed_tokens(mx.array([0])).dtype)
+    model.set_dtype(dtype)
+    drafter = load_drafter(None, identity_of(model), dtype)
     return r.SpeculativeModel(model, drafter), tokenizer
 
 
