@@ -2,10 +2,11 @@
 
 import importlib.util
 import inspect
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,11 @@ def convert_base(
             recipe: Any = None
             if quant_predicate is not None:
                 recipe = mixed_quant_predicate_builder(quant_predicate, model, q_group_size or 64)
-            model, config = quantize_model(
-                model, config, q_group_size, q_bits, mode=q_mode, quant_predicate=recipe
-            )
+            with redirect_stdout(io.StringIO()) as said:
+                model, config = quantize_model(
+                    model, config, q_group_size, q_bits, mode=q_mode, quant_predicate=recipe
+                )
+            say(said.getvalue().strip())
             if not any(hasattr(module, "bits") for _, module in model.named_modules()):
                 raise ValueError(f"q_group_size {q_group_size} divides no layer's width: try 64 or 32.")
         if dequantize:
@@ -202,7 +205,9 @@ def _check_options(
         raise ValueError(f"q_mode {q_mode!r} is not one of {', '.join(_MODES)}.")
     if quant_predicate is not None and (quant_predicate not in QUANT_RECIPES or q_mode != "affine"):
         recipes = ", ".join(QUANT_RECIPES)
-        raise ValueError(f"quant_predicate {quant_predicate!r} with q_mode {q_mode!r}: affine, with {recipes}.")
+        raise ValueError(
+            f"quant_predicate {quant_predicate!r} with q_mode {q_mode!r}: affine, with {recipes}."
+        )
 
 
 def _check_weight_format(source: str, files: list[str]) -> None:

@@ -81,7 +81,7 @@ class DrafterConfig:
             ValueError: a size is missing or not valid.
         """
         for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers"):
-            if name not in raw:
+            if raw.get(name) is None:
                 raise ValueError(
                     f"{name!r} is missing from the drafter's configuration: add it to config.json."
                 )

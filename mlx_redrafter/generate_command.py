@@ -132,9 +132,14 @@ def encode_prompt(
         messages = [*system, {"role": "user", "content": content}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    text = render(prompt)
-    if continues:
-        text = text[render("<query>").index("<query>") :]
+    try:
+        text = render(prompt)
+        if continues:
+            text = text[render("<query>").index("<query>") :]
+    except Exception as error:  # a template is a program, and may refuse a system prompt
+        raise ValueError(
+            f"the chat template refuses this ({error}): try --ignore-chat-template, or no --system-prompt."
+        ) from error
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 

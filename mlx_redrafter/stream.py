@@ -3,6 +3,7 @@
 import contextlib
 import operator
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -388,7 +389,9 @@ def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
     try:
         for response in responses:
             yield Response(**{f.name: getattr(response, f.name) for f in fields(GenerationResponse)})
-    except IndexError as error:  # of the detokenizer
+    except (IndexError, TypeError) as error:
+        if not any(frame.name == "add_token" for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         raise ValueError(UNKNOWN_TOKEN) from error
 
 
@@ -417,7 +420,7 @@ class Writer:
     def _add(self, token: int) -> None:
         try:
             self.detokenizer.add_token(token)
-        except IndexError as error:
+        except (IndexError, TypeError) as error:
             raise ValueError(UNKNOWN_TOKEN) from error
 
     def write(self, emitted: Emitted) -> Iterator[Response]:

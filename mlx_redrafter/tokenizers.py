@@ -1,11 +1,13 @@
 """Tokenizers for models that bring none mlx-lm can read: GGUF metadata and SentencePiece files."""
 
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +70,38 @@ def load_tokenizer(
             if _needs_vicuna_template(copy, name):
                 _edit_config(copy, chat_template=VICUNA_TEMPLATE)
             return _load(copy, extra, eos_token_ids)
-    except Exception as error:  # the tokenizers library raises nothing more specific
+    except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().split("\n")[0][:300]
         raise ValueError(f"No usable tokenizer in {folder}: {reason} Add its tokenizer.json.") from error
 
 
 def _load(folder: Path, extra: dict[str, Any], eos_token_ids: int | list[int] | None) -> TokenizerWrapper:
-    tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)
+    with _muted():
+        tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)
+        tokenizer.encode("a")  # a damaged one may load and then fail
+    largest, size = max(tokenizer.get_vocab().values()), len(tokenizer)
+    if largest > 9 * size:  # the tokenizers library would write a line for each id that is left out
+        raise ValueError(f"it has token {largest}, but {size} tokens.")
     return tokenizer
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Keep the report of a Rust library that panics off standard error; the exception says it all."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def ensure_fast_tokenizer(folder: Path) -> None:
