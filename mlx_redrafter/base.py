@@ -160,12 +160,17 @@ def find_gguf(source: str | Path) -> Path | None:
 
 
 def load_base(
-    folder: Path, trust_remote_code: bool = False, *, check_values: bool = True
+    folder: Path,
+    trust_remote_code: bool = False,
+    *,
+    check_values: bool = True,
+    model_config: dict[str, Any] | None = None,
 ) -> tuple[Module, dict[str, Any]]:
     """Load the model in ``folder`` lazily, having checked every file of it.
 
     Args:
         check_values: read all weights and refuse NaN; otherwise only headers are read.
+        model_config: entries that take the place of those in config.json.
 
     Returns:
         The mlx-lm model and its config.
@@ -180,7 +185,7 @@ def load_base(
     if "trust_remote_code" not in inspect.signature(load_model).parameters:
         trust = {}  # mlx-lm before 0.32
     try:
-        model, config = load_model(folder, lazy=True, **trust)
+        model, config = load_model(folder, lazy=True, model_config=model_config, **trust)
     except LOAD_ERRORS as error:
         raise ValueError(
             f"mlx-lm cannot load {folder} ({_first_line(error)}): check its config.json."

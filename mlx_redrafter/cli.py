@@ -1,6 +1,7 @@
 """The ``mlx-redrafter`` command."""
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -80,4 +81,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' chatter out of the way of ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where a terminal cannot show a character
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

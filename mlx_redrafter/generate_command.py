@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -10,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -19,7 +21,15 @@ from .decoding.sampling import Sampling
 from .decoding.step import DraftShape
 from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
 from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache
-from .stream import PREFILL_STEP_SIZE, Response, check_shape, default_shape, statistics, stream_generate
+from .stream import (
+    PREFILL_STEP_SIZE,
+    Response,
+    Sampler,
+    check_shape,
+    default_shape,
+    statistics,
+    stream_generate,
+)
 
 DEFAULT_PROMPT = "hello"
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -33,12 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
     add("--prompt", "-p", default=DEFAULT_PROMPT, help="what to say to the model; - reads standard input")
     add("--system-prompt", help="system message for the chat template")
+    add("--prefill-response", help="beginning of the answer, for the chat template")
     add("--ignore-chat-template", action="store_true", help="give the model the prompt as it is")
+    add("--use-default-chat-template", action="store_true", help="accepted, as by mlx-lm: it is the default")
+    add("--chat-template-config", help="options of the chat template, a JSON object")
     add("--max-tokens", "-m", type=int, default=100, help="tokens to generate at most; -1: no limit")
     add("--temp", type=float, default=0.0, help="sampling temperature; 0 is greedy")
     add("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     add("--min-p", type=float, default=0.0, help="drop tokens less likely than this share of the likeliest")
     add("--top-k", type=int, default=0, help="sample from this many of the likeliest tokens; 0: all")
+    add("--min-tokens-to-keep", type=int, default=1, help="that --min-p must leave")
+    add("--xtc-probability", type=float, default=0.0, help="of XTC sampling (decodes without drafter)")
+    add("--xtc-threshold", type=float, default=0.0, help="probability above which XTC drops tokens")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="text that ends the output; may be given several times")
     add("--extra-eos-token", nargs="+", default=[], help="further tokens that end the output")
@@ -63,6 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the weights; a float type dequantizes a quantized model",
     )
     add("--no-draft", action="store_true", help="plain decoding by mlx-lm, the baseline")
+    add("--draft-model", help="mlx-lm's speculative decoding with this small model, instead of a drafter")
+    add("--num-draft-tokens", type=int, default=3, help="tokens that --draft-model drafts at once")
+    add("--quantize-activations", "-qa", action="store_true", help="as the weights of each layer are")
+    add("--verbose", type=_boolean, default=True, help="False prints the text alone (default: True)")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--show-draft", action="store_true", help="show drafted tokens in colour")
     output.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
@@ -73,7 +93,9 @@ def run(args: argparse.Namespace) -> int:
     shape = _shape(args)
     sampling = Sampling(args.temp, args.top_p, args.top_k, args.min_p)
     _check(args)
+    _check_special(args)
     prompt = _read_prompt(args)
+    args.no_draft = args.no_draft or args.draft_model is not None or args.xtc_probability > 0
     drafter = None if args.no_draft or args.drafter == "none" else args.drafter
     if drafter not in (None, "auto"):
         drafter = _find_drafter(drafter, shape)
@@ -85,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         cache.tokenizer_config if cache else None,
         drafter=drafter,
         dtype=args.dtype,
+        model_config={"quantize_activations": True} if args.quantize_activations else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
@@ -93,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     ids = encode_prompt(tokenizer, prompt, args, cache is not None)
+    sampler = _special_sampler(args, tokenizer)
     with warnings.catch_warnings(record=True) as notes:
         if model.drafter is None and drafter is not None:
             warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
@@ -102,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
             ids,
             args.max_tokens,
             shape=shape,
-            sampling=sampling,
+            sampling=sampling if sampler is None else None,
+            sampler=sampler,
             seed=args.seed,
             stop=args.stop,
             prefill_step_size=args.prefill_step_size,
@@ -111,12 +136,13 @@ def run(args: argparse.Namespace) -> int:
             max_kv_size=args.max_kv_size,
             draft=not args.no_draft,
             **_kv_options(args),
+            **_draft_model(args, tokenizer),
         )
     responses = _with_notes(responses, [str(note.message) for note in notes])
     if args.json:
         _print_record(responses, model, args, shape)
     else:
-        _print(responses, args.show_draft)
+        _print(responses, args.show_draft, args.verbose)
     return 0
 
 
@@ -127,10 +153,14 @@ def encode_prompt(
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
+    begun = args.prefill_response is not None
+    answer = [{"role": "assistant", "content": args.prefill_response}] if begun else []
+    options = {"continue_final_message": begun, "add_generation_prompt": not begun}
+    options |= json.loads(args.chat_template_config or "{}")
 
     def render(content: str) -> str:
-        messages = [*system, {"role": "user", "content": content}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        messages = [*system, {"role": "user", "content": content}, *answer]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     try:
         text = render(prompt)
@@ -208,7 +238,11 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:
+        raise ValueError("there is no standard input: give the prompt itself with --prompt.")
     try:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         return sys.stdin.read()
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -217,16 +251,17 @@ def _standard_input() -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag in ("model", "drafter", "prompt", "system_prompt", "adapter_path"):
-        _check_text(
-            f"--{flag.replace('_', '-')}", getattr(args, flag), empty=flag in ("prompt", "system_prompt")
-        )
+    messages = ("prompt", "system_prompt", "prefill_response")
+    for flag in ("model", "drafter", "adapter_path", "draft_model", *messages):
+        _check_text(f"--{flag.replace('_', '-')}", getattr(args, flag), empty=flag in messages)
     for text in args.stop:
         _check_text("--stop", text)
     for flag, value, least in (
         ("--max-kv-size", args.max_kv_size, 1),
         ("--prefill-step-size", args.prefill_step_size, 1),
         ("--quantized-kv-start", args.quantized_kv_start, 0),
+        ("--min-tokens-to-keep", args.min_tokens_to_keep, 1),
+        ("--num-draft-tokens", args.num_draft_tokens, 1),
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} is not usable: give {least} or more.")
@@ -241,6 +276,53 @@ def _check_text(flag: str, value: str | None, empty: bool = False) -> None:
         raise ValueError(f"{flag} '' names nothing: leave it out, or give a value.")
     if value and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
         raise ValueError(f"{flag} {value!r} is not text in UTF-8: check the terminal's encoding.")
+
+
+def _check_special(args: argparse.Namespace) -> None:
+    for flag, value, most in (
+        ("--xtc-probability", args.xtc_probability, 1),
+        ("--xtc-threshold", args.xtc_threshold, 0.5),
+    ):
+        if not 0 <= value <= most:
+            raise ValueError(f"{flag} {value} is not usable: give 0 to {most}.")
+    try:
+        options = json.loads(args.chat_template_config or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--chat-template-config is not JSON ({error}): give an object.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat-template-config {args.chat_template_config} is no JSON object: give one.")
+
+
+def _special_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:
+    """mlx-lm's sampler where flags ask for what ``Sampling`` does not do."""
+    if args.temp == 0 or (args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)):
+        return None
+    sampler: Sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        args.top_k,
+        args.xtc_probability,
+        args.xtc_threshold,
+        [*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+    return sampler
+
+
+def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    if args.draft_model is None:
+        return {}
+    model, its_tokenizer = load(args.draft_model, drafter=None, dtype=args.dtype)
+    if its_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"--draft-model {args.draft_model} has another tokenizer than the model: name another."
+        )
+    return {"draft_model": model.model, "num_draft_tokens": args.num_draft_tokens}
+
+
+def _boolean(text: str) -> bool:
+    return text.lower() not in ("false", "f")
 
 
 def _kv_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -302,15 +384,15 @@ def _print_record(
         raise interrupt
 
 
-def _print(responses: Iterator[Response], show_draft: bool) -> None:
+def _print(responses: Iterator[Response], show_draft: bool, verbose: bool) -> None:
     last = None
     try:
         for response in responses:
-            if last is None:
+            if last is None and verbose:
                 print("=" * 10)
             last = response
             drafted = show_draft and response.from_draft and response.text
             print(f"{GREEN}{response.text}{PLAIN}" if drafted else response.text, end="", flush=True)
     finally:
         if last is not None:
-            print("", "=" * 10, statistics(last), sep="\n")
+            print(*(["", "=" * 10, statistics(last)] if verbose else [""]), sep="\n")

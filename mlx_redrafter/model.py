@@ -62,6 +62,7 @@ def load(
     *,
     drafter: str | Path | None = "auto",
     dtype: str = "auto",
+    model_config: dict[str, Any] | None = None,
     adapter_path: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -75,6 +76,7 @@ def load(
             that ships for the model, if any; None loads none.
         dtype: auto (float32 on a CPU, elsewhere as stored), float32, float16 or bfloat16. A float type
             dequantizes a quantized model.
+        model_config: entries that take the place of those in config.json.
         adapter_path: LoRA adapters to apply.
         revision: branch, tag or commit of the repository.
         trust_remote_code: let the tokenizer and the model run code of their repository.
@@ -88,7 +90,7 @@ def load(
     if drafter is not None and drafter != "auto":
         drafter = resolve_drafter(drafter)  # before the model, which takes longer
     folder = model_folder(name, revision)
-    model, config = load_base(folder, trust_remote_code, check_values=False)
+    model, config = load_base(folder, trust_remote_code, check_values=False, model_config=model_config)
     context_length = _context_length(config, folder)
     tokenizer = load_tokenizer(
         folder,

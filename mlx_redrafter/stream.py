@@ -83,7 +83,8 @@ def stream_generate(
         max_tokens: tokens to generate at most; -1 is no limit.
         shape: how much to draft at each step; the default depends on the device.
         sampling: temperature and filters; greedy by default.
-        sampler: instead of ``sampling``, a function from log-probabilities [..., V] to tokens [...].
+        sampler: instead of ``sampling``, a function from log-probabilities [N, V] to tokens [N], such as
+            one of mlx-lm's; rows must be sampled independently (XTC's, which share a coin, are not).
         seed: makes sampling repeatable; without it, MLX's global random state is used.
         stop: texts that end the generation; they are not part of the output.
         prefill_step_size: prompt tokens processed at once.

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from bundles import make_drafter, make_folder
+from mlx_lm.cache_prompt import main as cache_prompt
+from mlx_lm.generate import main as mlx_main
+from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlx_redrafter import stream_generate
@@ -37,6 +41,9 @@ def made(tmp_path_factory):
     other = make_folder(root / "other", kind="random")
     make_drafter(root / "other-drafter", other)
     make_folder(root / "wide", SAYS, hidden_size=128)
+    make_drafter(
+        root / "random-wide-drafter", make_folder(root / "random-wide", kind="random", hidden_size=128)
+    )
     make_folder(root / "sentencepiece", SAYS, "sentencepiece")
     make_drafter(root / "sentencepiece-drafter", root / "sentencepiece")
     return root
@@ -217,6 +224,71 @@ def test_byte_fallback(run, made):
     assert run(*command)[1].splitlines()[1] == SAYS
 
 
+# --- Next to mlx_lm.generate -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_mlx_lm(run, monkeypatch, capsys):
+    """Run ``generate`` and ``mlx_lm.generate`` with the same flags: both must say the same."""
+
+    def check(*flags, mine=()):
+        flags = [str(flag) for flag in flags]
+        code, out, _ = run("generate", *flags, *mine)
+        monkeypatch.setattr("sys.argv", ["mlx_lm.generate", *flags])
+        mlx_main()
+        assert code == 0
+        text, theirs = (printed.split("=" * 10)[-2:][0] for printed in (out, capsys.readouterr().out))
+        assert text == theirs
+
+    return check
+
+
+def test_every_flag_of_mlx_lm_is_known(run):
+    help_text = run("generate", "--help")[1]
+    flags = {flag for action in setup_arg_parser()._actions for flag in action.option_strings}
+    missing = {flag for flag in flags if not re.search(rf"(^|[\s,\[]){flag}\b", help_text)}
+    assert missing <= {"--image"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--max-tokens", "1"),
+        ("--prefill-response", "I say", "--system-prompt", "be kind"),
+        ("--chat-template-config", '{"unused": 1}', "--use-default-chat-template"),
+        ("--ignore-chat-template", "-p", "one\\ntwo"),
+        ("--verbose", "False"),
+        ("--draft-model", "OTHER", "--num-draft-tokens", "2"),
+        ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"),
+        ("--max-kv-size", "20"),
+        ("--extra-eos-token", "a", "b", "c"),
+    ],
+)
+def test_flags_mean_what_they_mean_there(as_mlx_lm, made, flags):
+    folder = made / ("random-wide" if "--kv-bits" in flags else "other")
+    shared = [made / "other" if flag == "OTHER" else flag for flag in flags]
+    drafter = ["--drafter", f"{folder}-drafter"] if "--draft-model" not in flags else []
+    as_mlx_lm("--model", folder, "-m", "30", *shared, mine=drafter)
+
+
+@pytest.mark.parametrize(
+    ("flags", "drafts"),
+    [
+        (("--xtc-probability", "0.5", "--xtc-threshold", "0.1"), False),
+        (("--min-p", "0.9", "--min-tokens-to-keep", "3"), True),
+    ],
+)
+def test_samplers_of_mlx_lm_alone(generate, flags, drafts):
+    code, out, err = generate("--json", "--temp", "2", "--seed", "4", *flags)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["settings"]["drafting"] == drafts
+    assert (
+        json.loads(generate("--json", "--temp", "2", "--seed", "4", *flags)[1])["tokens"]
+        == json.loads(out)["tokens"]
+    )
+
+
 # --- Prompt caches -----------------------------------------------------------------------------------
 
 
@@ -247,16 +319,23 @@ def test_a_prompt_cache_names_the_model(run, made, cache_file):
     assert json.loads(run(*command, "--no-draft")[1])["tokens"] == record["tokens"]
 
 
-def test_the_cache_of_a_random_model_says_what_mlx_lm_says(run, made, tmp_path, monkeypatch, capsys):
-    from mlx_lm.generate import main as mlx_main
-
+def test_a_prompt_cache_continues_as_in_mlx_lm(as_mlx_lm, made, tmp_path):
     path = write_cache(made / "other", tmp_path / "cache.safetensors")
-    command = ["--prompt-cache-file", str(path), "-p", " it", "-m", "30"]
-    code, out, _ = run("generate", *command, "--drafter", made / "other-drafter")
-    monkeypatch.setattr("sys.argv", ["mlx_lm.generate", *command])
-    mlx_main()
-    assert code == 0
-    assert out.split("=" * 10)[1] == capsys.readouterr().out.split("=" * 10)[1]
+    drafter = ["--drafter", made / "other-drafter"]
+    as_mlx_lm("--prompt-cache-file", path, "-p", " it", "-m", "30", mine=drafter)
+
+
+@pytest.mark.parametrize("flags", [("--kv-bits", "8", "--kv-group-size", "32"), ("--max-kv-size", "9")])
+def test_caches_of_other_kinds_continue_as_in_mlx_lm(as_mlx_lm, made, tmp_path, monkeypatch, flags):
+    path, folder = tmp_path / "cache.safetensors", made / "random-wide"
+    made_by = ["cache_prompt", "--model", str(folder), "--prompt-cache-file", str(path), "--prompt", "say"]
+    monkeypatch.setattr(
+        "sys.argv", [*made_by, *flags, *(["--quantized-kv-start", "0"] if "9" not in flags else [])]
+    )
+    cache_prompt()
+    same = flags if "--kv-bits" in flags else ()
+    drafter = ["--drafter", made / "random-wide-drafter"]
+    as_mlx_lm("--prompt-cache-file", path, "-p", " it", "-m", "30", *same, mine=drafter)
 
 
 def test_the_cache_brings_the_tokenizers_options(run, made, tmp_path):
@@ -319,6 +398,12 @@ def test_prompt_caches_that_do_not_fit(refused, made, tmp_path, cache_file):
         (["--kv-group-size", "8"], "8"),
         (["--quantized-kv-start", "-5"], "--quantized-kv-start -5"),
         (["--dtype", "int8"], "int8"),
+        (["--xtc-probability", "2"], "--xtc-probability 2.0"),
+        (["--xtc-threshold", "nan"], "--xtc-threshold nan"),
+        (["--min-tokens-to-keep", "0"], "--min-tokens-to-keep 0"),
+        (["--num-draft-tokens", "0"], "--num-draft-tokens 0"),
+        (["--chat-template-config", "{"], "--chat-template-config"),
+        (["--chat-template-config", "[1]"], "--chat-template-config [1]"),
         (["--beam-width", "0"], "beam width 0"),
         (["--beam-width", "-3"], "beam width -3"),
         (["--beam-length", "0"], "beam length 0"),
@@ -387,6 +472,15 @@ def test_other_bad_command_lines(refused_at_once, tmp_path, monkeypatch, argumen
 )
 def test_bad_standard_input(refused_at_once, content, naming):
     refused_at_once("generate", "-p", "-", stdin=content, naming=naming)
+
+
+def test_standard_input_is_utf_8_in_every_locale(made):
+    command = ["-m", "mlx_redrafter", "generate", "--model", made / "base", "--no-draft", "-p", "-"]
+    variables = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = spawn(*command, stdin=subprocess.PIPE, env=variables)
+    out, err = process.communicate("é".encode(), timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert b"Generation: 13 tokens" in out
 
 
 def test_a_repository_without_a_network(refused):

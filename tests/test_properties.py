@@ -307,9 +307,21 @@ PLACES = [
 NUMERIC = [
     "--temp", "--top-p", "--min-p", "--top-k", "--seed", "--max-kv-size", "--prefill-step-size", "--kv-bits",
     "--kv-group-size", "--quantized-kv-start", "--beam-width", "--beam-length", "--max-nodes",
+    "--xtc-probability", "--xtc-threshold", "--min-tokens-to-keep", "--num-draft-tokens",
 ]  # fmt: skip
-TEXTUAL = ["--prompt", "--system-prompt", "--stop", "--extra-eos-token", "--dtype", "--nonsense", "-p"]
-FOLDERS = ["--model", "--drafter", "--adapter-path", "--prompt-cache-file"]
+TEXTUAL = [
+    "--prompt",
+    "--system-prompt",
+    "--stop",
+    "--extra-eos-token",
+    "--dtype",
+    "--nonsense",
+    "-p",
+    "--chat-template-config",
+    "--verbose",
+    "--prefill-response",
+]
+FOLDERS = ["--model", "--drafter", "--adapter-path", "--prompt-cache-file", "--draft-model"]
 SWITCHES = ["--no-draft", "--ignore-chat-template", "--trust-remote-code", "--show-draft", "stray"]
 CONVERSIONS = {
     **dict.fromkeys(["--q-bits", "--q-group-size", "--drafter-q-bits", "--drafter-q-group-size"], NUMBERS),
