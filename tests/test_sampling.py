@@ -131,6 +131,19 @@ def test_filters_are_mlx_lms(options):
     np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-3])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = mx.random.normal((50, 40), key=mx.random.key(5))
+    picks = Sampling(temperature=temperature, top_k=7).pick(100 * logits, mx.random.key(1))
+    assert picks.tolist() == mx.argmax(logits, axis=-1).tolist()
+
+
+def test_an_enormous_temperature_picks_any_token_that_passes():
+    logits = 3 * mx.random.normal((1, 40), key=mx.random.key(5))
+    picks = Sampling(temperature=1e300, top_k=7).pick(mx.repeat(logits, 500, axis=0), mx.random.key(1))
+    assert set(picks.tolist()) == set(mx.argsort(-logits[0])[:7].tolist())
+
+
 @pytest.mark.parametrize(
     "options, word",
     [

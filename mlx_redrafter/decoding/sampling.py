@@ -39,7 +39,9 @@ class Sampling:
         """One token for each row of ``logits`` [..., V]: [...] int32, every row sampled independently."""
         if self.temperature == 0:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
-        logits = self.filtered(logits) / self.temperature
+        logprobs = self.filtered(logits)
+        temperature = min(max(self.temperature, 1e-30), 1e30)  # what float32 can divide by
+        logits = (logprobs - logprobs.max(axis=-1, keepdims=True)) / temperature
         return mx.random.categorical(logits, axis=-1, key=key).astype(mx.int32)
 
     def filtered(self, logits: mx.array) -> mx.array:
