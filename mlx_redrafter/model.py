@@ -19,7 +19,7 @@ from . import backend
 from .base import LOAD_ERRORS, convert_base, load_base
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .drafter import Drafter
-from .target import Target, find_embedding
+from .target import Target
 from .tokenizers import load_tokenizer
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -236,8 +236,8 @@ def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Dr
     source = find_drafter(identity) if drafter == "auto" else drafter
     if source is None:
         return None
-    activations = find_embedding(model)(mx.array([0]))
-    return load_drafter(source, identity, activations.dtype)
+    embedding: Any = token_embedding(model)
+    return load_drafter(source, identity, embedding(mx.array([0])).dtype)
 
 
 def _context_length(config: dict[str, Any], folder: Path) -> int | None:

@@ -15,13 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from .bundle import token_embedding
 from .decoding.cache import Cache, grow, visible, write_rows
 from .decoding.step import Verified
 from .decoding.tree import Tree, make_tree
 
 ROPE_NAMES = ("rope", "rotary_emb")
 INNER_NAMES = ("model", "transformer", "backbone")
-EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 class Target:
@@ -37,7 +37,7 @@ class Target:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
-        self.embed: nn.Module = find_embedding(model)
+        self.embed: Any = token_embedding(model)
         self._view = _view(model)
         self._recorder = _Recorder.put_into(self._view)
 
@@ -257,15 +257,6 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
         if isinstance(owner.get(name), nn.Module):
             return owner, name
     raise ValueError(f"{_name(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
-
-
-def find_embedding(model: nn.Module) -> nn.Module:
-    """The token embedding of an mlx-lm model (callable: ids -> vectors, quantized or not)."""
-    owner, name = _inner_place(model)
-    embeddings = [m for _, m in owner[name].named_modules() if isinstance(m, EMBEDDINGS)]
-    if not embeddings:
-        raise ValueError(f"{_name(model)} has no token embedding.")
-    return max(embeddings, key=lambda m: int(m.weight.shape[0]))
 
 
 def _window(cache: Any, model: nn.Module) -> int | None:
