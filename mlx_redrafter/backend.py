@@ -28,7 +28,7 @@ class Backend:
 METAL = Backend("metal", None, DraftShape(1, 3))
 CUDA = Backend("cuda", None, DraftShape(4, 5))
 # Half-precision and quantized products do not use the BLAS on a CPU and cost a multiple of float32.
-CPU = Backend("cpu", "float32", DraftShape(4, 4, 8))
+CPU = Backend("cpu", "float32", DraftShape(3, 3, 8))
 
 
 def current() -> Backend:
