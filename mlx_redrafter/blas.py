@@ -29,7 +29,7 @@ def load_blas() -> str | None:
     choice = os.environ.get(VARIABLE, "")
     if not sys.platform.startswith("linux") or choice.lower() in ("off", "0", "none"):
         return None
-    path = choice or next(iter(_packaged("cmeel-openblas", "libopenblas.so")), None)
+    path = choice or next(iter(packaged("cmeel-openblas", "libopenblas.so")), None)
     if path is None:
         return None
     if "mlx.core" in sys.modules:
@@ -63,9 +63,9 @@ def _load_gfortran() -> None:
     The wheel's copy carries a name of its own (``libgfortran-1a2b.so.5``), by which the loader does
     not recognise it; so a temporary copy gets the plain name written over that one.
     """
-    for quadmath in _packaged("mlx-cpu", "libquadmath"):
+    for quadmath in packaged("mlx-cpu", "libquadmath"):
         ctypes.CDLL(quadmath)
-    for path in _packaged("mlx-cpu", "libgfortran"):
+    for path in packaged("mlx-cpu", "libgfortran"):
         name = Path(path).name.encode()
         renamed = Path(path).read_bytes().replace(name, b"libgfortran.so.5".ljust(len(name), b"\0"))
         with tempfile.NamedTemporaryFile(suffix=".so") as copy:
@@ -74,7 +74,7 @@ def _load_gfortran() -> None:
             ctypes.CDLL(copy.name, mode=ctypes.RTLD_GLOBAL)
 
 
-def _packaged(package: str, prefix: str) -> list[str]:
+def packaged(package: str, prefix: str) -> list[str]:
     """Paths of the installed ``package``'s files whose names start with ``prefix``."""
     try:
         files = metadata.files(package) or []

@@ -3,8 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlx_lm.utils import dequantize_model, load_adapters
 
 from . import backend
 from .base import LOAD_ERRORS, convert_base, load_base
+from .blas import packaged
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .drafter import Drafter
 from .target import Target
@@ -126,9 +126,8 @@ def model_folder(name: str, revision: str | None = None) -> Path:
         return _loadable(path)
     if path.exists():
         raise ValueError(f"{path} is no model: give a folder, a .gguf file or a Hugging Face repository.")
-    packaged = _packaged_file(*PACKAGED[name]) if name in PACKAGED and revision is None else None
-    if packaged is not None:
-        return _converted(packaged)
+    if name in PACKAGED and revision is None and (files := packaged(*PACKAGED[name])):
+        return _converted(Path(files[0]))
     return _loadable(download(name, revision, DOWNLOADS))
 
 
@@ -163,16 +162,6 @@ def _converted(gguf: Path) -> Path:
             if not folder.exists():  # or another process was faster
                 raise
     return folder
-
-
-def _packaged_file(package: str, name: str) -> Path | None:
-    """The path of a file inside an installed package."""
-    try:
-        files: Iterable[metadata.PackagePath] = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        return None
-    paths = (Path(str(file.locate())) for file in files if file.name == name)
-    return next((path for path in paths if path.exists()), None)
 
 
 def _adapt(model: nn.Module, adapter_path: str) -> nn.Module:
