@@ -1,0 +1,1 @@
+"""Make a drafter for a model: data, hidden states, training, evaluation."""

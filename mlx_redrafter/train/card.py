@@ -1,0 +1,294 @@
+"""The model card of a trained drafter: README.md with Hugging Face's front matter.
+
+It says only what it is told; what is not known is left out.
+"""
+
+import json
+import platform
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+from .. import backend
+from .evaluate import Measured
+
+PAPER = "https://arxiv.org/abs/2403.09919"
+SPECIAL = re.compile(r"([\\`*_\[\]<>|~$])")  # what Markdown would not show as it is
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a trained drafter; None and empty values are left out of its card.
+
+    Attributes:
+        base: the base model as the user named it.
+        drafter: the drafter's folder or repository, for the usage snippet.
+        identity: of the base model, for people (``str(BaseIdentity)``).
+        license: of the drafter, as Hugging Face abbreviates it.
+        license_note: where the licence comes from, or what else binds the user.
+        commands: the command lines that made it.
+        sizes: of the network, by name.
+        parameters: how many.
+        bytes_per_step: read from memory for one drafted token.
+        conversations: that were trained on, and so ``tokens`` and ``trained_tokens`` (those of the
+            model's answers).
+        duplicates: conversations dropped because they came before, and so ``loops``, for repetition.
+        held_out: conversations kept for the losses below.
+        sources: where the conversations come from.
+        seeds: by what they are for.
+        versions: of software and the machine's name, see ``environment``.
+        steps: of the optimizer.
+        epochs: passes over the data.
+        seconds: of training.
+        loss: on held-out conversations, for each depth.
+        top1: share of the held-out tokens that were the drafter's first choice, for each depth.
+        measured: by real decoding.
+        measured_on: the prompts of these measurements.
+        notes: further remarks, in Markdown.
+    """
+
+    base: str
+    drafter: str = ""
+    identity: str = ""
+    license: str = ""
+    license_note: str = ""
+    commands: Sequence[str] = ()
+    sizes: dict[str, object] = field(default_factory=dict)
+    parameters: int | None = None
+    bytes_per_step: int | None = None
+    conversations: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    duplicates: int | None = None
+    loops: int | None = None
+    held_out: int | None = None
+    sources: Sequence[str] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    loss: Sequence[float] = ()
+    top1: Sequence[float] = ()
+    measured: Sequence[Measured] = ()
+    measured_on: str = ""
+    notes: Sequence[str] = ()
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes, and the machine."""
+    packages = {name: metadata.version(name) for name in ("mlx-redrafter", "mlx", "mlx-lm")}
+    return {
+        **packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "chip": backend.chip(),
+    }
+
+
+def model_card(facts: Facts) -> str:
+    """The text of README.md."""
+    parts = [
+        _front_matter(facts),
+        f"# A recurrent drafter for {escape(facts.base)}",
+        f"It makes {escape(facts.base)} generate faster without changing what it says: it drafts tokens that "
+        f"the model then verifies ([ReDrafter]({PAPER})). It is of no use without that model.",
+        _section("Use", _usage(facts)),
+        _section("Network", _network(facts)),
+        _section("Data", _data(facts)),
+        _section("Training", _training(facts)),
+        _section("Held-out conversations", _losses(facts)),
+        _section("Measured by real decoding", _evaluation(facts)),
+        *facts.notes,
+        _section("License", _license(facts)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def evaluation_table(measured: Iterable[Measured]) -> str:
+    """A Markdown table with one line per draft shape and temperature."""
+    rows = [
+        [
+            shape_text(m),
+            f"{m.temperature:g}",
+            f"{m.prompts:,}",
+            f"{m.tokens:,}",
+            f"**{m.tokens_per_step:.2f}** ({m.low:.2f}–{m.high:.2f})",
+            " ".join(f"{share:.2f}" for share in m.acceptance),
+        ]
+        for m in measured
+    ]
+    head = [
+        "width × length, nodes",
+        "temperature",
+        "prompts",
+        "tokens",
+        "tokens per step",
+        "acceptance by depth",
+    ]
+    return _table(head, rows)
+
+
+def category_table(measured: Iterable[Measured]) -> str:
+    """A Markdown table of tokens per step in each category; empty if there are none."""
+    measured = list(measured)
+    names = list(dict.fromkeys(name for m in measured for name in m.by_category))
+    rows = [
+        [f"{shape_text(m)} at {m.temperature:g}"]
+        + [f"{m.by_category[name]:.2f}" if name in m.by_category else "" for name in names]
+        for m in measured
+    ]
+    return _table(["tokens per step", *map(escape, names)], rows) if names else ""
+
+
+def shape_text(measured: Measured) -> str:
+    """The draft shape in a table."""
+    shape = measured.shape
+    return f"{shape.width} × {shape.length}, {shape.size}"
+
+
+def escape(text: object) -> str:
+    """Text on one line that Markdown shows as it is, in a table too."""
+    return SPECIAL.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def _front_matter(facts: Facts) -> str:
+    lines = ["---", "library_name: mlx-redrafter"]
+    if facts.license:
+        lines.append(f"license: {_yaml(facts.license)}")
+    if REPOSITORY.fullmatch(facts.base):  # Hugging Face takes nothing else
+        lines.append(f"base_model: {_yaml(facts.base)}")
+    return "\n".join([*lines, "tags:", "- mlx", "- redrafter", "- speculative-decoding", "---"])
+
+
+def _yaml(text: str) -> str:
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in (
+        "true",
+        "false",
+        "null",
+        "yes",
+        "no",
+    )
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _usage(facts: Facts) -> str:
+    if not facts.drafter:
+        return ""
+    words = [_shell(word) for word in (facts.base, facts.drafter)]
+    command = 'mlx-redrafter generate --model {} --drafter {} --prompt "Hello"'.format(*words)
+    python = (
+        "from mlx_redrafter import generate, load\n\n"
+        f"model, tokenizer = load({json.dumps(facts.base)}, drafter={json.dumps(facts.drafter)})\n"
+        'messages = [{"role": "user", "content": "Hello"}]\n'
+        "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)\n"
+        "print(generate(model, tokenizer, prompt))"
+    )
+    return f"{_fence('bash', command)}\n\n{_fence('python', python)}"
+
+
+def _network(facts: Facts) -> str:
+    sizes = [(escape(name), escape(value)) for name, value in facts.sizes.items() if value is not None]
+    return _bullets(
+        [
+            ("Base model", escape(facts.identity)),
+            *sizes,
+            ("Parameters", _count(facts.parameters)),
+            ("Read from memory per drafted token", _bytes(facts.bytes_per_step)),
+        ]
+    )
+
+
+def _data(facts: Facts) -> str:
+    return _bullets(
+        [
+            ("Sources", "; ".join(escape(source) for source in facts.sources)),
+            ("Conversations trained on", _count(facts.conversations)),
+            ("Tokens", _count(facts.tokens)),
+            ("Tokens trained on", _count(facts.trained_tokens)),
+            ("Dropped as duplicates", _count(facts.duplicates)),
+            ("Dropped as loops", _count(facts.loops)),
+            ("Held-out conversations", _count(facts.held_out)),
+        ]
+    )
+
+
+def _training(facts: Facts) -> str:
+    rows = _bullets(
+        [
+            ("Steps", _count(facts.steps)),
+            ("Epochs", "" if facts.epochs is None else f"{facts.epochs:.2f}"),
+            ("Time", "" if facts.seconds is None else _duration(facts.seconds)),
+            ("Seeds", ", ".join(f"{escape(name)} {seed}" for name, seed in facts.seeds.items())),
+            ("Versions", ", ".join(f"{escape(k)} {escape(v)}" for k, v in facts.versions.items())),
+        ]
+    )
+    commands = _fence("bash", "\n".join(facts.commands)) if facts.commands else ""
+    return "\n\n".join(part for part in (commands, rows) if part)
+
+
+def _losses(facts: Facts) -> str:
+    depths = range(max(len(facts.loss), len(facts.top1)))
+    rows = [
+        [name, *(f"{values[depth]:.3f}" if depth < len(values) else "" for depth in depths)]
+        for name, values in (("loss (nats)", facts.loss), ("top-1", facts.top1))
+        if values
+    ]
+    return _table(["depth", *(str(depth + 1) for depth in depths)], rows) if rows else ""
+
+
+def _evaluation(facts: Facts) -> str:
+    if not facts.measured:
+        return ""
+    about = (
+        f"{escape(facts.measured_on)}\n\n" if facts.measured_on else ""
+    ) + "1 token per step is plain decoding; in parentheses, a 95 % bootstrap interval over prompts."
+    tables = (evaluation_table(facts.measured), category_table(facts.measured))
+    return "\n\n".join(part for part in (about, *tables) if part)
+
+
+def _license(facts: Facts) -> str:
+    return "\n\n".join(escape(part) for part in (facts.license, facts.license_note) if part)
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _bullets(pairs: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {value}" for name, value in pairs if value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _fence(language: str, text: str) -> str:
+    """A code block whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _shell(word: str) -> str:
+    return shlex.quote(word)
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
+
+
+def _bytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.2f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
