@@ -26,6 +26,7 @@ from .data import TEMPLATE_ERRORS, Conversation, Message, render, special_tokens
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
 STOP_TOKENS = 3  # how much of a plain-text piece a model must write for its turn to be over
 SEED_TOKENS = 16  # of a prompt, that a base model continues
+ROWS = 128  # of the grid in which the largest logits are searched
 NEVER = -1e30  # a score that loses against every other
 
 
@@ -497,7 +498,7 @@ def _candidates(
     if recipe.top_k == 0 and recipe.top_p == 1:
         scores, index = logits, mx.broadcast_to(mx.arange(vocabulary), logits.shape)  # [b, V]
     else:
-        scores, index = top_k(logits, min(most + ends.size, vocabulary))  # [b, K]
+        scores, index = _best(logits, min(most + ends.size, vocabulary))  # [b, K]
     allowed = mx.logical_not(((index[..., None] == ends) & forbidden[:, None]).any(axis=-1))  # [b, K]
     allowed = allowed & (mx.cumsum(allowed.astype(mx.int32), axis=-1) <= most)
     scores = mx.where(allowed, scores.astype(mx.float32), NEVER)
@@ -505,6 +506,28 @@ def _candidates(
         probabilities = mx.softmax(scores, axis=-1)
         likelier = mx.cumsum(probabilities, axis=-1) - probabilities  # mass of likelier candidates
         scores = mx.where(likelier < recipe.top_p, scores, NEVER)
+    return scores, index
+
+
+def _best(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The ``k`` largest logits and their tokens [b, k], best first.
+
+    As ``decoding.topk.top_k``, a fourth of its time on a CPU for dozens of candidates: token i is in
+    column i mod C, all of the k largest are in the k columns with the largest maxima, and these are
+    partitioned before the best are sorted.
+    """
+    batch, vocabulary = logits.shape
+    columns = -(-vocabulary // ROWS)
+    if columns <= k:
+        return top_k(logits, k)
+    padding = [(0, 0), (0, ROWS * columns - vocabulary)]
+    grid = mx.pad(logits, padding, constant_values=-mx.inf).reshape(batch, ROWS, columns)
+    chosen = mx.argpartition(-grid.max(axis=1), k - 1, axis=-1)[:, :k]  # [b, k]
+    pool = mx.take_along_axis(grid, chosen[:, None], axis=2).reshape(batch, ROWS * k)
+    place = mx.argpartition(-pool, k - 1, axis=-1)[:, :k]  # [b, k]
+    scores, order = top_k(mx.take_along_axis(pool, place, axis=-1), k)
+    place = mx.take_along_axis(place, order, axis=-1)
+    index = place // k * columns + mx.take_along_axis(chosen, place % k, axis=-1)
     return scores, index
 
 
