@@ -1,8 +1,9 @@
 """The drafter: one recurrent step over the tokens drafted so far, and the head that reads it.
 
 The network is Apple's ReDrafter (arXiv 2403.09919, section 3), with its parameter names, so that a
-checkpoint in Apple's layout loads as it is. Two things may differ from it: the head may know only the
-tokens the drafter ever proposes (``draft_to_target`` maps them back), and its layers may be quantized.
+checkpoint in Apple's layout loads as it is. What may differ from it: the head may know only the tokens
+the drafter ever proposes (``draft_to_target`` maps them back), its layers may be quantized, the context
+may hold the states of more layers of the base model, and the recurrent cell may be gated.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from mlx.utils import tree_flatten
 
 Q_BITS = (2, 3, 4, 5, 6, 8)
 Q_GROUP_SIZES = (32, 64, 128)
+CELLS = ("simple", "gru")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class DrafterConfig:
         num_draft_layers: how many residual blocks the head has; may be 0.
         rnn: a recurrent cell; False sums embeddings instead.
         draft_vocab_size: Vd, the tokens the head knows; None for all of them.
-        context_size: F, the width of what the drafter reads of the base model; H unless given.
+        context_layers: layers of the base model, counted from 1, whose output the context holds besides
+            the last hidden state.
+        cell: simple, SiLU of a sum (Apple's), or gru, gated.
         quantization: of every linear layer whose input width is a multiple of the group size.
 
     Raises:
@@ -55,16 +59,21 @@ class DrafterConfig:
     num_draft_layers: int
     rnn: bool = False
     draft_vocab_size: int | None = None
-    context_size: int = None  # type: ignore[assignment]  # becomes hidden_size
+    context_layers: tuple[int, ...] = ()
+    cell: str = "simple"
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        if self.context_size is None:
-            object.__setattr__(self, "context_size", self.hidden_size)
-        for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "context_size"):
+        for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers"):
             _check_size(name, getattr(self, name), least=int(name != "num_draft_layers"))
         if not isinstance(self.rnn, bool):
             raise ValueError(f"rnn is {self.rnn!r}: it must be true or false.")
+        if self.cell not in CELLS or (self.cell != "simple" and not self.rnn):
+            raise ValueError(f"cell is {self.cell!r}: choose one of {CELLS}, and with rnn true.")
+        layers = self.context_layers
+        if not isinstance(layers, list | tuple) or any(type(x) is not int or x < 1 for x in layers):
+            raise ValueError(f"context_layers is {layers!r}: it must be a list of layer numbers from 1.")
+        object.__setattr__(self, "context_layers", tuple(layers))
         if self.draft_vocab_size is not None:
             _check_size("draft_vocab_size", self.draft_vocab_size)
             if self.draft_vocab_size > self.vocab_size:
@@ -92,10 +101,13 @@ class DrafterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` reads: the entries of ``config.json`` that are not their default."""
-        fields = {name: value for name, value in asdict(self).items() if value is not None}
-        if self.context_size == self.hidden_size:
-            del fields["context_size"]
-        return fields
+        optional = {name: value for name, value in asdict(self).items() if value not in (None, (), "simple")}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in optional.items()}
+
+    @property
+    def context_size(self) -> int:
+        """F, the width of what the drafter reads of the base model."""
+        return self.hidden_size * (1 + len(self.context_layers))
 
     @property
     def head_inputs(self) -> int:
@@ -106,6 +118,11 @@ class DrafterConfig:
     def head_outputs(self) -> int:
         """Vd, the number of draft tokens."""
         return self.draft_vocab_size or self.vocab_size
+
+    @property
+    def cell_outputs(self) -> int:
+        """The rows of the cell's two products: H, and for a gru H more for each gate."""
+        return self.hidden_size * (3 if self.cell == "gru" else 1)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor a drafter of these sizes has on disk, by name."""
@@ -127,8 +144,8 @@ class DrafterConfig:
             f"lm_head.{self.num_draft_layers}", self.exit_dim, self.head_outputs, bias=False
         )
         if self.rnn:
-            yield from self._linear("rnn_u", self.hidden_size, self.hidden_size, bias=True)
-            yield from self._linear("rnn_w", self.hidden_size, self.hidden_size, bias=False)
+            yield from self._linear("rnn_u", self.hidden_size, self.cell_outputs, bias=True)
+            yield from self._linear("rnn_w", self.hidden_size, self.cell_outputs, bias=False)
 
     def _linear(
         self, name: str, inputs: int, outputs: int, bias: bool
@@ -178,13 +195,17 @@ class Drafter(nn.Module):
         blocks = [ResidualBlock(config.exit_dim) for _ in range(config.num_draft_layers)]
         self.lm_head = [*blocks, nn.Linear(config.exit_dim, config.head_outputs, bias=False)]
         if config.rnn:
-            self.rnn_u = nn.Linear(config.hidden_size, config.hidden_size)
-            self.rnn_w = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.rnn_u = nn.Linear(config.hidden_size, config.cell_outputs)
+            self.rnn_w = nn.Linear(config.hidden_size, config.cell_outputs, bias=False)
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
+        self._halves: tuple[nn.Module, nn.Module] | None = None  # of input_proj, once loaded
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """One recurrent step: s_t = SiLU(W·E(tok) + U·s_{t-1} + b), or E(tok) + s_{t-1} without a cell.
+
+        A gru has gates z and r (Cho et al., arXiv 1406.1078) around the same candidate n:
+        s_t = (1 - z)·n + z·s_{t-1}, n = SiLU(W_n·E(tok) + r·(U_n·s_{t-1} + b_n)).
 
         Args:
             embedding: [..., H], the base model's embedding of the token.
@@ -192,26 +213,78 @@ class Drafter(nn.Module):
         Returns:
             [..., H], the state after it.
         """
-        if not self.config.rnn:
-            return embedding + state  # [..., H]
-        after: mx.array = nn.silu(self.rnn_w(embedding) + self.rnn_u(state))  # [..., H]
-        return after
+        return self.update_state(self.read_tokens(embedding), state)
 
-    def logits(self, context: mx.array, state: mx.array) -> mx.array:
+    def read_tokens(self, embedding: mx.array) -> mx.array:
+        """The cell's product with embeddings [..., H], which does not depend on the state."""
+        new: mx.array = self.rnn_w(embedding) if self.config.rnn else embedding
+        return new  # [..., H], three times as wide for a gru
+
+    def update_state(self, new: mx.array, state: mx.array) -> mx.array:
+        """The rest of ``advance``, with ``new`` from ``read_tokens``."""
+        if not self.config.rnn:
+            return new + state  # [..., H]
+        old = self.rnn_u(state)
+        if self.config.cell == "simple":
+            after: mx.array = nn.silu(new + old)  # [..., H]
+            return after
+        size = self.config.hidden_size
+        gates = mx.sigmoid(new[..., : 2 * size] + old[..., : 2 * size])  # [..., 2H]
+        z, r = gates[..., :size], gates[..., size:]
+        candidate = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
+        return candidate + z * (state - candidate)
+
+    def prepare(self, context: mx.array) -> mx.array:
+        """What ``logits`` needs of the context [..., F]: computed once per step, not once per depth.
+
+        Returns:
+            [..., exit_dim], the context's share of ``input_proj``; the context itself if there is none.
+        """
+        halves = self._split()
+        prepared: mx.array = context if halves is None else halves[0](context)
+        return prepared
+
+    def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
         """Unnormalised log-probabilities of the next draft token.
 
         Args:
-            context: [..., F], what the base model knew when it emitted the first token.
+            prepared: from ``prepare``, for what the base model knew when it emitted the first token.
             state: [..., H], the state after the last token.
         Returns:
             [..., Vd]
         """
-        x = mx.concatenate([context, state], axis=-1)  # [..., F + H]
-        if "input_proj" in self:
-            x = self.input_proj(x)  # [..., exit_dim]
-        for layer in self.lm_head:
-            x = layer(x)
-        return x  # [..., Vd]
+        return self.lm_head[-1](self.body(prepared, state))
+
+    def body(self, prepared: mx.array, state: mx.array) -> mx.array:
+        """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
+        halves = self._split()
+        if halves is not None:
+            x = prepared + halves[1](state)  # [..., exit_dim]
+        else:
+            shape = (*state.shape[:-1], prepared.shape[-1])
+            x = mx.concatenate([mx.broadcast_to(prepared, shape), state], axis=-1)  # [..., F + H]
+            if "input_proj" in self:
+                x = self.input_proj(x)  # [..., exit_dim]
+        for block in self.lm_head[:-1]:
+            x = block(x)
+        return x
+
+    def _split(self) -> tuple[nn.Module, nn.Module] | None:
+        """``input_proj`` as a layer of the context and one of the state; None if it cannot be split."""
+        if "input_proj" not in self or not self._can_split():
+            return None
+        if self.training or self._halves is None:
+            cut = self.config.context_size
+            halves = _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
+            if self.training:  # weights may change, or be tracers
+                return halves
+            self._halves = halves
+        return self._halves
+
+    def _can_split(self) -> bool:
+        config = self.config
+        quantized = config.quantizes(config.head_inputs)
+        return not quantized or config.quantizes(config.context_size)
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -224,6 +297,25 @@ class Drafter(nn.Module):
 
     def _is_quantized(self, _path: str, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
+
+
+def _columns(layer: Any, start: int, stop: int | None) -> nn.Module:
+    """The part of a linear layer, quantized or not, that reads its inputs ``start`` to ``stop``.
+
+    Only the first part keeps the bias.
+    """
+    outputs, first = layer.weight.shape[0], start == 0
+    if not isinstance(layer, nn.QuantizedLinear):
+        part = nn.Linear(1, outputs, bias=first)
+        part.weight = mx.contiguous(layer.weight[:, start:stop])
+    else:
+        part = nn.QuantizedLinear(layer.group_size, outputs, first, layer.group_size, layer.bits)
+        for name, per in (("weight", 32 / layer.bits), ("scales", layer.group_size), ("biases", layer.group_size)):
+            end = None if stop is None else int(stop / per)
+            part[name] = mx.contiguous(layer[name][:, int(start / per) : end])
+    if first:
+        part.bias = layer.bias
+    return part
 
 
 def _check_size(name: str, value: object, least: int = 1) -> None:

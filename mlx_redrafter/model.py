@@ -42,7 +42,7 @@ class SpeculativeModel:
     def __init__(self, model: nn.Module, drafter: Drafter | None, context_length: int | None = None) -> None:
         self.model = model
         self.drafter = drafter
-        self.target = Target(model) if drafter is not None else None
+        self.target = Target(model, drafter.config.context_layers) if drafter is not None else None
         embedding = token_embedding(model)
         self.vocabulary = None if embedding is None else int(embedding.weight.shape[0])
         self.context_length = context_length

@@ -3,8 +3,8 @@
 The model's own code runs unmodified. It asks its cache for three things: ``offset`` (positions),
 ``make_mask`` and ``update_and_fetch``; ``TreeCache`` answers them for a tree of drafted nodes. Two
 things the code does not offer are reached through a *view*, a copy of the modules that shares all
-weights: the inner model's output (the hidden states) is recorded on its way to the head, and rotary
-embeddings, which take one offset per batch row only, get the nodes as batch rows.
+weights: the outputs of the inner model and of single layers (the hidden states) are recorded on their
+way, and rotary embeddings, which take one offset per batch row only, get the nodes as batch rows.
 """
 
 import copy
@@ -21,6 +21,7 @@ from .decoding.step import Verified
 from .decoding.tree import Tree, make_tree
 
 ROPE_NAMES = ("rope", "rotary_emb")
+RMS_EPS = 1e-6
 INNER_NAMES = ("model", "transformer", "backbone")
 
 
@@ -29,17 +30,20 @@ class Target:
 
     Args:
         model: an mlx-lm model with rotary attention and plain (or sliding-window) KV caches.
+        layers: layers, counted from 1, whose outputs are part of the hidden states too, each divided by
+            its root mean square. So F = H * (1 + len(layers)).
 
     Raises:
         ValueError: the model's state cannot be rolled back, or its parts cannot be found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
         self.model = model
         self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
         self.embed: Any = token_embedding(model)
         self._view = _view(model)
-        self._recorder = _Recorder.put_into(self._view)
+        inner = _Recorder.put_into(*_inner_place(self._view))
+        self._recorders = [inner, *(_Recorder.put_into(*_layer_place(inner, layer)) for layer in layers)]
 
     def make_cache(self) -> list[KVCache]:
         """mlx-lm caches for prompt processing, one per layer, that keep every token."""
@@ -78,7 +82,25 @@ class Target:
     def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
         """Tokens [B, n] behind what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
         logits = self._view(tokens, cache=caches)
-        return logits, self._recorder.take()
+        last, *layers = [recorder.take() for recorder in self._recorders]
+        states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
+        return logits, mx.concatenate(states, axis=-1) if layers else last
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Logits [B, n, V] for last hidden states [B, n, H]: the forward pass without the inner model."""
+        self._recorders[0].play(hidden)
+        logits: mx.array = self._view(mx.zeros(hidden.shape[:2], mx.int32))
+        return logits
+
+    def head_rows(self, ids: mx.array) -> mx.array:
+        """Rows [n, H] of the head's matrix for tokens ``ids`` [n]; of the embedding if both are tied."""
+        owner, _ = _inner_place(self.model)
+        layer: Any = owner.get("lm_head", self.embed)
+        if isinstance(layer, nn.QuantizedLinear):
+            parts = (layer.weight[ids], layer.scales[ids], layer.biases[ids])
+            return mx.dequantize(*parts, group_size=layer.group_size, bits=layer.bits)
+        rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
+        return rows
 
     def verify(self, tree: Tree, cache: Cache, length: mx.array) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
@@ -208,20 +230,22 @@ class _NodeRope:
 
 
 class _Recorder:
-    """Stands for the inner model of a view and keeps its last output, the hidden states."""
+    """Stands for a part of a view and keeps its last output, the hidden states."""
 
-    def __init__(self, inner: nn.Module) -> None:
+    def __init__(self, inner: Any) -> None:
         self.inner = inner
         self._output: Any = None
+        self._instead: mx.array | None = None
 
     @classmethod
-    def put_into(cls, view: nn.Module) -> "_Recorder":
-        owner, name = _inner_place(view)
-        recorder = cls(owner[name])
-        setattr(owner, name, recorder)
+    def put_into(cls, owner: Any, name: Any) -> "_Recorder":
+        owner[name] = recorder = cls(owner[name])
         return recorder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._instead is not None:
+            output, self._instead = self._instead, None
+            return output
         self._output = self.inner(*args, **kwargs)
         return self._output
 
@@ -230,6 +254,10 @@ class _Recorder:
         if not isinstance(output, mx.array) or output.ndim != 3:
             raise ValueError("its hidden states cannot be read")
         return output
+
+    def play(self, output: mx.array) -> None:
+        """Give ``output`` at the next call instead of running."""
+        self._instead = output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -257,6 +285,15 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
         if isinstance(owner.get(name), nn.Module):
             return owner, name
     raise ValueError(f"{_name(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
+
+
+def _layer_place(inner: _Recorder, layer: int) -> tuple[list[Any], int]:
+    """The list of an inner model's layers, and the place there of a layer counted from 1."""
+    layers = inner.inner.get("layers") or inner.inner.get("h")
+    if not isinstance(layers, list) or not 1 <= layer <= len(layers):
+        known = len(layers) if isinstance(layers, list) else "no"
+        raise ValueError(f"layer {layer} is not usable as context: the model has {known} layers.")
+    return layers, layer - 1
 
 
 def _window(cache: Any, model: nn.Module) -> int | None:

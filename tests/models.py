@@ -109,7 +109,14 @@ def make_model(name: str = "llama", seed: int = 0, **changes: Any) -> nn.Module:
     return model
 
 
-class RandomDrafter:
+class Unprepared:
+    """A drafter whose head reads the context as it is."""
+
+    def prepare(self, context: mx.array) -> mx.array:
+        return context
+
+
+class RandomDrafter(Unprepared):
     """Drafts anything: an untrained recurrent drafter."""
 
     def __init__(self, target: Target, seed: int = 1) -> None:
@@ -129,7 +136,7 @@ class RandomDrafter:
         return index
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(Unprepared):
     """Knows a text: finds its place by the target's hidden state and drafts what comes next there.
 
     ``shift`` 0 drafts the text itself (the oracle); another shift is wrong at every place.
@@ -153,7 +160,7 @@ class ScriptedDrafter:
         return index
 
 
-class TableDrafter:
+class TableDrafter(Unprepared):
     """Knows the target's distribution after every short continuation of one prompt.
 
     Continuations are numbered breadth first: 0 is none, and adding token t to n gives n * V + t + 1.

@@ -67,7 +67,7 @@ def same(left, right):
     [
         CONFIG,
         TRIMMED,
-        DrafterConfig(32, 50, 64, 0, context_size=96),
+        DrafterConfig(32, 50, 64, 0, context_layers=(1, 2)),
         DrafterConfig(32, 50, 64, 2, True, 4, quantization=Quantization(4, 32)),
     ],
 )

@@ -3,6 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from models import Unprepared
+
 
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import Beam, draft, log_softmax
@@ -34,7 +36,7 @@ def test_log_softmax_is_finite_and_never_positive():
     assert (values <= 0).all()
 
 
-class BigramDrafter:
+class BigramDrafter(Unprepared):
     """The next token depends on the last one only: ``table`` [V, V] of logits."""
 
     def __init__(self, table):

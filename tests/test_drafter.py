@@ -9,11 +9,26 @@ import pytest
 from mlx_redrafter.drafter import Drafter, DrafterConfig, Quantization
 
 H, V = 8, 20
-CASES = list(itertools.product((True, False), (16, 12), (0, 1, 2), (None, 5), (H, 24)))
+CASES = [
+    (cell, *sizes)
+    for cell in (None, "simple", "gru")
+    for sizes in itertools.product((16, 12), (0, 1, 2), (None, 5), ((), (2, 1)))
+]
+NAMES = ("cell", "exit_dim", "blocks", "draft_vocab", "context_layers")
 
 
-def make(rnn=True, exit_dim=16, blocks=2, draft_vocab=None, context_size=H, quantization=None):
-    config = DrafterConfig(H, V, exit_dim, blocks, rnn, draft_vocab, context_size, quantization)
+def make(cell="simple", exit_dim=16, blocks=2, draft_vocab=None, context_layers=(), quantization=None):
+    config = DrafterConfig(
+        H,
+        V,
+        exit_dim,
+        blocks,
+        cell is not None,
+        draft_vocab,
+        context_layers,
+        cell or "simple",
+        quantization,
+    )
     mx.random.seed(0)
     return Drafter(config, None if draft_vocab is None else mx.array([1, 3, 4, 11, 19], mx.int32))
 
@@ -27,7 +42,11 @@ def golden(weights, config, embeddings, context):
     w = {name: np.array(value, np.float64) for name, value in weights.items()}
     state, logits = np.zeros(config.hidden_size), []
     for embedding in embeddings:
-        if config.rnn:
+        if config.cell == "gru":
+            new, old = w["rnn_w.weight"] @ embedding, w["rnn_u.weight"] @ state + w["rnn_u.bias"]
+            z, r = 1 / (1 + np.exp(-(new + old)[: 2 * H].reshape(2, H)))
+            state = (1 - z) * silu(new[2 * H :] + r * old[2 * H :]) + z * state
+        elif config.rnn:
             state = silu(w["rnn_w.weight"] @ embedding + w["rnn_u.weight"] @ state + w["rnn_u.bias"])
         else:
             state = embedding + state
@@ -44,31 +63,31 @@ def run(drafter, embeddings, context):
     state, logits = mx.zeros((1, H)), []  # [B, H]
     for embedding in embeddings:
         state = drafter.advance(mx.array(embedding, mx.float32)[None], state)
-        logits.append(drafter.logits(mx.array(context, mx.float32)[None], state)[0])
+        logits.append(drafter.logits(drafter.prepare(mx.array(context, mx.float32)[None]), state)[0])
     return np.array(mx.stack(logits))
 
 
-@pytest.mark.parametrize(("rnn", "exit_dim", "blocks", "draft_vocab", "context_size"), CASES)
-def test_golden_values(rnn, exit_dim, blocks, draft_vocab, context_size):
-    drafter = make(rnn, exit_dim, blocks, draft_vocab, context_size)
+@pytest.mark.parametrize(NAMES, CASES)
+def test_golden_values(cell, exit_dim, blocks, draft_vocab, context_layers):
+    drafter = make(cell, exit_dim, blocks, draft_vocab, context_layers)
     random = np.random.RandomState(1)
-    embeddings, context = random.randn(3, H), random.randn(context_size)
+    embeddings, context = random.randn(3, H), random.randn(drafter.config.context_size)
     expected = golden(drafter.weights(), drafter.config, embeddings, context)
     assert expected.shape == (3, draft_vocab or V)
     np.testing.assert_allclose(run(drafter, embeddings, context), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rnn", "exit_dim", "blocks", "draft_vocab", "context_size"), CASES)
-def test_shapes_are_those_of_the_network(rnn, exit_dim, blocks, draft_vocab, context_size):
-    drafter = make(rnn, exit_dim, blocks, draft_vocab, context_size)
+@pytest.mark.parametrize(NAMES, CASES)
+def test_shapes_are_those_of_the_network(cell, exit_dim, blocks, draft_vocab, context_layers):
+    drafter = make(cell, exit_dim, blocks, draft_vocab, context_layers)
     assert {name: value.shape for name, value in drafter.weights().items()} == drafter.config.shapes()
 
 
 def test_any_leading_axes():
     drafter = make()
     embedding, state = mx.random.normal((2, 3, H)), mx.random.normal((2, 3, H))
-    wide = drafter.logits(embedding, drafter.advance(embedding, state))
-    one = drafter.logits(embedding[1, 2], drafter.advance(embedding[1, 2], state[1, 2]))
+    wide = drafter.logits(drafter.prepare(embedding), drafter.advance(embedding, state))
+    one = drafter.logits(drafter.prepare(embedding[1, 2]), drafter.advance(embedding[1, 2], state[1, 2]))
     assert wide.shape == (2, 3, V)
     np.testing.assert_allclose(np.array(wide[1, 2]), np.array(one), atol=1e-5)
 
@@ -98,7 +117,7 @@ def test_compiles():
 
     def draft(embedding, state, context):
         state = drafter.advance(embedding, state)
-        return drafter.to_target(mx.argmax(drafter.logits(context, state), axis=-1)), state
+        return drafter.to_target(mx.argmax(drafter.logits(drafter.prepare(context), state), axis=-1)), state
 
     inputs = [mx.random.normal((2, H)) for _ in range(3)]
     for plain, compiled in zip(draft(*inputs), mx.compile(draft)(*inputs), strict=True):
@@ -127,7 +146,7 @@ def test_quantized_arithmetic():
     random = np.random.RandomState(1)
     embedding, context = random.randn(1, 32), random.randn(32)
     state = drafter.advance(mx.array(embedding, mx.float32), mx.zeros((1, 32)))
-    logits = drafter.logits(mx.array(context, mx.float32)[None], state)
+    logits = drafter.logits(drafter.prepare(mx.array(context, mx.float32)[None]), state)
     np.testing.assert_allclose(np.array(logits), golden(plain, config, embedding, context), atol=1e-4)
 
 
@@ -143,7 +162,10 @@ def test_quantized_arithmetic():
         ({"rnn": "yes"}, "rnn is 'yes'"),
         ({"draft_vocab_size": 21}, "more than the vocabulary"),
         ({"draft_vocab_size": 0}, "draft_vocab_size is 0"),
-        ({"context_size": 0}, "context_size is 0"),
+        ({"context_layers": [0]}, "context_layers is \\[0\\]"),
+        ({"context_layers": 3}, "context_layers is 3"),
+        ({"cell": "lstm"}, "cell is 'lstm'"),
+        ({"cell": "gru", "rnn": False}, "with rnn true"),
         ({"quantization": {"bits": 7, "group_size": 64}}, "7 bits"),
         ({"quantization": {"bits": 4, "group_size": 48}}, "group size 48"),
         ({"quantization": 4}, "quantization is 4"),
@@ -163,16 +185,16 @@ def test_config_names_what_is_missing():
 def test_config_defaults_are_apples():
     raw = {"hidden_size": H, "vocab_size": V, "exit_dim": 16, "num_draft_layers": 2, "emb_norm": False}
     config = DrafterConfig.from_dict(raw)
-    assert (config.rnn, config.draft_vocab_size, config.context_size, config.quantization) == (
+    assert (config.rnn, config.draft_vocab_size, config.context_layers, config.quantization) == (
         False,
         None,
-        H,
+        (),
         None,
     )
 
 
 def test_config_round_trip():
-    config = DrafterConfig(H, V, 16, 1, True, 5, 24, Quantization(4, 32))
+    config = DrafterConfig(H, V, 16, 1, True, 5, (1, 3), "gru", Quantization(4, 32))
     assert DrafterConfig.from_dict(config.to_dict()) == config
 
 

@@ -18,8 +18,12 @@ class Drafter(Protocol):
         """[..., H], [..., H] -> [..., H]."""
         ...
 
-    def logits(self, context: mx.array, state: mx.array) -> mx.array:
-        """[..., F], [..., H] -> [..., V_draft]."""
+    def prepare(self, context: mx.array) -> mx.array:
+        """[..., F] -> [..., P]: what ``logits`` needs of the context, once per step."""
+        ...
+
+    def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
+        """[..., P], [..., H] -> [..., V_draft]."""
         ...
 
     def to_target(self, index: mx.array) -> mx.array:
@@ -58,10 +62,11 @@ def draft(
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
     tokens, states = token[:, None], None  # [B, 1]: the only beam before the first depth
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
+    prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     for _ in range(length):
         embedding = embed(tokens)  # [B, W, H]
         states = drafter.advance(embedding, mx.zeros_like(embedding) if states is None else states)
-        rows = mx.broadcast_to(context[:, None], (*tokens.shape, context.shape[-1]))  # [B, W, F]
+        rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         total = scores[..., None] + log_softmax(drafter.logits(rows, states))  # [B, W, V_draft]
         vocabulary = total.shape[-1]
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]

@@ -1,0 +1,111 @@
+"""What the drafter reads of the base model, at every position that it is trained on.
+
+A drafter is trained at position t of a text if the model itself said token t + 1. From there on it
+needs three things, stored as flat arrays, one run of positions after the other:
+
+    context [M, F]   the model's hidden states at t (the first H columns are the last hidden state,
+                     from which the model's own next-token distribution follows)
+    token   [M]      token t + 1
+    left    [M]      how many positions of the same run follow
+
+So position i + d, if ``left[i] >= d``, has the tokens and the distribution d tokens later.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..target import Target
+from .data import Conversation
+
+CHUNK = 128  # tokens per forward pass: attention over fewer columns than in one pass over a row
+
+
+@dataclass
+class Features:
+    """See above; ``context`` is bfloat16, ``token`` and ``left`` int32."""
+
+    context: mx.array  # [M, F]
+    token: mx.array  # [M]
+    left: mx.array  # [M]
+
+    @property
+    def size(self) -> int:
+        """M, the positions."""
+        return int(self.token.size)
+
+
+def extract(target: Target, rows: Sequence[Conversation], streams: int = 1) -> Features:
+    """Run the model over some conversations.
+
+    Args:
+        target: the base model.
+        rows: conversations, best of similar lengths (shorter ones are padded).
+        streams: how many groups of rows run side by side. On a CPU most operations use one thread,
+            so one stream per core is fastest; on a GPU one is.
+    """
+    groups = [rows[i::streams] for i in range(min(streams, len(rows)))]
+    pools = [
+        mx.default_stream(mx.default_device()),
+        *(mx.new_stream(mx.default_device()) for _ in groups[1:]),
+    ]
+    hidden: list[list[mx.array]] = [[] for _ in groups]
+    caches = [target.make_cache() for _ in groups]
+    padded = [_pad([row.tokens for row in group]) for group in groups]
+    for start in range(0, max(tokens.shape[1] for tokens in padded), CHUNK):
+        for group, (tokens, stream) in enumerate(zip(padded, pools, strict=True)):
+            if start < tokens.shape[1]:
+                with mx.stream(stream):
+                    part = mx.array(tokens[:, start : start + CHUNK])
+                    hidden[group].append(target.forward(part, caches[group])[1].astype(mx.bfloat16))
+        mx.eval([parts[-1] for parts in hidden], [c.state for cache in caches for c in cache])
+    return join(
+        [select(mx.concatenate(parts, axis=1), group) for parts, group in zip(hidden, groups, strict=True)]
+    )
+
+
+def select(hidden: mx.array, rows: Sequence[Conversation]) -> Features:
+    """The positions to train on, of hidden states [B, T, F] of rows of at most T tokens."""
+    length = hidden.shape[1]
+    index, token, left = [], [], []
+    for number, row in enumerate(rows):
+        after = row.trained[1:]  # after[t]: token t + 1 is the model's own
+        places = np.flatnonzero(after)
+        ends = np.flatnonzero(~np.append(after, False))  # every run ends where one of these comes
+        index.append(number * length + places)
+        token.append(row.tokens[1:][places])
+        left.append(ends[np.searchsorted(ends, places)] - places - 1)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    chosen = flat[mx.array(np.concatenate(index).astype(np.int32))]
+    return Features(chosen, *(mx.array(np.concatenate(x).astype(np.int32)) for x in (token, left)))
+
+
+def join(parts: Sequence[Features]) -> Features:
+    """All positions of several features."""
+    joined = [
+        mx.concatenate([getattr(part, name) for part in parts]) for name in ("context", "token", "left")
+    ]
+    mx.eval(joined)
+    return Features(*joined)
+
+
+def write_features(path: Path, features: Features) -> None:
+    """Write one shard; it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    mx.save_safetensors(str(temporary), vars(features))
+    temporary.with_name(f"{temporary.name}").replace(path)
+
+
+def read_features(path: Path) -> Features:
+    """Read a shard that ``write_features`` wrote."""
+    return Features(**mx.load(str(path)))  # type: ignore[arg-type]
+
+
+def _pad(rows: Sequence[np.ndarray]) -> np.ndarray:
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded

@@ -1,0 +1,296 @@
+"""How far a drafter is from its base model, at every depth, and in which direction it is to move.
+
+At position t the drafter reads the context and token t + 1, then the text's own tokens (teacher
+forcing), and predicts token t + 1 + d at depth d = 1..L. Its label is the base model's distribution
+there, which is computed once per position and serves all depths. Everything of the size of the
+vocabulary is made and used up in chunks, so memory does not grow with the vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from ..drafter import Drafter
+from ..target import Target
+from .features import Features
+
+SEGMENT = 32  # positions in a row that are trained on together
+LOG2_E = 1.4426950408889634
+LOSSES = ("kl", "tv")
+LABELS = ("soft", "hard")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Args:
+        length: L, depths.
+        decay: the weight of depth d is decay^(d - 1).
+        loss: kl, the Kullback-Leibler divergence from the label, or tv, the total variation, which is
+            one minus the probability that a sample of the drafter is accepted (arXiv 2211.17192).
+        labels: soft, the base model's distribution, or hard, the token that came.
+        temperature: of soft labels; below 1 they lean to the model's first choice.
+        chunk: logits (rows times draft tokens) held at once.
+    """
+
+    length: int = 5
+    decay: float = 0.9
+    loss: str = "kl"
+    labels: str = "soft"
+    temperature: float = 1.0
+    chunk: int = 1 << 23
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise ValueError(f"length {self.length} is not usable: give 1 or more.")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss {self.loss!r} is not known: choose one of {', '.join(LOSSES)}.")
+        if self.labels not in LABELS:
+            raise ValueError(f"labels {self.labels!r} are not known: choose one of {', '.join(LABELS)}.")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"depth weight {self.decay} is not usable: give more than 0, at most 1.")
+        if not self.temperature > 0:
+            raise ValueError(f"label temperature {self.temperature} is not usable: give more than 0.")
+
+
+@dataclass
+class Batch:
+    """``n`` segments of S positions, with the L positions behind each."""
+
+    context: mx.array  # [n, S, F]
+    hidden: mx.array  # [n, S + L - 1, H] the last hidden states one position on
+    tokens: mx.array  # [n, S + L]
+    labels: mx.array  # [n, S + L - 1] draft indices of the tokens one position on; -1: not in the vocabulary
+    left: mx.array  # [n, S]
+
+
+def make_batch(features: Features, starts: np.ndarray, length: int, hidden: int, to_draft: mx.array) -> Batch:
+    """Cut segments out of features.
+
+    Args:
+        features: M positions.
+        starts: [n], where segments begin.
+        length: L, depths.
+        hidden: H, the width of the last hidden state.
+        to_draft: [V], the draft index of every token; -1 for none.
+    """
+    index = starts[:, None] + np.arange(SEGMENT + length)  # [n, S + L]
+    inside = mx.array(np.minimum(index, features.size - 1).astype(np.int32))
+    left = features.left[inside[:, :SEGMENT]]
+    left = mx.where(mx.array(index[:, :SEGMENT] < features.size), left, 0)
+    tokens = features.token[inside]
+    context = features.context[inside]  # [n, S + L, F]
+    return Batch(
+        context[:, :SEGMENT], context[:, 1:, :hidden], tokens, to_draft[tokens[:, 1:]], left
+    )
+
+
+class LabelHead:
+    """The base model's logits over the draft vocabulary, from its last hidden states.
+
+    Where the model's head is one linear layer, only the rows of draft tokens are multiplied; a head
+    that does more (soft-capping, scaling) runs as it is, and the draft tokens are picked afterwards.
+
+    Args:
+        target: the base model.
+        ids: [Vd], the draft tokens.
+        probe: [n, H], some hidden states, to compare both ways.
+    """
+
+    def __init__(self, target: Target, ids: mx.array, probe: mx.array) -> None:
+        self.target, self.ids = target, ids
+        self.rows = target.head_rows(ids)  # [Vd, H]
+        dtype = self.rows.dtype
+        wanted = target.head(probe[None].astype(dtype))[0][:, ids]  # [n, Vd]
+        error = mx.abs(self._linear(probe) - wanted.astype(mx.float32)).max()
+        self.linear = bool((error <= 0.02 * mx.abs(wanted).max()).item())
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """[..., H] -> [..., Vd] float32."""
+        if self.linear:
+            return self._linear(hidden)
+        flat = hidden.reshape(1, -1, hidden.shape[-1]).astype(self.rows.dtype)
+        logits = self.target.head(flat)[..., self.ids].astype(mx.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _linear(self, hidden: mx.array) -> mx.array:
+        return (hidden.astype(self.rows.dtype) @ self.rows.T).astype(mx.float32)
+
+    @property
+    def width(self) -> int:
+        """Logits that are computed per position."""
+        return int(self.ids.size if self.linear else self.target.embed.weight.shape[0])
+
+
+def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch, length: int) -> mx.array:
+    """What the last layer of the drafter's head reads, at every depth: [L, n, S, exit_dim]."""
+    positions = batch.left.shape[1]
+    new = drafter.read_tokens(embed(batch.tokens[:, : positions + length - 1]))  # [n, S + L - 1, ...]
+    state = mx.zeros((*batch.left.shape, drafter.config.hidden_size), new.dtype)
+    states = []
+    for depth in range(length):
+        state = drafter.update_state(new[:, depth : depth + positions], state)
+        states.append(state)
+    return drafter.body(drafter.prepare(batch.context), mx.stack(states))
+
+
+def reachable(batch: Batch, length: int) -> mx.array:
+    """[L, n, S] bool: the text goes on to this depth, and the draft vocabulary knows it that far."""
+    positions = batch.left.shape[1]
+    masks, mask = [], mx.array(True)
+    for depth in range(length):
+        mask = mask & (batch.labels[:, depth : depth + positions] >= 0) & (batch.left > depth)
+        masks.append(mask)
+    return mx.stack(masks)
+
+
+def gradients(
+    drafter: Drafter, parameters: Any, target: Target, head: LabelHead, objective: Objective, batch: Batch
+) -> tuple[mx.array, Any]:
+    """Sums over a batch: of the loss and of the positions, and gradients of the weighted loss.
+
+    Returns:
+        [L, 2] losses and positions at each depth, and gradients like ``parameters``.
+    """
+    mask = reachable(batch, objective.length)
+
+    def surrogate(parameters: Any) -> tuple[mx.array, mx.array]:
+        drafter.update(parameters)
+        last = drafter.lm_head[-1].weight
+        x = trunk(drafter, target.embed, batch, objective.length)
+        fixed, rows = mx.stop_gradient(x).astype(last.dtype), mx.stop_gradient(last)
+        losses, x_gradient, rows_gradient = head_gradients(fixed, rows, mask, head, objective, batch)
+        # Its gradients are those of the loss, which were computed along with the loss itself.
+        total = (x * x_gradient).sum() + (last * rows_gradient).sum()
+        return total, losses
+
+    (_, losses), found = mx.value_and_grad(surrogate)(parameters)
+    return mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1), found
+
+
+def head_gradients(
+    x: mx.array, rows: mx.array, mask: mx.array, head: LabelHead, objective: Objective, batch: Batch
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The summed losses [L], and gradients of the weighted sum by x [L, n, S, E] and ``rows`` [Vd, E]."""
+    length, segments, positions, _ = x.shape
+    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    losses = mx.zeros(length)
+    rows_gradient = mx.zeros(rows.shape, mx.float32)
+    parts = []
+    for start in range(0, segments, step):
+        cut = slice(start, start + step)
+        labels = _labels(batch, cut, head, objective)  # [c, S + L - 1, Vd]
+        depths, sums = [], []
+        for depth in range(length):
+            inputs = x[depth, cut]  # [c, S, E]
+            logits = (inputs * LOG2_E) @ rows.T
+            label = labels[:, depth : depth + positions]
+            values, gradient = _divergence(logits.astype(mx.float32), label, objective.loss)
+            valid = mask[depth, cut]
+            sums.append((values * valid).sum())
+            gradient = (gradient * (objective.decay**depth * valid)[..., None]).astype(rows.dtype)
+            depths.append(gradient @ rows)
+            flat = gradient.reshape(-1, rows.shape[0])
+            rows_gradient = rows_gradient + flat.T @ inputs.reshape(-1, rows.shape[1])
+        losses = losses + mx.stack(sums)
+        parts.append(mx.stack(depths))
+    return losses, mx.concatenate(parts, axis=1), rows_gradient
+
+
+def _labels(batch: Batch, cut: slice, head: LabelHead, objective: Objective) -> mx.array:
+    if objective.labels == "hard":
+        return (batch.labels[cut][..., None] == mx.arange(head.ids.size)).astype(mx.float32)
+    return _softmax2(head(batch.hidden[cut]) * (LOG2_E / objective.temperature))[0]
+
+
+def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Softmax to the base 2, and the base-2 logarithm of its denominator [..., 1].
+
+    MLX's power of two takes a third of the time of its exponential on a CPU.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    powers = mx.power(2.0, logits - top)
+    total = powers @ mx.ones((logits.shape[-1], 1))  # on a CPU faster than a sum
+    return powers / total, top + mx.log2(total)
+
+
+def _divergence(logits: mx.array, label: mx.array, loss: str) -> tuple[mx.array, mx.array]:
+    """Loss [...] of base-2 logits [..., Vd] against ``label``, and its gradient by the natural logits.
+
+    The Kullback-Leibler divergence comes without the label's own entropy, which does not depend on the drafter.
+    """
+    probability, log_total = _softmax2(logits)
+    if loss == "kl":
+        return (log_total[..., 0] - (label * logits).sum(axis=-1)) / LOG2_E, probability - label
+    less = (probability < label).astype(probability.dtype)
+    gained = probability * less
+    gradient = probability * gained.sum(axis=-1, keepdims=True) - gained
+    return ((label - probability) * less).sum(axis=-1), gradient
+
+
+@dataclass
+class Score:
+    """How a drafter fares on held-out text.
+
+    Attributes:
+        loss: mean loss per depth.
+        top1: per depth, the share of positions where its first choice is the token that came.
+        tokens_per_step: 1 plus the mean length of the first choices' agreement with the text, up to L.
+    """
+
+    loss: list[float]
+    top1: list[float]
+    tokens_per_step: float
+
+
+def score(
+    drafter: Drafter, target: Target, head: LabelHead, objective: Objective, batches: list[Batch]
+) -> Score:
+    """Compare a drafter with held-out text, its own tokens given."""
+    total = np.zeros((objective.length, 2))
+    hits = np.zeros((objective.length, 3))
+    for batch in batches:
+        mask = reachable(batch, objective.length)
+        x = trunk(drafter, target.embed, batch, objective.length)
+        losses, right = _compare(x, drafter.lm_head[-1].weight, mask, head, objective, batch)
+        whole = batch.left >= objective.length  # [n, S]: all depths are there
+        chain = mx.cumprod((right & whole).astype(mx.float32), axis=0)
+        found = mx.stack(
+            [(right & whole).sum(axis=(1, 2)), chain.sum(axis=(1, 2)), mx.broadcast_to(whole.sum(), losses.shape)],
+            axis=-1,
+        )
+        total += np.array(mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1))
+        hits += np.array(found.astype(mx.float32))
+    positions = max(hits[0, 2], 1)
+    return Score(
+        (total[:, 0] / np.maximum(total[:, 1], 1)).tolist(),
+        (hits[:, 0] / positions).tolist(),
+        float(1 + hits[:, 1].sum() / positions),
+    )
+
+
+def _compare(
+    x: mx.array, rows: mx.array, mask: mx.array, head: LabelHead, objective: Objective, batch: Batch
+) -> tuple[mx.array, mx.array]:
+    """Summed losses [L], and where the drafter's first choice is the token that came [L, n, S]."""
+    length, segments, positions, _ = x.shape
+    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    losses, right = mx.zeros(length), []
+    for start in range(0, segments, step):
+        cut = slice(start, start + step)
+        labels = _labels(batch, cut, head, objective)
+        sums, firsts = [], []
+        for depth in range(length):
+            logits = ((x[depth, cut] * LOG2_E) @ rows.T).astype(mx.float32)
+            values, _ = _divergence(logits, labels[:, depth : depth + positions], objective.loss)
+            sums.append((values * mask[depth, cut]).sum())
+            firsts.append(logits.argmax(axis=-1) == batch.labels[cut, depth : depth + positions])
+        losses = losses + mx.stack(sums)
+        right.append(mx.stack(firsts))
+        mx.eval(losses, right[-1])
+    return losses, mx.concatenate(right, axis=1)
