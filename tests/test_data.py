@@ -30,9 +30,9 @@ GEMMA = (
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 LLAMA3 = (
-    "<s>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
-    "{% endif %}"
+    "<s>{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 ZEPHYR = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -115,6 +115,18 @@ def test_a_word_of_the_template_is_no_answer():
     )
     assert spoken(found, tokenizer) == "s<|im_end|>user<|im_end|>"
     assert found.tokens[found.trained.nonzero()[0][0] - 1] == tokenizer.encode("\n")[0]
+
+
+def test_an_empty_thought_that_the_template_puts_before_answers():
+    tokenizer = make_tokenizer("chatml")
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+    )
+    found = data.tokenize(
+        messages([("user", "a"), ("assistant", "t"), ("user", "b"), ("assistant", "h")]), tokenizer, 99
+    )
+    assert spoken(found, tokenizer) == "t<|im_end|>h<|im_end|>"
 
 
 def test_thoughts_that_the_template_leaves_out():
@@ -330,7 +342,7 @@ def test_duplicates_and_loops_are_dropped():
     short_loop = [8] * 20
     talks = [conversation(x) for x in (first, second, nearly, half, loop, short_loop, first)]
     kept, dropped = data.clean(talks)
-    assert [talks.index(c) if c is not talks[6] else 6 for c in kept] == [0, 1, 3, 5]
+    assert [i for i, talk in enumerate(talks) if any(talk is c for c in kept)] == [0, 1, 3, 5]
     assert dropped == Dropped(duplicates=2, loops=1)
 
 

@@ -6,6 +6,7 @@ are kept in shards (``write_shard``), which ``read_given`` reads as well as what
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ ROLES = {
     "tool": "tool",
 }
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 SHINGLE = 8  # tokens per shingle, to find near-duplicates
 MOST_SEEN = 0.7  # share of shingles seen before from which a conversation is a duplicate
 LOOP_GRAM = 4
@@ -366,11 +368,15 @@ def _tokenize(
 def _locate(content: str, prompt: str, text: str) -> tuple[int, int] | None:
     """First and last character + 1 of an answer in the conversation's text; None if it is not found."""
     shared = next((i for i, (a, b) in enumerate(zip(prompt, text, strict=False)) if a != b), len(prompt))
-    for wanted in (content.strip(), content.split("</think>")[-1].strip()):
-        start = text.find(wanted, shared)
+    if thought := NO_THOUGHT.match(text, shared):  # some templates put an empty one before answers
+        shared = thought.end()
+    whole, answer = content.strip(), content.split("</think>")[-1].strip()
+    across = max(0, shared - len(whole) + 1)  # the prompt may hold the answer's first words (<think>)
+    for wanted, place in ((whole, shared), (whole, across), (answer, shared)):
+        start = text.find(wanted, place)
         if wanted and start >= 0:
             gap = text[shared:start].strip()
-            if gap and shared < len(prompt):  # neither the prompt's end nor the answer's start is sure
+            if gap and not text.startswith(prompt):  # neither the prompt's end nor the answer's start is sure
                 return None
             return (start if gap else shared), start + len(wanted)
     return None
