@@ -24,7 +24,7 @@ from ..target import Target
 from .data import TEMPLATE_ERRORS, Conversation, Message, render, special_tokens
 
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
-STOP_TOKENS = 3  # how much of a plain-text piece a model must write for its turn to be over
+STOP_TOKENS = 8  # at most, how much of a plain-text piece a model must write for its turn to be over
 SEED_TOKENS = 16  # of a prompt, that a base model continues
 ROWS = 128  # of the grid in which the largest logits are searched
 NEVER = -1e30  # a score that loses against every other
@@ -121,24 +121,22 @@ class Turn:
 
     Attributes:
         ends: special tokens that end it.
+        never_first: tokens that would make the turn empty.
         then: tokens of the template that follow it, the end-of-turn token (if there is one) included.
     """
 
     ends: frozenset[int]
+    never_first: frozenset[int]
     then: tuple[int, ...]
 
     @classmethod
     def before(cls, piece: str, tokenizer: TokenizerWrapper) -> "Turn":
         """The turn that ``piece`` of the template follows."""
         then = _follow(piece, tokenizer)
-        first = next((token for token in then if tokenizer.decode([token]).strip()), -1)
-        own = {first} & special_tokens(tokenizer)
-        return cls(frozenset(own | set(tokenizer.eos_token_ids)), tuple(then))
-
-    @property
-    def never_first(self) -> frozenset[int]:
-        """Tokens that would make the turn empty."""
-        return self.ends if self._marked() else self.ends | set(self.then[:1])
+        words = [token for token in then if tokenizer.decode([token]).strip()]
+        ends = special_tokens(tokenizer).intersection(words[:1]) | set(tokenizer.eos_token_ids)
+        first = words[:1] if words[:1] == then[:1] else []  # a space may begin any turn
+        return cls(frozenset(ends), frozenset(ends.union(first)), tuple(then))
 
     def said(self, turn: Sequence[int]) -> int | None:
         """How many tokens of ``then`` a turn that is over has said; None if it goes on.
@@ -329,7 +327,8 @@ class _Text(_Row):
         words = _encode(text, tokenizer)[:SEED_TOKENS]
         start = [] if words and tokenizer.bos_token_id is None else _first(tokenizer)
         again = [token for token in start if token not in tokenizer.eos_token_ids]
-        turn = Turn(frozenset(tokenizer.eos_token_ids), tuple(again))
+        ends = frozenset(tokenizer.eos_token_ids)
+        turn = Turn(ends, ends, tuple(again))
         row = cls(Template(tokenizer, "", "", turn, turn), recipe, start + words, [])
         row.answering = True
         return row
