@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=256, help="per answer, at most")
     parser.add_argument("--batch", type=int, default=8, help="prompts decoded at once")
     parser.add_argument("--streams", type=int, default=1, help="MLX streams side by side")
-    parser.add_argument("--limit", type=int, help="prompts of each file, at most")
+    parser.add_argument("--limit", type=int, help="prompts of each file, at most: evenly spaced ones")
     parser.add_argument("--seconds", type=float, help="per draft shape, about")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure each shape on the prompts of each file, and write what is known so far."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     shapes = [parse_shape(text) for text in args.shapes]
-    files = {str(path): read_prompts(path)[: args.limit] for path in args.prompts or [HELD_OUT]}
+    files = {Path(path).name: sample(read_prompts(path), args.limit) for path in args.prompts or [HELD_OUT]}
     model, tokenizer = r.load(args.model, drafter=args.drafter, dtype=args.dtype)
     results: list[dict[str, Any]] = []
     for path, prompts in files.items():
@@ -69,6 +69,15 @@ def run(args: argparse.Namespace) -> None:
             results += [{"file": path, **record(m)} for m in found]
             write_json(args.output, {**about(args), "results": results})
         print(f"\n{path}\n\n{evaluation_table(measured)}\n\n{category_table(measured)}", flush=True)
+
+
+def sample(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+    """Evenly spaced prompts, because files are often sorted by category."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    if limit < 1:
+        raise ValueError(f"--limit {limit} is not usable: give 1 or more.")
+    return [prompts[i * len(prompts) // limit] for i in range(limit)]
 
 
 def measure(

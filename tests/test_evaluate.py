@@ -1,10 +1,12 @@
 """Evaluation: batched decoding says what single decoding says; its statistics; prompts; the card."""
 
+import importlib.util
 import io
 import json
 import time
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -122,12 +124,14 @@ def test_other_models_and_streams(name, streams):
     assert found.tokens == [plain(base, prompt, 20) for prompt in PROMPTS]
 
 
-def test_buffers_grow_and_rows_drop(model):
-    long = [[(7 * i + n) % 101 for i in range(250)] for n in range(2)]
+@pytest.mark.parametrize("length", [235, 250])
+def test_buffers_grow_and_rows_drop(model, length):
+    long = [[(7 * i + n) % 101 for i in range(length)] for n in range(2)]
     prompts = [PROMPTS[0], long[0], PROMPTS[1], long[1]]
     wanted = [plain(model.model, prompt, 40) for prompt in prompts]
-    stop = {wanted[1][30]}
-    assert decode(model, prompts, 40, stop).tokens == [cut(text, stop) for text in wanted]
+    early = [next(t for t in wanted[i] if all(t not in text for text in wanted[1::2])) for i in (0, 2)]
+    for stop in ({wanted[1][30]}, set(early)):  # the last rows that are left need larger buffers
+        assert decode(model, prompts, 40, stop).tokens == [cut(text, stop) for text in wanted]
 
 
 def test_an_oracle_emits_all_it_drafts_and_one_more():
@@ -481,3 +485,54 @@ def test_environment():
     assert set(found) == {"mlx-redrafter", "mlx", "mlx-lm", "python", "platform", "chip"} and all(
         found.values()
     )
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "acceptance.py"
+    spec = importlib.util.spec_from_file_location("acceptance", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_writes_after_each_shape(benchmark, tmp_path, monkeypatch, capsys):
+    base = make_folder(tmp_path / "base", "Hé🙂好w!")
+    drafter = make_drafter(tmp_path / "drafter", base)
+    prompts = write(tmp_path / "p.jsonl", *({"prompt": p.turns[0], "category": p.category} for p in SAMPLE))
+    output = tmp_path / "new" / "results.json"
+    options = ["--tokens", "12", "--shapes", "1,2", "2,2,4", "--temperature", "0", "1", "--limit", "2"]
+    command = ["acceptance.py", "--model", base, "--drafter", drafter, "--prompts", prompts]
+    monkeypatch.setattr("sys.argv", [*map(str, command), *options, "--output", str(output)])
+    written = []
+    write_json = benchmark.write_json
+    monkeypatch.setattr(
+        benchmark,
+        "write_json",
+        lambda path, report: (write_json(path, report), written.append(len(report["results"]))),
+    )
+    benchmark.main()
+    assert written == [2, 4]
+    report = json.loads(output.read_text())
+    assert [(m["shape"]["nodes"], m["temperature"], m["prompts"]) for m in report["results"]] == [
+        (None, 0, 2),
+        (None, 1, 2),
+        (4, 0, 2),
+        (4, 1, 2),
+    ]
+    assert list(output.parent.iterdir()) == [output]
+    assert capsys.readouterr().out.count("\n| 2 × 2, 4 | 1 | 2 |") == 1
+    monkeypatch.setattr("sys.argv", [*map(str, command), "--shapes", "3", "--output", str(output)])
+    with pytest.raises(SystemExit, match="error: shape 3 has 1 numbers: give"):
+        benchmark.main()
+
+
+def test_a_sample_is_spread_over_the_file(benchmark):
+    prompts = read_prompts(benchmark.HELD_OUT)
+    kinds = [p.category for p in prompts]
+    assert len(prompts) == len({p.turns[0] for p in prompts}) == 60
+    assert all(kinds.count(kind) == 12 for kind in kinds)
+    assert {p.category for p in benchmark.sample(prompts, 5)} == set(kinds)
+    assert benchmark.sample(prompts, None) == benchmark.sample(prompts, 99) == prompts
+    with pytest.raises(ValueError, match="--limit 0"):
+        benchmark.sample(prompts, 0)
