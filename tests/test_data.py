@@ -156,6 +156,10 @@ def test_what_the_template_refuses_or_rewrites_is_unusable(tmp_path):
     assert (len(given.conversations), given.unusable) == (1, 2)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
     assert data.tokenize(messages(TALK), tokenizer, 500) is None
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m['role'] }}", "{{ 'bot' if m['role'] != 'user' else 'user' }}"
+    )
+    assert data.tokenize(messages([("user", "x"), ("assistant", "ot")]), tokenizer, 500) is None
 
 
 def test_conversations_are_cut(tmp_path):

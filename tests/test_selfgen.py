@@ -224,16 +224,17 @@ def test_temperature_0_takes_the_likeliest(model, top_k):
     assert checked > 10
 
 
+@pytest.mark.parametrize("forbid", [False, True])
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (0, 0.8), (3, 1.0), (5, 0.6)])
-def test_the_distribution_is_the_recipes(top_k, top_p):
+def test_the_distribution_is_the_recipes(top_k, top_p, forbid):
     logits = 2 * mx.random.normal((1, 50), key=mx.random.key(4))
     rows = mx.broadcast_to(logits, (20000, 50))
     recipe = Recipe(top_k=top_k, top_p=top_p)
-    ends, forbidden = mx.array([int(mx.argmax(logits))]), mx.ones((20000, 1), mx.bool_)  # the best one
+    ends, forbidden = mx.array([int(mx.argmax(logits))]), mx.full((20000, 1), forbid)  # the best one
     scores, index = selfgen._candidates(rows, recipe, ends, forbidden)
     noise = mx.random.gumbel(scores.shape, key=mx.random.key(5))
     picks = np.array(selfgen._pick(scores, index, mx.full((20000, 1), 0.7), noise))
-    wanted = expected(np.array(logits[0], np.float64), int(ends[0]), top_k, top_p)
+    wanted = expected(np.array(logits[0], np.float64), [int(ends[0])] * forbid, top_k, top_p)
     found = np.bincount(picks, minlength=50) / 20000
     assert np.abs(found - wanted).max() < 0.015
     assert set(np.flatnonzero(found)) <= set(np.flatnonzero(wanted))
@@ -294,6 +295,12 @@ def test_openings_start_the_first_turn(model):
     opened = [sum(text.startswith(f"<s>[INST] {opening}") for text in texts) for opening in recipe.openings]
     assert all(count > 3 for count in opened)
     assert 10 < sum(opened) < 30
+    other = [tokenizer.decode(row) for row in rows_of(generate(Target(model), tokenizer, recipe, 1))]
+    assert [text[:15] for text in other] != [text[:15] for text in texts]
+    fixed = Recipe(**{**recipe.__dict__, "length": 20, "opened": 1.0, "user_temperature": 0})
+    assert rows_of(generate(Target(model), tokenizer, fixed, 0)) != rows_of(
+        generate(Target(model), tokenizer, fixed, 1)
+    )
 
 
 def test_base_models_write_texts(model):
