@@ -7,6 +7,7 @@ the ``cmeel-openblas`` package first. Elsewhere (macOS has Accelerate) this does
 ``MLX_REDRAFTER_BLAS`` names another library to load, or is ``off``.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -45,6 +46,14 @@ def load_blas() -> str | None:
         _warn(f"{path} cannot be loaded ({error}).")
         return None
     return path
+
+
+def set_blas_threads(count: int) -> None:
+    """Let each matrix product use ``count`` threads, where the loaded BLAS is an OpenBLAS."""
+    path = load_blas()
+    if path is not None:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(path).openblas_set_num_threads(count)
 
 
 def _load(path: str) -> None:

@@ -213,7 +213,8 @@ class Drafter(nn.Module):
         Returns:
             [..., H], the state after it.
         """
-        return self.update_state(self.read_tokens(embedding), state)
+        after: mx.array = self.update_state(self.read_tokens(embedding), state)
+        return after
 
     def read_tokens(self, embedding: mx.array) -> mx.array:
         """The cell's product with embeddings [..., H], which does not depend on the state."""
@@ -231,7 +232,7 @@ class Drafter(nn.Module):
         size = self.config.hidden_size
         gates = mx.sigmoid(new[..., : 2 * size] + old[..., : 2 * size])  # [..., 2H]
         z, r = gates[..., :size], gates[..., size:]
-        candidate = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
+        candidate: mx.array = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
         return candidate + z * (state - candidate)
 
     def prepare(self, context: mx.array) -> mx.array:
@@ -253,11 +254,13 @@ class Drafter(nn.Module):
         Returns:
             [..., Vd]
         """
-        return self.lm_head[-1](self.body(prepared, state))
+        logits: mx.array = self.lm_head[-1](self.body(prepared, state))
+        return logits
 
     def body(self, prepared: mx.array, state: mx.array) -> mx.array:
         """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
         halves = self._split()
+        x: mx.array
         if halves is not None:
             x = prepared + halves[1](state)  # [..., exit_dim]
         else:
@@ -305,17 +308,23 @@ def _columns(layer: Any, start: int, stop: int | None) -> nn.Module:
     Only the first part keeps the bias.
     """
     outputs, first = layer.weight.shape[0], start == 0
+    part: Any
     if not isinstance(layer, nn.QuantizedLinear):
         part = nn.Linear(1, outputs, bias=first)
         part.weight = mx.contiguous(layer.weight[:, start:stop])
     else:
         part = nn.QuantizedLinear(layer.group_size, outputs, first, layer.group_size, layer.bits)
-        for name, per in (("weight", 32 / layer.bits), ("scales", layer.group_size), ("biases", layer.group_size)):
+        for name, per in (
+            ("weight", 32 / layer.bits),
+            ("scales", layer.group_size),
+            ("biases", layer.group_size),
+        ):
             end = None if stop is None else int(stop / per)
             part[name] = mx.contiguous(layer[name][:, int(start / per) : end])
     if first:
         part.bias = layer.bias
-    return part
+    module: nn.Module = part
+    return module
 
 
 def _check_size(name: str, value: object, least: int = 1) -> None:

@@ -19,11 +19,13 @@ class Prompt:
         turns: the user's texts; the first one is asked unless there are ``messages``.
         category: what kind of prompt it is; empty if the file does not say.
         messages: a conversation with roles that ends with a user's message.
+        ids: token ids that take the place of all these.
     """
 
     turns: list[str]
     category: str = ""
     messages: list[Message] | None = None
+    ids: list[int] | None = None
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -52,6 +54,8 @@ def encode(prompt: Prompt, tokenizer: TokenizerWrapper) -> list[int]:
     Raises:
         ValueError: the template refuses the conversation, or nothing is left to say.
     """
+    if prompt.ids:
+        return prompt.ids
     messages = prompt.messages or [{"role": "user", "content": prompt.turns[0]}]
     if not tokenizer.has_chat_template:
         ids = tokenizer.encode("\n".join(message["content"] for message in messages))

@@ -42,8 +42,14 @@ class Target:
         self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
         self.embed: Any = token_embedding(model)
         self._view = _view(model)
+        self.layers_read = tuple(layers)
         inner = _Recorder.put_into(*_inner_place(self._view))
         self._recorders = [inner, *(_Recorder.put_into(*_layer_place(inner, layer)) for layer in layers)]
+
+    @property
+    def layers(self) -> list[Any]:
+        """The model's layers."""
+        return _layers(self._recorders[0])
 
     def make_cache(self) -> list[KVCache]:
         """mlx-lm caches for prompt processing, one per layer, that keep every token."""
@@ -97,8 +103,10 @@ class Target:
         owner, _ = _inner_place(self.model)
         layer: Any = owner.get("lm_head", self.embed)
         if isinstance(layer, nn.QuantizedLinear):
-            parts = (layer.weight[ids], layer.scales[ids], layer.biases[ids])
-            return mx.dequantize(*parts, group_size=layer.group_size, bits=layer.bits)
+            biases = None if layer.biases is None else layer.biases[ids]
+            return mx.dequantize(
+                layer.weight[ids], layer.scales[ids], biases, layer.group_size, layer.bits, layer.mode
+            )
         rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
         return rows
 
@@ -289,11 +297,15 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
 
 def _layer_place(inner: _Recorder, layer: int) -> tuple[list[Any], int]:
     """The list of an inner model's layers, and the place there of a layer counted from 1."""
-    layers = inner.inner.get("layers") or inner.inner.get("h")
-    if not isinstance(layers, list) or not 1 <= layer <= len(layers):
-        known = len(layers) if isinstance(layers, list) else "no"
-        raise ValueError(f"layer {layer} is not usable as context: the model has {known} layers.")
+    layers = _layers(inner)
+    if not 1 <= layer <= len(layers):
+        raise ValueError(f"layer {layer} is not usable as context: the model has {len(layers)} layers.")
     return layers, layer - 1
+
+
+def _layers(inner: _Recorder) -> list[Any]:
+    layers = inner.inner.get("layers", inner.inner.get("h"))
+    return layers if isinstance(layers, list) else []
 
 
 def _window(cache: Any, model: nn.Module) -> int | None:

@@ -143,7 +143,10 @@ def test_quantized(tmp_path, bits, group_size):
     assert all(mx.array_equal(*pair).item() for pair in zip(packed, expected, strict=True))
     if bits == 8:
         x = mx.random.normal((3, H))
-        assert mx.abs(drafter.logits(drafter.prepare(x), x) - plain.logits(plain.prepare(x), x)).max().item() < 0.05
+        assert (
+            mx.abs(drafter.logits(drafter.prepare(x), x) - plain.logits(plain.prepare(x), x)).max().item()
+            < 0.05
+        )
 
 
 def test_trimmed_rows_are_the_most_frequent(tmp_path):

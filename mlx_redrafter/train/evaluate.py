@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..model import SpeculativeModel
 from ..prompts import Prompt, encode
 from ..stream import PREFILL_STEP_SIZE, check_shape
 from ..target import Target, from_prompt_cache
+from .streams import stream
 
 RESAMPLES = 2000  # of the bootstrap
 CONFIDENCE = 95  # per cent
@@ -220,8 +221,8 @@ def decode_batch(
     run = partial(step, target, drafter, pick, shape)
     starts = [_prefill(target, pick, part, part_key) for part, part_key in zip(parts, keys, strict=True)]
     groups = [
-        _Group(run, shape, max_tokens, stop, stream, start)
-        for start, stream in zip(starts, _streams(len(parts)), strict=True)
+        _Group(run, shape, max_tokens, stop, where, start)
+        for start, where in zip(starts, map(stream, range(len(parts))), strict=True)
     ]
     rows = [row for group in groups for row in group.rows]
     while any(group.rows for group in groups):
@@ -346,13 +347,6 @@ def _enqueue(state: State, output: Output) -> None:
 
 def _bucket(rows: int) -> int:
     return math.ceil(rows / BUCKET) * BUCKET
-
-
-@cache
-def _streams(count: int) -> list[Any]:
-    """The default stream for one, new ones for more; a stream on a CPU is a thread that stays."""
-    device = mx.default_device()
-    return [mx.default_stream(device) if count == 1 else mx.new_stream(device) for _ in range(count)]
 
 
 def _split(items: Sequence[list[int]], parts: int) -> list[Sequence[list[int]]]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..target import Target
 from .data import Conversation
+from .streams import stream
 
 CHUNK = 128  # tokens per forward pass: attention over fewer columns than in one pass over a row
 
@@ -44,21 +45,16 @@ def extract(target: Target, rows: Sequence[Conversation], streams: int = 1) -> F
     Args:
         target: the base model.
         rows: conversations, best of similar lengths (shorter ones are padded).
-        streams: how many groups of rows run side by side. On a CPU most operations use one thread,
-            so one stream per core is fastest; on a GPU one is.
+        streams: groups of rows that run side by side (see ``streams.py``).
     """
     groups = [rows[i::streams] for i in range(min(streams, len(rows)))]
-    pools = [
-        mx.default_stream(mx.default_device()),
-        *(mx.new_stream(mx.default_device()) for _ in groups[1:]),
-    ]
     hidden: list[list[mx.array]] = [[] for _ in groups]
     caches = [target.make_cache() for _ in groups]
     padded = [_pad([row.tokens for row in group]) for group in groups]
     for start in range(0, max(tokens.shape[1] for tokens in padded), CHUNK):
-        for group, (tokens, stream) in enumerate(zip(padded, pools, strict=True)):
+        for group, tokens in enumerate(padded):
             if start < tokens.shape[1]:
-                with mx.stream(stream):
+                with mx.stream(stream(group)):
                     part = mx.array(tokens[:, start : start + CHUNK])
                     hidden[group].append(target.forward(part, caches[group])[1].astype(mx.bfloat16))
         mx.eval([parts[-1] for parts in hidden], [c.state for cache in caches for c in cache])

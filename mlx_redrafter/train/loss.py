@@ -12,7 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx import nn
 
 from ..drafter import Drafter
 from ..target import Target
@@ -85,9 +84,7 @@ def make_batch(features: Features, starts: np.ndarray, length: int, hidden: int,
     left = mx.where(mx.array(index[:, :SEGMENT] < features.size), left, 0)
     tokens = features.token[inside]
     context = features.context[inside]  # [n, S + L, F]
-    return Batch(
-        context[:, :SEGMENT], context[:, 1:, :hidden], tokens, to_draft[tokens[:, 1:]], left
-    )
+    return Batch(context[:, :SEGMENT], context[:, 1:, :hidden], tokens, to_draft[tokens[:, 1:]], left)
 
 
 class LabelHead:
@@ -222,7 +219,7 @@ def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
 def _divergence(logits: mx.array, label: mx.array, loss: str) -> tuple[mx.array, mx.array]:
     """Loss [...] of base-2 logits [..., Vd] against ``label``, and its gradient by the natural logits.
 
-    The Kullback-Leibler divergence comes without the label's own entropy, which does not depend on the drafter.
+    The divergence comes without the label's own entropy, which does not depend on the drafter.
     """
     probability, log_total = _softmax2(logits)
     if loss == "kl":
@@ -261,7 +258,11 @@ def score(
         whole = batch.left >= objective.length  # [n, S]: all depths are there
         chain = mx.cumprod((right & whole).astype(mx.float32), axis=0)
         found = mx.stack(
-            [(right & whole).sum(axis=(1, 2)), chain.sum(axis=(1, 2)), mx.broadcast_to(whole.sum(), losses.shape)],
+            [
+                (right & whole).sum(axis=(1, 2)),
+                chain.sum(axis=(1, 2)),
+                mx.broadcast_to(whole.sum(), losses.shape),
+            ],
             axis=-1,
         )
         total += np.array(mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1))

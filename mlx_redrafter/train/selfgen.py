@@ -5,7 +5,6 @@ answer, and so on. Every row of a batch is one such conversation of exactly ``le
 rows advance by one token per step: what the template dictates is fed, all else is sampled.
 """
 
-import functools
 import itertools
 import math
 from collections import deque
@@ -22,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..decoding.topk import top_k
 from ..target import Target
 from .data import TEMPLATE_ERRORS, Conversation, Message, render, special_tokens
+from .streams import stream
 
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
 STOP_TOKENS = 8  # at most, how much of a plain-text piece a model must write for its turn to be over
@@ -435,16 +435,9 @@ class _Group:
 def _groups(target: Target, batch: int, number: int, features: bool) -> list[_Group]:
     bounds = [batch * i // number for i in range(number + 1)]
     return [
-        _Group(target, slice(*bound), _stream(i), target.make_cache(), [] if features else None)
+        _Group(target, slice(*bound), stream(i), target.make_cache(), [] if features else None)
         for i, bound in enumerate(itertools.pairwise(bounds))
     ]
-
-
-@functools.cache
-def _stream(index: int) -> mx.Stream:
-    """MLX never ends a stream's thread, so streams are made once."""
-    device = mx.default_device()
-    return mx.default_stream(device) if index == 0 else mx.new_stream(device)
 
 
 def _prefill(rows: list[_Row], groups: list[_Group], length: int) -> None:
@@ -459,7 +452,8 @@ def _prefill(rows: list[_Row], groups: list[_Group], length: int) -> None:
     for group in groups:
         with mx.stream(group.stream):
             group.feed(tokens)
-            mx.async_eval(group.kept(), [cache.state for cache in group.caches])
+    together = [(group.kept(), [cache.state for cache in group.caches]) for group in groups]
+    mx.async_eval(together)
 
 
 def _next(rows: list[_Row], groups: list[_Group], recipe: Recipe, key: mx.array) -> list[int]:
@@ -476,7 +470,8 @@ def _next(rows: list[_Row], groups: list[_Group], recipe: Recipe, key: mx.array)
             picks.append(
                 _pick(scores, index, temperatures[group.rows], _noise(key, group, scores, len(rows)))
             )
-            mx.async_eval(picks[-1], group.kept())
+    # In one call: a call for each group would hand over a group's work only when the other's is done.
+    mx.async_eval(picks, [group.kept() for group in groups])
     return [int(token) for pick in picks for token in np.array(pick)]
 
 
@@ -551,7 +546,7 @@ def _features(rows: list[_Row], groups: list[_Group]) -> mx.array:
     for group in groups:
         with mx.stream(group.stream):
             group.feed(tokens)
-            mx.async_eval(group.kept())
+    mx.async_eval([group.kept() for group in groups])
     features = mx.concatenate([mx.concatenate(group.hidden or [], axis=1) for group in groups])
     mx.eval(features)
     return features

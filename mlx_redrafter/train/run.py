@@ -1,0 +1,657 @@
+"""From a model to a drafter: write or read data, compute hidden states, train, evaluate.
+
+Everything on the way is kept in a work folder beside the output, so a run can be interrupted anywhere:
+
+    run.json                what was asked for, and what has been done
+    data/00000.npz          conversations, ``SHARD_ROWS`` per file
+    features/00000.safetensors   hidden states for one file of conversations each
+    checkpoint.safetensors  weights and the optimizer's state
+    best.safetensors        the weights with the best held-out score
+"""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tqdm import tqdm
+
+from ..blas import set_blas_threads
+from ..bundle import BaseIdentity, identity_of, load_drafter, write_drafter
+from ..decoding.step import DraftShape
+from ..drafter import Drafter, DrafterConfig
+from ..model import SpeculativeModel
+from ..prompts import Prompt
+from ..target import Target
+from .card import Facts, environment, model_card
+from .data import Cleaner, Conversation, count_tokens, read_given, read_shard, write_shard
+from .evaluate import Measured, evaluate
+from .features import Features, extract, read_features, select, write_features
+from .loss import Score
+from .selfgen import Recipe, generate
+from .streams import default_streams
+from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of
+
+SHARD_ROWS = 16
+HELD_OUT = 24  # of so many shards, one is held out
+COVERAGE = 0.96  # share of the data's tokens that the default draft vocabulary has
+VOCAB_STEP = 1024  # the default draft vocabulary is a multiple of it
+DATA_TIME = 0.4  # share of a time budget that goes to writing and reading data
+EVALUATION_TIME = 0.12
+SCORES = 12  # held-out scores in a run
+SAVE_SECONDS = 120.0
+STALE = 3  # batches in a row with hardly anything new end the writing
+EVALUATION_SHAPES = ((1, 4), (2, 4), (4, 5))
+HELD_OUT_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Args:
+        data: files to train on, or to take prompts from.
+        tokens: trained tokens that the model writes itself, besides ``data``; None: none if conversations
+            are given, else as many as the time allows, or ``DEFAULT_TOKENS``.
+        recipe: how it writes them.
+        settings: of training; its ``epochs`` give way to ``seconds``.
+        draft_vocab: draft tokens; None chooses by coverage, 0 takes all.
+        exit_dim: None is H.
+        blocks: residual blocks of the head.
+        cell: simple, gru or none.
+        context_layers: None chooses a low, a middle and a high one; empty is Apple's layout.
+        start_from: a drafter to train on, instead of a new one.
+        seconds: for everything together.
+        cache: disk keeps hidden states, off computes them in every epoch, auto chooses.
+        streams: None is one per core on a CPU, one on a GPU.
+    """
+
+    data: tuple[str, ...] = ()
+    tokens: int | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    settings: Settings = field(default_factory=Settings)
+    draft_vocab: int | None = None
+    exit_dim: int | None = None
+    blocks: int = 2
+    cell: str = "simple"
+    context_layers: tuple[int, ...] | None = None
+    start_from: str | None = None
+    seconds: float | None = None
+    cache: str = "auto"
+    streams: int | None = None
+
+
+DEFAULT_TOKENS = 2_000_000
+
+
+@dataclass
+class Work:
+    """The work folder and its run.json."""
+
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, folder: Path, asked: dict[str, Any]) -> "Work":
+        """Make the folder, or go on in it.
+
+        Raises:
+            ValueError: it holds a run that was asked for otherwise.
+        """
+        work = cls(folder)
+        path = folder / "run.json"
+        if path.is_file():
+            try:
+                work.facts = dict(json.loads(path.read_text("utf-8")))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}): delete {folder} and start again.") from error
+            if work.facts.get("asked") != asked:
+                changed = [k for k in asked if asked[k] != work.facts.get("asked", {}).get(k)]
+                raise ValueError(
+                    f"{folder} holds a run with other options ({', '.join(changed)}): give the same ones, or "
+                    "only --output with --resume; or delete that folder to start again."
+                )
+        for name in ("data", "features"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        work.facts["asked"] = asked
+        work.save()
+        return work
+
+    def note(self, **facts: Any) -> None:
+        """Add to run.json."""
+        self.facts.update(facts)
+        self.save()
+
+    def save(self) -> None:
+        self.facts["seconds"] = self.elapsed
+        self.began = time.monotonic()
+        temporary = self.folder / "new-run.json"
+        temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
+        temporary.replace(self.folder / "run.json")
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of work, those of interrupted runs included."""
+        return float(self.facts.get("seconds", 0.0)) + time.monotonic() - self.began
+
+    def shards(self) -> list[Path]:
+        return sorted((self.folder / "data").glob("*.npz"))
+
+    def features(self, shard: Path) -> Path:
+        return self.folder / "features" / f"{shard.stem}.safetensors"
+
+
+def train(
+    model: SpeculativeModel,
+    tokenizer: TokenizerWrapper,
+    request: Request,
+    output: Path,
+    asked: dict[str, Any],
+    name: str,
+    evaluation: "Evaluation",
+    command: str,
+) -> list[Measured]:
+    """Make a drafter for ``model`` and write it to ``output``.
+
+    Args:
+        asked: the options in JSON's types; a work folder with others is refused.
+        name: of the base model, for the card.
+        command: the command line, for the card.
+    Returns:
+        What its evaluation measured.
+    Raises:
+        ValueError: bad input; nothing is lost of an earlier run.
+        KeyboardInterrupt: after all work so far was saved.
+    """
+    if output.exists():
+        raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    work = Work.open(output.with_name(f"{output.name}.train"), asked)
+    streams = request.streams or default_streams()
+    target = Target(model.model, _layers(request, model))
+    set_blas_threads(1 if streams > 1 else streams)
+    work.note(commands=[*work.facts.get("commands", []), command])
+    make_data(work, target, tokenizer, request, streams)
+    data = make_features(work, target, request, streams)
+    trainer = fit(work, target, data, request, streams, model)
+    drafter = best_drafter(trainer, work)
+    set_blas_threads(streams)
+    measured = evaluation.run(
+        SpeculativeModel(model.model, drafter, model.context_length), tokenizer, work, request
+    )
+    identity = identity_of(model.model, name)
+    card = describe(work, trainer, drafter, identity, request, measured, output.name, evaluation.about)
+    write_drafter(
+        output, drafter.config, _stored(drafter), identity, {"training": work.facts["trained"]}, card
+    )
+    shutil.rmtree(work.folder / "features", ignore_errors=True)
+    return measured
+
+
+def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
+    if request.start_from is not None:
+        return load_drafter(request.start_from, identity_of(model.model)).config.context_layers
+    if request.context_layers is not None:
+        return request.context_layers
+    count = len(Target(model.model).layers)
+    return tuple(sorted({max(1, round(count * share)) for share in (0.27, 0.53, 0.77)} - {count}))
+
+
+# --- Data ------------------------------------------------------------------------------------------------
+
+
+def make_data(
+    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, streams: int
+) -> None:
+    """Fill ``data/`` (and ``features/`` with what generating computed anyway)."""
+    if work.facts.get("data_done"):
+        return
+    prompts = _given(work, tokenizer, request)
+    wanted = request.tokens
+    if wanted is None:
+        none = bool(work.facts.get("given")) and not prompts
+        wanted = 0 if none else (1 << 62 if request.seconds else DEFAULT_TOKENS)
+    _self_generate(work, target, tokenizer, request, prompts, wanted, streams)
+    if len(work.shards()) < 2:
+        raise ValueError("there are too few conversations to train on: give or generate more of them.")
+    work.note(data_done=True)
+
+
+def _given(work: Work, tokenizer: TokenizerWrapper, request: Request) -> list[list[str]]:
+    """Write given conversations as shards, once; the given prompts."""
+    conversations, prompts, unusable = [], [], 0
+    for name in request.data:
+        given = read_given(Path(name).expanduser(), tokenizer, request.recipe.length)
+        conversations += given.conversations
+        prompts += given.prompts
+        unusable += given.unusable
+    if conversations and "given" not in work.facts:
+        cleaner = Cleaner()
+        kept = [c for c in conversations if cleaner.keep(c)]
+        rows = max(1, min(SHARD_ROWS, len(kept) // 2))
+        for number, start in enumerate(range(0, len(kept), rows)):
+            write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
+        work.note(given=len(kept), unusable=unusable, dropped=_dropped(work, cleaner))
+        print(
+            f"Data: {len(kept)} conversations, dropped {cleaner.dropped.duplicates} near-duplicates, "
+            f"{cleaner.dropped.loops} loops, {unusable} unusable."
+        )
+    return prompts
+
+
+def _self_generate(
+    work: Work,
+    target: Target,
+    tokenizer: TokenizerWrapper,
+    request: Request,
+    prompts: list[list[str]],
+    wanted: int,
+    streams: int,
+) -> None:
+    """Let the model write conversations until they have ``wanted`` trained tokens or time is up."""
+    cleaner = Cleaner()
+    written = [shard for shard in work.shards() if shard.name.startswith("b")]
+    trained = 0
+    for shard in written:  # so that what follows is compared with what is there
+        for conversation in read_shard(shard):
+            cleaner.keep(conversation)
+            trained += int(conversation.trained.sum())
+    cleaner.dropped.duplicates = cleaner.dropped.loops = 0
+    batch, stale = int(work.facts.get("batches", 0)), 0
+    limit = None if request.seconds is None else DATA_TIME * request.seconds
+    bar = tqdm(total=None if wanted > 1 << 60 else wanted, initial=trained, unit="tok", desc="Writing data")
+    with bar:
+        while trained < wanted and (limit is None or work.elapsed < limit):
+            if prompts and batch * request.recipe.batch >= len(prompts) and request.tokens is None:
+                break
+            seen = 0
+
+            def advance(done: int, total: int) -> None:
+                nonlocal seen
+                share = 0.6 * (done - seen) * request.recipe.batch
+                bar.update(round(share))
+                seen = done
+
+            generated = generate(
+                target, tokenizer, request.recipe, batch, prompts=prompts,
+                features=request.cache != "off", streams=streams, progress=advance,
+            )  # fmt: skip
+            kept = _keep(work, generated.conversations, generated.features, cleaner, batch)
+            trained += sum(int(row.trained.sum()) for row in kept)
+            batch += 1
+            stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
+            if stale == STALE:
+                bar.close()
+                print("The model only repeats itself: going on with what it wrote so far.")
+                break
+            bar.n = trained
+            bar.refresh()
+            work.note(batches=batch, dropped=_dropped(work, cleaner))
+            cleaner.dropped.duplicates = cleaner.dropped.loops = 0
+    dropped = work.facts.get("dropped", {})
+    if batch:
+        print(
+            f"Data: {trained:,} tokens written, dropped {dropped.get('duplicates', 0)} near-duplicates and "
+            f"{dropped.get('loops', 0)} loops."
+        )
+
+
+def _dropped(work: Work, cleaner: Cleaner) -> dict[str, int]:
+    before = work.facts.get("dropped", {})
+    return {name: before.get(name, 0) + count for name, count in vars(cleaner.dropped).items()}
+
+
+def _keep(
+    work: Work, rows: list[Conversation], hidden: mx.array | None, cleaner: Cleaner, batch: int
+) -> list[Conversation]:
+    """Write the usable ones of a batch's conversations."""
+    kept = [i for i, row in enumerate(rows) if row.trained[1:].any() and cleaner.keep(row)]
+    per_shard = max(1, min(SHARD_ROWS, len(kept) // 2))
+    for start in range(0, len(kept), per_shard):
+        chosen = kept[start : start + per_shard]
+        shard = work.folder / "data" / f"b{batch:06d}-{start:03d}.npz"
+        part = [rows[i] for i in chosen]
+        if hidden is not None:
+            write_features(work.features(shard), select(hidden[mx.array(chosen)], part))
+        write_shard(shard, part)
+    return [rows[i] for i in kept]
+
+
+# --- Features ----------------------------------------------------------------------------------------------
+
+
+def make_features(work: Work, target: Target, request: Request, streams: int) -> Data:
+    """Compute what ``features/`` lacks, unless that is to be done in every epoch; choose the vocabulary."""
+    shards = work.shards()
+    held = shards[::HELD_OUT]
+    train = [shard for shard in shards if shard not in held]
+    rows = {shard: read_shard(shard) for shard in shards}
+    vocabulary = int(target.embed.weight.shape[0])
+    counts = count_tokens([row for shard in train for row in rows[shard]], vocabulary)
+    cached = _cached(work, target, request, shards, rows, streams)
+    missing = [shard for shard in shards if not work.features(shard).exists()] if cached else []
+    for shard in tqdm(missing, desc="Reading data", unit="shard", disable=not missing):
+        write_features(work.features(shard), extract(target, rows[shard], streams))
+        mx.clear_cache()
+
+    def shards_of(paths: list[Path]) -> Shards:
+        def load(index: int) -> Features:
+            path = work.features(paths[index])
+            return read_features(path) if path.exists() else extract(target, rows[paths[index]], streams)
+
+        return Shards([sum(int(row.trained[1:].sum()) for row in rows[path]) for path in paths], load)
+
+    tokens = {"tokens": sum(len(row.tokens) for shard in train for row in rows[shard])}
+    conversations = sum(len(rows[shard]) for shard in train)
+    held_out = sum(len(rows[shard]) for shard in held)
+    work.note(
+        counted={**tokens, "conversations": conversations, "held_out": held_out, "trained": int(counts.sum())}
+    )
+    return Data(shards_of(train), shards_of(held), choose_vocabulary(counts, request.draft_vocab))
+
+
+def _cached(
+    work: Work, target: Target, request: Request, shards: list[Path], rows: dict[Path, Any], streams: int
+) -> bool:
+    """Whether hidden states are kept on disk: if they fit, and reading them is faster than computing them."""
+    if request.cache != "auto":
+        return request.cache == "disk"
+    first = shards[0]
+    start = time.monotonic()
+    features = extract(target, rows[first], streams)
+    computing = time.monotonic() - start
+    write_features(work.features(first), features)
+    start = time.monotonic()
+    mx.eval(vars(read_features(work.features(first))))
+    reading = time.monotonic() - start
+    size = work.features(first).stat().st_size * len(shards)
+    room = shutil.disk_usage(work.folder).free // 2
+    return size <= room and reading < computing and request.settings.epochs > 1
+
+
+def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndarray[Any, Any]:
+    """The draft tokens: the ``size`` most frequent, in ascending order.
+
+    Args:
+        counts: [V], how often the model said each token.
+        size: None takes as many as cover ``COVERAGE`` of the data; 0 takes all.
+    Returns:
+        int32 [Vd].
+    """
+    order = np.argsort(-counts, kind="stable")
+    if size is None:
+        covered = np.cumsum(counts[order]) / max(1, counts.sum())
+        needed = int(np.searchsorted(covered, COVERAGE)) + 1
+        size = -(-needed // VOCAB_STEP) * VOCAB_STEP
+    if size < 0:
+        raise ValueError(f"a draft vocabulary of {size} tokens is not usable: give 1 or more, or 0 for all.")
+    return np.sort(order[: size or len(order)]).astype(np.int32)
+
+
+# --- Training ----------------------------------------------------------------------------------------------
+
+
+def fit(
+    work: Work, target: Target, data: Data, request: Request, streams: int, model: SpeculativeModel
+) -> Trainer:
+    """Train, or go on training, until the last step."""
+    drafter, data = _first_drafter(target, data, request, model)
+    settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, streams))
+    trainer = Trainer(target, drafter, data, settings, streams)
+    checkpoint = work.folder / "checkpoint.safetensors"
+    if checkpoint.exists():
+        trainer.restore(checkpoint)
+    if trainer.progress.step < trainer.steps:
+        _run(trainer, work, checkpoint)
+    return trainer
+
+
+def _first_drafter(
+    target: Target, data: Data, request: Request, model: SpeculativeModel
+) -> tuple[Drafter, Data]:
+    vocabulary, hidden = target.embed.weight.shape[0], target.embed(mx.array([0])).shape[-1]
+    if request.start_from is not None:
+        drafter = load_drafter(request.start_from, identity_of(model.model), mx.float32)
+        if drafter.config.quantization is not None:
+            raise ValueError(f"{request.start_from} is quantized: start from a drafter that is not.")
+        ids = drafter.to_target(mx.arange(drafter.config.head_outputs))
+        return drafter, replace(data, draft_to_target=np.array(ids, np.int32))
+    whole = len(data.draft_to_target) == vocabulary
+    config = DrafterConfig(
+        hidden_size=hidden,
+        vocab_size=int(vocabulary),
+        exit_dim=request.exit_dim or hidden,
+        num_draft_layers=request.blocks,
+        rnn=request.cell != "none",
+        draft_vocab_size=None if whole else len(data.draft_to_target),
+        context_layers=target.layers_read,
+        cell="simple" if request.cell == "none" else request.cell,
+    )
+    ids_or_none = None if whole else data.draft_to_target
+    return initial_drafter(target, config, ids_or_none, request.settings.seed), data
+
+
+def _epochs(
+    work: Work, target: Target, drafter: Drafter, data: Data, request: Request, streams: int
+) -> float:
+    """The epochs asked for, or as many as the rest of the time allows, measured on a few steps."""
+    if request.seconds is None:
+        return request.settings.epochs
+    if "epochs" in work.facts:
+        return float(work.facts["epochs"])
+    trial = Trainer(target, _copy(drafter), data, request.settings, streams)
+    times = []
+    for _ in trial.run():
+        times.append(time.monotonic())
+        if len(times) == 4:
+            break
+    per_step = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
+    left = (1 - EVALUATION_TIME) * request.seconds - work.elapsed
+    per_epoch = steps_of(data.train.sizes, replace(request.settings, epochs=1.0))
+    scoring = 1.1  # held-out scores and checkpoints take their part
+    epochs = min(max(left / (per_step * scoring * per_epoch), 1 / per_epoch), MOST_EPOCHS)
+    work.note(epochs=epochs)
+    return epochs
+
+
+MOST_EPOCHS = 10.0
+
+
+def _copy(drafter: Drafter) -> Drafter:
+    twin = Drafter(drafter.config, drafter.weights().get("draft_to_target"))
+    twin.update(drafter.parameters())
+    return twin
+
+
+def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
+    """Train to the end with a progress bar; Ctrl-C saves and stops."""
+    every = max(1, trainer.steps // SCORES)
+    saved, found = time.monotonic(), None
+    began = work.elapsed
+    bar = tqdm(total=trainer.steps, initial=trainer.progress.step, unit="step", desc="Training")
+    with bar, _interrupted() as interrupted:
+        for step, losses in trainer.run():
+            last = step == trainer.steps
+            if step % every == 0 or last:
+                found = trainer.score()
+                if trainer.progress.best_step == step:
+                    save_best(trainer, work.folder / "best.safetensors")
+                work.note(scores=[*work.facts.get("scores", []), [step, asdict(found)]])
+            if last or interrupted() or time.monotonic() - saved > SAVE_SECONDS:
+                trainer.save(checkpoint)
+                work.note(training_seconds=work.facts.get("training_seconds", 0.0) + work.elapsed - began)
+                saved, began = time.monotonic(), work.elapsed
+            bar.set_postfix_str(_postfix(losses, found), refresh=False)
+            bar.update()
+            if interrupted() and not last:
+                bar.close()
+                raise KeyboardInterrupt
+
+
+def _postfix(losses: np.ndarray[Any, Any], found: Score | None) -> str:
+    text = f"loss {losses.mean():.3f}"
+    if found is None:
+        return text
+    shares = " ".join(f"{share:.2f}" for share in found.top1)
+    return f"{text}, held out: top-1 {shares}, tokens/step {found.tokens_per_step:.3f}"
+
+
+@contextmanager
+def _interrupted() -> Iterator[Callable[[], bool]]:
+    """Within the block, the first Ctrl-C is only remembered; the second one interrupts."""
+    seen = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def best_drafter(trainer: Trainer, work: Work) -> Drafter:
+    """The drafter with the weights of the best held-out score, as it will be stored."""
+    weights: Any = mx.load(str(work.folder / "best.safetensors"))
+    scores = dict(work.facts.get("scores", []))
+    best = scores.get(trainer.progress.best_step, {})
+    work.note(
+        trained={
+            "steps": trainer.steps,
+            "epochs": round(trainer.settings.epochs, 3),
+            "best_step": trainer.progress.best_step,
+            "held_out": best,
+            "settings": asdict(trainer.settings),
+        }
+    )
+    drafter = Drafter(trainer.drafter.config, weights.pop("draft_to_target", None))
+    weights = {
+        name: x.astype(mx.bfloat16).astype(trainer.target.embed(mx.array([0])).dtype)
+        for name, x in weights.items()
+    }
+    drafter.load_weights(list(weights.items()))
+    drafter.eval()
+    return drafter
+
+
+def _stored(drafter: Drafter) -> dict[str, mx.array]:
+    """Weights as they are written: bfloat16."""
+    return {
+        name: x.astype(mx.bfloat16) if mx.issubdtype(x.dtype, mx.floating) else x
+        for name, x in drafter.weights().items()
+    }
+
+
+# --- Evaluation --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the result is measured by real decoding.
+
+    Args:
+        prompts: what to answer; held-out conversations' beginnings come besides.
+        about: where the prompts come from, for the card.
+        shapes: (width, length) pairs.
+        tokens: per answer, at most; 0 leaves the evaluation out.
+        batch: prompts decoded at once.
+    """
+
+    prompts: Sequence[Prompt] = ()
+    about: str = ""
+    shapes: Sequence[tuple[int, int]] = EVALUATION_SHAPES
+    tokens: int = 128
+    batch: int = 8
+
+    def run(
+        self, model: SpeculativeModel, tokenizer: TokenizerWrapper, work: Work, request: Request
+    ) -> list[Measured]:
+        """Decode the answers to given prompts and held-out ones."""
+        prompts = [*self.prompts, *_held_out_prompts(work)]
+        known = model.drafter.config.head_outputs if model.drafter else 1
+        shapes = [DraftShape(min(width, known), length) for width, length in self.shapes]
+        if not self.tokens or not prompts:
+            return []
+        deadline = None
+        if request.seconds is not None:
+            deadline = time.monotonic() + max(20.0, request.seconds - work.elapsed)
+        return evaluate(
+            model, tokenizer, prompts, shapes, max_tokens=self.tokens, batch=self.batch, deadline=deadline
+        )
+
+
+def _held_out_prompts(work: Work) -> list[Prompt]:
+    """The beginnings of held-out conversations, up to the model's first answer."""
+    prompts = []
+    for shard in work.shards()[::HELD_OUT]:
+        for row in read_shard(shard):
+            first = int(row.trained.argmax())
+            if first:
+                prompts.append(Prompt([], "held out, self-written", ids=row.tokens[:first].tolist()))
+    return prompts[:HELD_OUT_PROMPTS]
+
+
+def describe(
+    work: Work,
+    trainer: Trainer,
+    drafter: Drafter,
+    identity: BaseIdentity,
+    request: Request,
+    measured: list[Measured],
+    name: str,
+    about: str,
+) -> str:
+    """The model card."""
+    facts, config = work.facts, drafter.config
+    counted, dropped = facts["counted"], facts.get("dropped", {})
+    best = facts["trained"]["held_out"]
+    parameters = sum(x.size for key, x in drafter.weights().items() if key != "draft_to_target")
+    once = 0 if config.head_inputs == config.exit_dim else config.context_size * config.exit_dim
+    sources = [Path(path).name for path in request.data]
+    if facts.get("batches"):
+        sources.append(
+            f"written by the model itself, {facts['batches']} batches of {request.recipe.batch} rows"
+        )
+    shown = Facts(
+        base=identity.name,
+        drafter=name,
+        identity=str(identity),
+        license_note="A drafter is derived from its base model: that model's license applies to it.",
+        commands=list(dict.fromkeys(facts["commands"])),
+        sizes=config.to_dict(),
+        parameters=parameters,
+        bytes_per_step=2 * (parameters - once),
+        conversations=counted["conversations"],
+        tokens=counted["tokens"],
+        trained_tokens=counted["trained"],
+        duplicates=dropped.get("duplicates"),
+        loops=dropped.get("loops"),
+        held_out=counted["held_out"],
+        sources=sources,
+        seeds={"data": request.recipe.seed, "training": request.settings.seed},
+        versions=environment(),
+        steps=trainer.steps,
+        epochs=trainer.settings.epochs,
+        seconds=facts["seconds"],
+        loss=best.get("loss", ()),
+        top1=best.get("top1", ()),
+        measured=measured,
+        measured_on=about,
+    )
+    return model_card(shown)

@@ -1,0 +1,315 @@
+"""The training loop: batches in a reproducible order, AdamW, held-out score, checkpoints.
+
+Everything follows from the seed and the step number, so a run that was interrupted and resumed ends
+with exactly the weights of one that was not (in float32, on the same machine).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..bundle import save_weights
+from ..drafter import Drafter, DrafterConfig
+from ..target import Target
+from .features import Features, join
+from .loss import SEGMENT, Batch, LabelHead, Objective, Score, gradients, make_batch, score
+from .streams import stream
+
+GROUP = 16  # shards that are shuffled together
+SCORED = 16384  # held-out positions at most
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How training goes.
+
+    Args:
+        objective: what is minimised.
+        batch: positions per step.
+        learning_rate: the highest of a cosine schedule.
+        warm_up: the first share of the steps, in which it rises from 0.
+        weight_decay: AdamW's, of matrices.
+        clip: the norm that gradients are scaled down to.
+        epochs: passes over the data; part of one is possible.
+        seed: of the order of the data and of the initial weights.
+        dtype: of the products; weights are kept in float32.
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    batch: int = 1024
+    learning_rate: float = 1.5e-3
+    warm_up: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    epochs: float = 2.0
+    seed: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.batch < SEGMENT:
+            raise ValueError(f"batch {self.batch} is not usable: give {SEGMENT} positions or more.")
+        for name in ("learning_rate", "clip", "epochs"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not usable: give more than 0.")
+        if not 0 <= self.warm_up < 1:
+            raise ValueError(f"warm-up {self.warm_up} is not usable: give a share from 0 to below 1.")
+
+
+@dataclass
+class Shards:
+    """Features in parts: ``sizes`` positions each, of which ``load`` gets one."""
+
+    sizes: list[int]
+    load: Callable[[int], Features]
+
+
+@dataclass
+class Data:
+    """What is trained on and what is held out, and how its tokens are numbered by the drafter."""
+
+    train: Shards
+    held_out: Shards
+    draft_to_target: np.ndarray[Any, Any]  # int32 [Vd]
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    best: float = 0.0  # held-out tokens per step of the best checkpoint
+    best_step: int = 0
+
+
+def initial_drafter(
+    target: Target, config: DrafterConfig, draft_to_target: np.ndarray[Any, Any] | None, seed: int
+) -> Drafter:
+    """A drafter whose last layer is the base model's own head, so that it speaks from the first step on.
+
+    Residual blocks begin as the identity, and the cell's input product begins large enough that the
+    base model's (small) embeddings drive it.
+    """
+    mx.random.seed(seed)
+    hidden, width = config.hidden_size, config.exit_dim
+    ids = mx.arange(config.vocab_size) if draft_to_target is None else mx.array(draft_to_target)
+    drafter = Drafter(config, None if draft_to_target is None else mx.array(draft_to_target))
+    rows = target.head_rows(ids).astype(mx.float32)  # [Vd, H]
+    wide = width >= hidden
+    drafter.lm_head[-1].weight = (
+        mx.pad(rows, [(0, 0), (0, width - hidden)]) if wide else rows @ _principal(rows, width)
+    )
+    for block in drafter.lm_head[:-1]:
+        block.linear.weight, block.linear.bias = mx.zeros((width, width)), mx.zeros(width)
+    if config.rnn:
+        size = mx.sqrt(mx.square(target.embed(ids[:4096]).astype(mx.float32)).mean())
+        drafter.rnn_w.weight = drafter.rnn_w.weight / mx.clip(size, 1e-3, 1.0)
+    mx.eval(drafter.parameters())
+    return drafter
+
+
+def _principal(rows: mx.array, width: int) -> mx.array:
+    """[H, width], the directions in which ``rows`` [Vd, H] vary most."""
+    _, vectors = np.linalg.eigh(np.array(rows.T @ rows))
+    return mx.array(np.ascontiguousarray(vectors[:, ::-1][:, :width]))
+
+
+def schedule(sizes: Sequence[int], settings: Settings, epoch: int) -> list[tuple[list[int], list[Any]]]:
+    """The order of one epoch: groups of shards, and for each of their batches where its segments begin."""
+    random = np.random.default_rng([settings.seed, epoch])
+    order = random.permutation(len(sizes)).tolist()
+    per_batch = max(1, settings.batch // SEGMENT)
+    groups = []
+    for begin in range(0, len(order), GROUP):
+        shards = order[begin : begin + GROUP]
+        offsets = np.cumsum([0, *(sizes[shard] for shard in shards)])
+        starts = np.concatenate(
+            [
+                offset
+                + np.arange(
+                    min(int(random.integers(SEGMENT)), max(0, sizes[shard] - SEGMENT)), sizes[shard], SEGMENT
+                )
+                for offset, shard in zip(offsets, shards, strict=False)
+            ]
+        )
+        random.shuffle(starts)
+        whole = max(1, len(starts) // per_batch)
+        groups.append((shards, [starts[i * per_batch : (i + 1) * per_batch] for i in range(whole)]))
+    return groups
+
+
+def steps_of(sizes: Sequence[int], settings: Settings) -> int:
+    """How many steps the settings' epochs have."""
+    whole, part = int(settings.epochs), settings.epochs - int(settings.epochs)
+    count = sum(sum(len(b) for _, b in schedule(sizes, settings, epoch)) for epoch in range(whole))
+    last = sum(len(b) for _, b in schedule(sizes, settings, whole)) if part else 0
+    return max(1, count + math.ceil(part * last))
+
+
+class Trainer:
+    """A run of training: its weights, its optimizer, and its place in the data.
+
+    Args:
+        target: the base model, which is not changed.
+        drafter: starts from its weights.
+        data: features of it.
+        settings: how.
+        streams: parts of a batch that run side by side (see ``streams.py``).
+    """
+
+    def __init__(self, target: Target, drafter: Drafter, data: Data, settings: Settings, streams: int = 1):
+        self.target, self.drafter, self.data, self.settings = target, drafter, data, settings
+        self.dtype: mx.Dtype = getattr(mx, settings.dtype)
+        self.steps = steps_of(data.train.sizes, settings)
+        self.progress = Progress()
+        self.optimizer = optim.AdamW(0.0, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
+        drafter.train()
+        self.parameters: Any = tree_map(lambda x: x.astype(mx.float32), drafter.trainable_parameters())
+        self.optimizer.init(self.parameters)
+        self.streams = streams
+        to_draft = np.full(drafter.config.vocab_size, -1, np.int32)
+        to_draft[data.draft_to_target] = np.arange(len(data.draft_to_target))
+        self._to_draft = mx.array(to_draft)
+        probe = data.train.load(0).context[:64, : drafter.config.hidden_size]
+        self.head = LabelHead(target, mx.array(data.draft_to_target), probe)
+        self._held_out: list[Batch] | None = None
+
+    def run(self) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+        """Train on from ``progress``; yields after every step its number (from 1) and losses [L]."""
+        for features, starts in self._batches():
+            stats = self._step(features, starts)
+            self.progress.step += 1
+            yield self.progress.step, stats[:, 0] / np.maximum(stats[:, 1], 1)
+            if self.progress.step >= self.steps:
+                return
+
+    def score(self) -> Score:
+        """The held-out score; remembers whether it is the best so far."""
+        if self._held_out is None:
+            self._held_out = self._held_out_batches()
+        self.drafter.update(self._cast(self.parameters))
+        found = score(self.drafter, self.target, self.head, self.settings.objective, self._held_out)
+        if found.tokens_per_step > self.progress.best:
+            self.progress.best, self.progress.best_step = found.tokens_per_step, self.progress.step
+        return found
+
+    def weights(self) -> dict[str, mx.array]:
+        """The drafter's tensors now, float32."""
+        self.drafter.update(self.parameters)
+        return self.drafter.weights()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint; it appears whole or not at all."""
+        flat: Any = tree_flatten({"parameters": self.parameters, "optimizer": self.optimizer.state})
+        state = json.dumps({"progress": asdict(self.progress), "settings": asdict(self.settings)})
+        temporary = path.with_name(f"new-{path.name}")
+        mx.save_safetensors(str(temporary), dict(flat), {"state": state})
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            ValueError: it was written with other settings.
+        """
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, metadata = loaded
+        state = json.loads(metadata["state"])
+        if state["settings"] != json.loads(json.dumps(asdict(self.settings))):
+            raise ValueError(
+                f"{path} was written with other settings ({state['settings']}): resume with the same, or "
+                "name another output."
+            )
+        tree: Any = tree_unflatten(list(arrays.items()))
+        self.parameters, self.optimizer.state = tree["parameters"], tree["optimizer"]
+        self.progress = Progress(**state["progress"])
+
+    def _batches(self) -> Iterator[tuple[Features, np.ndarray[Any, Any]]]:
+        """All batches from the current step on, whatever the epoch."""
+        skip, epoch = self.progress.step, 0
+        while True:
+            for shards, batches in schedule(self.data.train.sizes, self.settings, epoch):
+                if skip < len(batches):
+                    features = join([self.data.train.load(shard) for shard in shards])
+                    yield from ((features, starts) for starts in batches[skip:])
+                skip = max(0, skip - len(batches))
+            epoch += 1
+
+    def _step(self, features: Features, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        parameters = self._cast(self.parameters)
+        found = []
+        for index, part in enumerate(np.array_split(starts, self.streams)):
+            if len(part):
+                with mx.stream(stream(index)):
+                    batch = self._batch(features, part)
+                    found.append(
+                        gradients(
+                            self.drafter, parameters, self.target, self.head, self.settings.objective, batch
+                        )
+                    )
+        mx.eval(found)
+        stats = sum(np.array(stats, np.float64) for stats, _ in found)
+        total = tree_map(lambda *xs: sum(x.astype(mx.float32) for x in xs), *(grads for _, grads in found))
+        self._update(total, 1.0 / max(float(stats[0, 1]), 1.0))  # type: ignore[index]
+        return stats  # type: ignore[return-value]
+
+    def _update(self, gradients: Any, scale: float) -> None:
+        """Clip, and take one step of AdamW with weight decay on matrices only."""
+        flat: Any = tree_flatten(gradients)
+        norm = mx.sqrt(mx.stack([mx.square(x).sum() for _, x in flat]).sum()) * scale
+        factor = scale * mx.minimum(1.0, self.settings.clip / (norm + 1e-6))
+        rate = self.rate(self.progress.step)
+        keep = 1 - rate * self.settings.weight_decay
+        decayed = tree_map(lambda x: x * keep if x.ndim > 1 else x, self.parameters)
+        self.optimizer.learning_rate = rate
+        gradients = tree_map(lambda x: x * factor, gradients)
+        self.parameters = self.optimizer.apply_gradients(gradients, decayed)
+        mx.eval(self.parameters, self.optimizer.state)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step (from 0): linear warm-up, then a cosine down to 0."""
+        warm = max(1, round(self.settings.warm_up * self.steps))
+        if step < warm:
+            return self.settings.learning_rate * (step + 1) / warm
+        return (
+            self.settings.learning_rate
+            * 0.5
+            * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        )
+
+    def _cast(self, parameters: Any) -> Any:
+        return tree_map(lambda x: x.astype(self.dtype), parameters)
+
+    def _batch(self, features: Features, starts: np.ndarray[Any, Any]) -> Batch:
+        config, length = self.drafter.config, self.settings.objective.length
+        batch = make_batch(features, starts, length, config.hidden_size, self._to_draft)
+        return replace(batch, context=batch.context.astype(self.dtype))
+
+    def _held_out_batches(self) -> list[Batch]:
+        """Up to ``SCORED`` positions, evenly from all held-out shards."""
+        shards, per_batch = self.data.held_out, max(1, self.settings.batch // SEGMENT)
+        most = max(1, SCORED // SEGMENT // len(shards.sizes))
+        batches = []
+        for shard, size in enumerate(shards.sizes):
+            starts = np.arange(0, max(1, size - SEGMENT), SEGMENT)
+            chosen = starts[np.linspace(0, len(starts) - 1, min(most, len(starts))).astype(int)]
+            features = shards.load(shard)
+            batches += [
+                self._batch(features, chosen[i : i + per_batch]) for i in range(0, len(chosen), per_batch)
+            ]
+        mx.eval([vars(batch) for batch in batches])
+        return batches
+
+
+def save_best(trainer: Trainer, path: Path) -> None:
+    """Write the weights of now; the file appears whole or not at all."""
+    temporary = path.with_name(f"new-{path.name}")
+    save_weights(temporary, trainer.weights(), "mlx")
+    temporary.replace(path)

@@ -1,0 +1,302 @@
+"""``mlx-redrafter train``."""
+
+import argparse
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .model import DEFAULT_MODEL, DTYPES
+
+TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+NOT_ASKED = ("run", "command", "output", "resume")  # may change on resuming
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=DEFAULT_MODEL,
+        help="folder, GGUF file or Hugging Face repository (default: %(default)s)",
+    )
+    add("--output", required=True, help="folder for the drafter; OUTPUT.train beside it holds the work")
+    add("--resume", action="store_true", help="go on with an interrupted run; other flags may be left out")
+    add("--time", help="for everything together, such as 30m or 1h30m; decides tokens and epochs")
+    add("--dtype", default="auto", choices=DTYPES, help="of the base model (default: %(default)s)")
+    add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
+    add("--memory-limit", type=float, help="GB that may be used")
+    add("--streams", type=int, help="computations side by side (default: one per core, one on a GPU)")
+    add("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
+    _add_data(parser.add_argument_group("data"))
+    _add_network(parser.add_argument_group("drafter"))
+    _add_training(parser.add_argument_group("training"))
+    _add_evaluation(parser.add_argument_group("evaluation"))
+
+
+def _add_data(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="conversations, prompts or text (.jsonl, .json, .txt, .npz); without, the model writes its own",
+    )
+    add(
+        "--tokens",
+        type=int,
+        help="tokens of its own answers that the model writes (default: 2,000,000; with --time as many as "
+        "time allows; none where conversations are given)",
+    )
+    add("--row-length", type=int, default=512, help="tokens per conversation (default: %(default)s)")
+    add("--rows", type=int, default=64, help="conversations written at once (default: %(default)s)")
+    add("--temp", type=float, default=0.7, help="of the model's answers (default: %(default)s)")
+    add("--user-temp", type=float, default=1.0, help="of the user's turns it writes (default: %(default)s)")
+    add("--top-p", type=float, default=0.95, help="of the data's sampling (default: %(default)s)")
+    add("--top-k", type=int, default=40, help="of the data's sampling (default: %(default)s)")
+    add("--system-prompt", action="append", default=[], help="may be given several times; one is drawn")
+    add("--openings", help="file with beginnings of the user's turn, one per line (a list ships)")
+    add(
+        "--opened",
+        type=float,
+        default=0.65,
+        help="share of conversations that begin so (default: %(default)s)",
+    )
+    add("--cache-features", default="auto", choices=("auto", "disk", "off"),
+        help="keep the model's hidden states on disk (default: %(default)s, what is faster)")  # fmt: skip
+
+
+def _add_network(group: Any) -> None:
+    add = group.add_argument
+    add("--draft-vocab", type=int, help="tokens the drafter knows; 0: all (default: 96 %% of the data)")
+    add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
+    add("--blocks", type=int, default=2, help="residual blocks of its head (default: %(default)s)")
+    add(
+        "--cell",
+        default="simple",
+        choices=("simple", "gru", "none"),
+        help="recurrent cell (default: %(default)s)",
+    )
+    add(
+        "--context-layers",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="layers it reads besides the last state (default: a low, a middle and a high one; "
+        "none given: Apple's layout)",
+    )
+    add("--start-from", metavar="DRAFTER", help="train an existing drafter on, also one in Apple's layout")
+
+
+def _add_training(group: Any) -> None:
+    add = group.add_argument
+    add("--length", type=int, default=5, help="depths it is trained for (default: %(default)s)")
+    add(
+        "--labels",
+        default="soft",
+        choices=("soft", "hard"),
+        help="distribution or token (default: %(default)s)",
+    )
+    add(
+        "--loss",
+        default="kl",
+        choices=("kl", "tv"),
+        help="divergence or total variation (default: %(default)s)",
+    )
+    add("--label-temp", type=float, default=1.0, help="of soft labels (default: %(default)s)")
+    add(
+        "--depth-weight",
+        type=float,
+        default=0.9,
+        help="of each depth to the one before (default: %(default)s)",
+    )
+    add("--epochs", type=float, default=2.0, help="passes over the data (default: %(default)s)")
+    add("--batch", type=int, default=1024, help="positions per step (default: %(default)s)")
+    add("--learning-rate", type=float, default=1.5e-3, help="highest (default: %(default)s)")
+    add("--warm-up", type=float, default=0.05, help="share of the steps (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="norm of gradients (default: %(default)s)")
+    add(
+        "--train-dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of products in training",
+    )
+
+
+def _add_evaluation(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--eval-prompts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="JSONL of prompts to measure with besides",
+    )
+    add(
+        "--eval-shapes",
+        nargs="+",
+        default=["1,4", "2,4", "4,5"],
+        metavar="W,L",
+        help="(default: 1,4 2,4 4,5)",
+    )
+    add("--eval-tokens", type=int, default=128, help="per answer; 0: no evaluation (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train a drafter as the command line says."""
+    output = Path(args.output).expanduser()
+    if args.resume:
+        _recall(args, output)
+    asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
+    if output.exists():
+        raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    import mlx.core as mx
+
+    from .model import load
+    from .train.run import train
+
+    chunk = _limit_memory(args.memory_limit)
+    request = _request(args, mx.default_device().type == mx.gpu, chunk)
+    evaluation = _evaluation(args)
+    model, tokenizer = load(
+        args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
+    )
+    command = shlex.join(["mlx-redrafter", *sys.argv[1:]])
+    measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
+    _report(output, measured)
+    return 0
+
+
+def _recall(args: argparse.Namespace, output: Path) -> None:
+    """Take the options of the interrupted run for all that keep their default."""
+    import json
+
+    path = output.with_name(f"{output.name}.train") / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is no run to resume; leave --resume out.")
+    try:
+        asked = dict(json.loads(path.read_text("utf-8"))["asked"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): delete {path.parent} and start again.") from error
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for name, value in asked.items():
+        if getattr(args, name, None) == parser.get_default(name):
+            setattr(args, name, value)
+
+
+def seconds(text: str | None) -> float | None:
+    """A duration such as 90, 90s, 30m or 1h30m in seconds."""
+    if text is None:
+        return None
+    found = TIME.fullmatch(text.strip().lower())
+    total = 0.0
+    if found:
+        total = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    if total <= 0:
+        raise ValueError(f"time {text!r} is not usable: give a duration such as 30m or 1h30m.")
+    return total
+
+
+def _limit_memory(limit: float | None) -> int | None:
+    """Tell MLX its limit; how many logits may be held at once under it (None: the usual)."""
+    import mlx.core as mx
+
+    if limit is None:
+        return None
+    if not limit > 0:
+        raise ValueError(f"memory limit {limit} is not usable: give GB, more than 0.")
+    mx.set_memory_limit(int(limit * 1e9))
+    mx.set_cache_limit(int(limit * 1e9 / 8))
+    return max(1 << 16, min(1 << 23, int(limit * 1e9 / 4 / 64)))  # a chunk's arrays take a fraction
+
+
+def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
+    from .train.loss import Objective
+    from .train.run import Request
+    from .train.selfgen import Recipe, read_openings
+    from .train.trainer import Settings
+
+    if args.tokens is not None and args.tokens < 0:
+        raise ValueError(f"tokens {args.tokens} is not usable: give 0 or more.")
+    if args.blocks < 0 or (args.exit_dim is not None and args.exit_dim < 1):
+        raise ValueError(f"blocks {args.blocks}, exit dim {args.exit_dim}: give sizes of at least 0 and 1.")
+    if args.streams is not None and args.streams < 1:
+        raise ValueError(f"streams {args.streams} is not usable: give 1 or more.")
+    recipe = Recipe(
+        length=args.row_length,
+        batch=args.rows,
+        temperature=args.temp,
+        user_temperature=args.user_temp,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
+        systems=tuple(args.system_prompt),
+        openings=read_openings(Path(args.openings) if args.openings else None),
+        opened=args.opened,
+        longest_user_turn=max(1, min(160, args.row_length // 3)),
+    )
+    objective = Objective(args.length, args.depth_weight, args.loss, args.labels, args.label_temp)
+    if chunk is not None:
+        objective = Objective(
+            **{**{f.name: getattr(objective, f.name) for f in fields(objective)}, "chunk": chunk}
+        )
+    dtype = ("bfloat16" if gpu else "float32") if args.train_dtype == "auto" else args.train_dtype
+    settings = Settings(
+        objective=objective,
+        batch=args.batch,
+        learning_rate=args.learning_rate,
+        warm_up=args.warm_up,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        epochs=args.epochs,
+        seed=args.seed,
+        dtype=dtype,
+    )
+    layers = None if args.context_layers is None else tuple(args.context_layers)
+    return Request(
+        data=tuple(args.data),
+        tokens=args.tokens,
+        recipe=recipe,
+        settings=settings,
+        draft_vocab=args.draft_vocab,
+        exit_dim=args.exit_dim,
+        blocks=args.blocks,
+        cell=args.cell,
+        context_layers=layers,
+        start_from=args.start_from,
+        seconds=seconds(args.time),
+        cache=args.cache_features,
+        streams=args.streams,
+    )
+
+
+def _evaluation(args: argparse.Namespace) -> Any:
+    from .prompts import read_prompts
+    from .train.run import Evaluation
+
+    prompts = [prompt for path in args.eval_prompts for prompt in read_prompts(path)]
+    names = ", ".join(Path(path).name for path in args.eval_prompts)
+    about = f"Prompts: {names + ', and ' if names else ''}held-out self-written conversations."
+    shapes = []
+    for text in args.eval_shapes:
+        found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
+        if not found:
+            raise ValueError(f"evaluation shape {text!r} is not usable: give WIDTH,LENGTH such as 1,4.")
+        shapes.append((int(found[1]), int(found[2])))
+    return Evaluation(prompts, about, tuple(shapes), args.eval_tokens)
+
+
+def _report(output: Path, measured: list[Any]) -> None:
+    print(f"Wrote {output}. Use it with: mlx-redrafter generate --drafter {shlex.quote(str(output))}")
+    for m in measured:
+        depths = " ".join(f"{share:.2f}" for share in m.acceptance)
+        print(
+            f"  width {m.shape.width}, length {m.shape.length}, temperature {m.temperature:g}: "
+            f"{m.tokens_per_step:.2f} tokens per step ({m.low:.2f}-{m.high:.2f}; {m.prompts} prompts), "
+            f"acceptance by depth {depths}"
+        )
