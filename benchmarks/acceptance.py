@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx_redrafter as r
+from mlx_redrafter.blas import set_blas_threads
 from mlx_redrafter.cli import one_line
 from mlx_redrafter.model import DEFAULT_MODEL
 from mlx_redrafter.prompts import Prompt, read_prompts
 from mlx_redrafter.train.card import category_table, environment, evaluation_table
 from mlx_redrafter.train.evaluate import Measured, evaluate
+from mlx_redrafter.train.streams import Workers
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl"
 
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0], help="0 is greedy")
     parser.add_argument("--tokens", type=int, default=256, help="per answer, at most")
     parser.add_argument("--batch", type=int, default=8, help="prompts decoded at once")
-    parser.add_argument("--streams", type=int, default=1, help="MLX streams side by side")
+    parser.add_argument("--workers", type=int, help="batches side by side (default: one per core on a CPU)")
     parser.add_argument("--limit", type=int, help="prompts of each file, at most: evenly spaced ones")
     parser.add_argument("--seconds", type=float, help="per draft shape, about")
     parser.add_argument("--seed", type=int, default=0)
@@ -59,12 +61,14 @@ def run(args: argparse.Namespace) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     shapes = [parse_shape(text) for text in args.shapes]
     files = {Path(path).name: sample(read_prompts(path), args.limit) for path in args.prompts or [HELD_OUT]}
+    workers = Workers(args.workers)
+    set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
     model, tokenizer = r.load(args.model, drafter=args.drafter, dtype=args.dtype)
     results: list[dict[str, Any]] = []
     for path, prompts in files.items():
         measured: list[Measured] = []
         for shape in shapes:
-            found = measure(args, model, tokenizer, prompts, shape)
+            found = measure(args, model, tokenizer, prompts, shape, workers)
             measured += found
             results += [{"file": path, **record(m)} for m in found]
             write_json(args.output, {**about(args), "results": results})
@@ -81,7 +85,12 @@ def sample(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
 
 
 def measure(
-    args: argparse.Namespace, model: Any, tokenizer: Any, prompts: list[Prompt], shape: r.DraftShape
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    shape: r.DraftShape,
+    workers: Workers,
 ) -> list[Measured]:
     return evaluate(
         model,
@@ -93,7 +102,7 @@ def measure(
         args.batch,
         args.seed,
         deadline=None if args.seconds is None else time.monotonic() + args.seconds,
-        streams=args.streams,
+        workers=workers,
     )
 
 

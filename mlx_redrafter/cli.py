@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         args = build_parser().parse_args(arguments)
+        args.words = sys.argv[1:] if arguments is None else list(arguments)
         code = int(args.run(args))
         sys.stdout.flush()
         return code

@@ -199,7 +199,7 @@ class Drafter(nn.Module):
             self.rnn_w = nn.Linear(config.hidden_size, config.cell_outputs, bias=False)
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
-        self._halves: tuple[nn.Module, nn.Module] | None = None  # of input_proj, once loaded
+        self._halves: tuple[nn.Module, nn.Module] | None = None  # of input_proj, outside of training
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """One recurrent step: s_t = SiLU(W·E(tok) + U·s_{t-1} + b), or E(tok) + s_{t-1} without a cell.
@@ -276,13 +276,19 @@ class Drafter(nn.Module):
         """``input_proj`` as a layer of the context and one of the state; None if it cannot be split."""
         if "input_proj" not in self or not self._can_split():
             return None
-        if self.training or self._halves is None:
-            cut = self.config.context_size
-            halves = _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
-            if self.training:  # weights may change, or be tracers
-                return halves
-            self._halves = halves
-        return self._halves
+        if self._halves is not None:
+            return self._halves
+        cut = self.config.context_size
+        return _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
+
+    def train(self, mode: bool = True) -> "Drafter":
+        """As of any module; outside of training, weights are taken not to change any more."""
+        super().train(mode)
+        self._halves = None
+        if not mode:
+            self._halves = self._split()
+            mx.eval([half.parameters() for half in self._halves or ()])
+        return self
 
     def _can_split(self) -> bool:
         config = self.config

@@ -9,6 +9,7 @@ way, and rotary embeddings, which take one offset per batch row only, get the no
 
 import copy
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -43,6 +44,7 @@ class Target:
         self.embed: Any = token_embedding(model)
         self._view = _view(model)
         self.layers_read = tuple(layers)
+        self._lock = Lock()  # the recorders are shared
         inner = _Recorder.put_into(*_inner_place(self._view))
         self._recorders = [inner, *(_Recorder.put_into(*_layer_place(inner, layer)) for layer in layers)]
 
@@ -87,15 +89,17 @@ class Target:
 
     def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
         """Tokens [B, n] behind what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
-        logits = self._view(tokens, cache=caches)
-        last, *layers = [recorder.take() for recorder in self._recorders]
+        with self._lock:
+            logits = self._view(tokens, cache=caches)
+            last, *layers = [recorder.take() for recorder in self._recorders]
         states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
         return logits, mx.concatenate(states, axis=-1) if layers else last
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits [B, n, V] for last hidden states [B, n, H]: the forward pass without the inner model."""
-        self._recorders[0].play(hidden)
-        logits: mx.array = self._view(mx.zeros(hidden.shape[:2], mx.int32))
+        with self._lock:
+            self._recorders[0].play(hidden)
+            logits: mx.array = self._view(mx.zeros(hidden.shape[:2], mx.int32))
         return logits
 
     def head_rows(self, ids: mx.array) -> mx.array:

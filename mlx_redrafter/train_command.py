@@ -3,7 +3,6 @@
 import argparse
 import re
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from .model import DEFAULT_MODEL, DTYPES
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
-NOT_ASKED = ("run", "command", "output", "resume")  # may change on resuming
+NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on resuming
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=DTYPES, help="of the base model (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
     add("--memory-limit", type=float, help="GB that may be used")
-    add("--streams", type=int, help="computations side by side (default: one per core, one on a GPU)")
+    add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
     add("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
     _add_data(parser.add_argument_group("data"))
     _add_network(parser.add_argument_group("drafter"))
@@ -165,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(
         args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
-    command = shlex.join(["mlx-redrafter", *sys.argv[1:]])
+    command = shlex.join(["mlx-redrafter", *args.words])
     measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
     _report(output, measured)
     return 0
@@ -225,8 +224,8 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
         raise ValueError(f"tokens {args.tokens} is not usable: give 0 or more.")
     if args.blocks < 0 or (args.exit_dim is not None and args.exit_dim < 1):
         raise ValueError(f"blocks {args.blocks}, exit dim {args.exit_dim}: give sizes of at least 0 and 1.")
-    if args.streams is not None and args.streams < 1:
-        raise ValueError(f"streams {args.streams} is not usable: give 1 or more.")
+    if args.workers is not None and args.workers < 1:
+        raise ValueError(f"workers {args.workers} is not usable: give 1 or more.")
     recipe = Recipe(
         length=args.row_length,
         batch=args.rows,
@@ -271,7 +270,7 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
         start_from=args.start_from,
         seconds=seconds(args.time),
         cache=args.cache_features,
-        streams=args.streams,
+        workers=args.workers,
     )
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from models import Unprepared
 
-
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import Beam, draft, log_softmax
 from mlx_redrafter.decoding.cache import commit, grow, leave_path, visible, write_rows

@@ -23,6 +23,7 @@ from mlx_redrafter.target import Target
 from mlx_redrafter.tokenizers import load_tokenizer
 from mlx_redrafter.train.card import Facts, category_table, environment, escape, evaluation_table, model_card
 from mlx_redrafter.train.evaluate import Measured, Row, decode_batch, evaluate, interval, measure, take_step
+from mlx_redrafter.train.streams import Workers
 
 PROMPTS = [[5, 9, 33, 2, 17, 60, 3], [8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [44, 91], [70, 70, 3]]
 KEY = mx.random.key(0)
@@ -116,11 +117,10 @@ def cut(tokens, stop):
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "qwen3", "gemma3"])
-@pytest.mark.parametrize("streams", [1, 2])
-def test_other_models_and_streams(name, streams):
+def test_other_models(name):
     base = make_model(name)
     model = speculative(base, RandomDrafter(Target(base)))
-    found = decode(model, PROMPTS, 20, shape=DraftShape(3, 3, 8), streams=streams)
+    found = decode(model, PROMPTS, 20, shape=DraftShape(3, 3, 8))
     assert found.tokens == [plain(base, prompt, 20) for prompt in PROMPTS]
 
 
@@ -240,7 +240,8 @@ def test_evaluate(loaded):
     assert first.tokens == sum(len(run) - 1 for run in runs)
     assert first.steps == sum(run[-1].steps for run in runs)
     assert set(first.by_category) == {"a", "b"}
-    assert found == evaluate(*loaded, SAMPLE, shapes, max_tokens=20, batch=2, progress=silent)
+    again = evaluate(*loaded, SAMPLE, shapes, max_tokens=20, batch=2, progress=silent, workers=Workers(3))
+    assert found == again
 
 
 def test_a_deadline_ends_after_the_batch(loaded):
@@ -257,7 +258,6 @@ def test_a_deadline_ends_after_the_batch(loaded):
     [
         ({"max_tokens": 0}, "max tokens 0"),
         ({"batch": 0}, "batch 0"),
-        ({"streams": 0}, "streams 0"),
         ({"prompts": []}, "no prompts"),
         ({"prompts": [*SAMPLE, Prompt(["word " * 2000])]}, "prompt 4 has .* more than the model's context"),
         ({"shapes": [DraftShape(1000, 2)]}, "beam width 1000 exceeds"),

@@ -13,6 +13,7 @@ from test_data import TALK, make_tokenizer, messages
 from mlx_redrafter.target import Target
 from mlx_redrafter.train import data, selfgen
 from mlx_redrafter.train.selfgen import Recipe, Template, generate
+from mlx_redrafter.train.streams import Workers
 
 VOCABULARY = 310
 MARKED = ("chatml", "gemma", "inst", "llama3", "zephyr")  # templates whose answers end with a special token
@@ -187,19 +188,21 @@ def test_seed_and_index_decide_everything(model):
 
 
 @pytest.mark.parametrize("name", ["chatml", "inst", None])
-def test_streams_change_nothing(model, name):
+def test_workers_change_nothing(model, name):
     tokenizer = make_tokenizer(name)
     target = target_of(model, tokenizer)
-    one, two, many = (generate(target, tokenizer, RECIPE, 0, features=True, streams=n) for n in (1, 2, 9))
+    one, two, many = (
+        generate(target, tokenizer, RECIPE, 0, features=True, workers=Workers(n)) for n in (1, 2, 9)
+    )
     assert rows_of(one) == rows_of(two) == rows_of(many)
     assert mx.allclose(one.features, two.features, atol=0.05)
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-def test_features_are_those_of_a_fresh_pass(model, streams):
+@pytest.mark.parametrize("count", [1, 2])
+def test_features_are_those_of_a_fresh_pass(model, count):
     tokenizer = make_tokenizer("gemma")
     target = target_of(model, tokenizer)
-    generated = generate(target, tokenizer, RECIPE, 0, features=True, streams=streams)
+    generated = generate(target, tokenizer, RECIPE, 0, features=True, workers=Workers(count))
     _, hidden = target.forward(mx.array(rows_of(generated)), target.make_cache())
     assert generated.features.shape == (RECIPE.batch, RECIPE.length, 64)
     assert generated.features.dtype == mx.bfloat16

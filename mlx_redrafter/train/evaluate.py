@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +27,7 @@ from ..model import SpeculativeModel
 from ..prompts import Prompt, encode
 from ..stream import PREFILL_STEP_SIZE, check_shape
 from ..target import Target, from_prompt_cache
-from .streams import stream
+from .streams import Workers
 
 RESAMPLES = 2000  # of the bootstrap
 CONFIDENCE = 95  # per cent
@@ -99,7 +98,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[..., Iterable[Any]] = tqdm,
     deadline: float | None = None,
-    streams: int = 1,
+    workers: Workers | None = None,
 ) -> list[Measured]:
     """Decode the answers to ``prompts`` with every shape at every temperature.
 
@@ -117,7 +116,7 @@ def evaluate(
         seed: of sampling, the order of batches, and the bootstrap.
         progress: called as ``tqdm`` is, with a list to go through, ``desc`` and ``unit``.
         deadline: in seconds of ``time.monotonic``; the batch during which it passes is the last one.
-        streams: MLX streams that decode side by side, each a part of the batch.
+        workers: each decodes a batch of its own.
 
     Returns:
         For each shape and temperature that was reached, how it fared on ``Measured.prompts`` prompts.
@@ -125,7 +124,8 @@ def evaluate(
     Raises:
         ValueError: the model has no drafter, a number is out of range, or a prompt is too long.
     """
-    _check_numbers(max_tokens, batch, streams)
+    _check_numbers(max_tokens, batch)
+    workers = workers or Workers(1)
     target, drafter = _check_model(model, shapes)
     ids = _encode_all(model, tokenizer, prompts)
     batches = _batches(ids, batch, seed)
@@ -134,14 +134,20 @@ def evaluate(
     ways = [(shape, Sampling(temperature)) for shape in shapes for temperature in temperatures]
     found: list[list[tuple[Prompt, Row]]] = [[] for _ in ways]
     work = [(number, way) for number in range(len(batches)) for way in range(len(ways))]
+    rounds = [work[i : i + workers.count] for i in range(0, len(work), workers.count)]
+    mx.eval(keys)
+
+    def decode(number: int, way: int) -> Decoded:
+        shape, sampling = ways[way]
+        inputs = [ids[i] for i in batches[number]]
+        return decode_batch(target, drafter, sampling.pick, shape, inputs, max_tokens, stop, keys[number])
+
     with wired_limit(model.model):
-        for number, way in progress(work, desc="Evaluating", unit="batch"):
-            places, (shape, sampling) = batches[number], ways[way]
-            inputs, key = [ids[i] for i in places], keys[number]
-            decoded = decode_batch(
-                target, drafter, sampling.pick, shape, inputs, max_tokens, stop, key, streams
-            )
-            found[way] += [(prompts[i], row) for i, row in zip(places, decoded.rows, strict=True)]
+        for items in progress(rounds, desc="Evaluating", unit="batch"):
+            decoded = workers.map(lambda i, items=items: decode(*items[i]), len(items))  # type: ignore[misc]
+            for (number, way), result in zip(items, decoded, strict=True):
+                rows = zip(batches[number], result.rows, strict=True)
+                found[way] += [(prompts[i], row) for i, row in rows]
             if deadline is not None and time.monotonic() >= deadline:
                 break
     results = zip(ways, found, strict=True)
@@ -201,7 +207,6 @@ def decode_batch(
     max_tokens: int,
     stop: frozenset[int],
     key: mx.array,
-    streams: int = 1,
 ) -> Decoded:
     """Decode all prompts at once.
 
@@ -214,22 +219,13 @@ def decode_batch(
         max_tokens: of each text, 1 or more; the first one, from the prompt, counts.
         stop: token ids that end a text, and belong to it.
         key: for random numbers.
-        streams: MLX streams that decode side by side, each a part of the prompts.
     """
-    parts = _split(prompts, streams)
-    keys = mx.random.split(key, len(parts))
     run = partial(step, target, drafter, pick, shape)
-    starts = [_prefill(target, pick, part, part_key) for part, part_key in zip(parts, keys, strict=True)]
-    groups = [
-        _Group(run, shape, max_tokens, stop, where, start)
-        for start, where in zip(starts, map(stream, range(len(parts))), strict=True)
-    ]
-    rows = [row for group in groups for row in group.rows]
-    while any(group.rows for group in groups):
-        for group in groups:
-            group.start()
-        for group in groups:
-            group.finish()
+    group = _Group(run, shape, max_tokens, stop, _prefill(target, pick, prompts, key))
+    rows = group.rows
+    while group.rows:
+        group.start()
+        group.finish()
     return Decoded(rows)
 
 
@@ -243,13 +239,13 @@ class _Start:
 
 
 class _Group:
-    """Rows that are decoded together on one stream; those that have ended are dropped."""
+    """Rows that are decoded together; those that have ended are dropped."""
 
     def __init__(
-        self, step: Step, shape: DraftShape, max_tokens: int, stop: frozenset[int], stream: Any, start: _Start
+        self, step: Step, shape: DraftShape, max_tokens: int, stop: frozenset[int], start: _Start
     ) -> None:
         self.step, self.shape, self.max_tokens, self.stop = step, shape, max_tokens, stop
-        self.stream, self.state, self.lengths = stream, start.state, list(start.lengths)
+        self.state, self.lengths = start.state, list(start.lengths)
         self.rows = [Row([token], [0] * shape.depth) for token in start.first]
         self.output: Output | None = None
 
@@ -258,12 +254,11 @@ class _Group:
         self._drop_ended()
         if not self.rows:
             return
-        with mx.stream(self.stream):
-            needed = max(self.lengths) + max(self.shape.size, self.shape.depth + 1)
-            if needed > self.state.cache.capacity:
-                self.state = replace(self.state, cache=grow(self.state.cache, _bucket(needed)))
-            self.state, self.output = self.step(self.state)
-            _enqueue(self.state, self.output)
+        needed = max(self.lengths) + max(self.shape.size, self.shape.depth + 1)
+        if needed > self.state.cache.capacity:
+            self.state = replace(self.state, cache=grow(self.state.cache, _bucket(needed)))
+        self.state, self.output = self.step(self.state)
+        _enqueue(self.state, self.output)
 
     def finish(self) -> None:
         """Wait for the step and read what it emitted."""
@@ -283,8 +278,7 @@ class _Group:
         self.rows = [self.rows[i] for i in keep]
         self.lengths = [self.lengths[i] for i in keep]
         if keep:
-            with mx.stream(self.stream):
-                self.state = _gather(self.state, mx.array(keep))
+            self.state = _gather(self.state, mx.array(keep))
 
     def _has_ended(self, row: Row) -> bool:
         return len(row.tokens) == self.max_tokens or row.tokens[-1] in self.stop
@@ -349,13 +343,6 @@ def _bucket(rows: int) -> int:
     return math.ceil(rows / BUCKET) * BUCKET
 
 
-def _split(items: Sequence[list[int]], parts: int) -> list[Sequence[list[int]]]:
-    """Consecutive parts of nearly the same size, none of them empty."""
-    parts = min(parts, len(items))
-    bounds = [len(items) * part // parts for part in range(parts + 1)]
-    return [items[a:b] for a, b in pairwise(bounds)]
-
-
 def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> tuple[Target, Drafter]:
     if model.drafter is None or model.target is None:
         raise ValueError("the model has no drafter: name one to evaluate.")
@@ -398,7 +385,7 @@ def _by_category(found: Sequence[tuple[Prompt, Row]]) -> dict[str, float]:
     return {name: tokens_per_step(rows) for name, rows in groups.items() if any(row.steps for row in rows)}
 
 
-def _check_numbers(max_tokens: int, batch: int, streams: int) -> None:
-    for name, value in (("max tokens", max_tokens), ("batch", batch), ("streams", streams)):
+def _check_numbers(max_tokens: int, batch: int) -> None:
+    for name, value in (("max tokens", max_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} {value} is not usable: give 1 or more.")

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..target import Target
 from .data import Conversation
-from .streams import stream
+from .streams import Workers
 
 CHUNK = 128  # tokens per forward pass: attention over fewer columns than in one pass over a row
 
@@ -39,28 +39,27 @@ class Features:
         return int(self.token.size)
 
 
-def extract(target: Target, rows: Sequence[Conversation], streams: int = 1) -> Features:
+def extract(target: Target, rows: Sequence[Conversation], workers: Workers) -> Features:
     """Run the model over some conversations.
 
     Args:
         target: the base model.
         rows: conversations, best of similar lengths (shorter ones are padded).
-        streams: groups of rows that run side by side (see ``streams.py``).
+        workers: each does a part of the rows.
     """
-    groups = [rows[i::streams] for i in range(min(streams, len(rows)))]
-    hidden: list[list[mx.array]] = [[] for _ in groups]
-    caches = [target.make_cache() for _ in groups]
-    padded = [_pad([row.tokens for row in group]) for group in groups]
-    for start in range(0, max(tokens.shape[1] for tokens in padded), CHUNK):
-        for group, tokens in enumerate(padded):
-            if start < tokens.shape[1]:
-                with mx.stream(stream(group)):
-                    part = mx.array(tokens[:, start : start + CHUNK])
-                    hidden[group].append(target.forward(part, caches[group])[1].astype(mx.bfloat16))
-        mx.eval([parts[-1] for parts in hidden], [c.state for cache in caches for c in cache])
-    return join(
-        [select(mx.concatenate(parts, axis=1), group) for parts, group in zip(hidden, groups, strict=True)]
-    )
+    parts = min(workers.count, len(rows))
+    found = workers.map(lambda part: _extract(target, rows[part::parts]), parts)
+    return join(found)
+
+
+def _extract(target: Target, rows: Sequence[Conversation]) -> Features:
+    tokens = _pad([row.tokens for row in rows])  # [B, T]
+    caches, hidden = target.make_cache(), []
+    for start in range(0, tokens.shape[1], CHUNK):
+        part = mx.array(tokens[:, start : start + CHUNK])
+        hidden.append(target.forward(part, caches)[1].astype(mx.bfloat16))
+        mx.eval(hidden[-1], [cache.state for cache in caches])
+    return join([select(mx.concatenate(hidden, axis=1), rows)])
 
 
 def select(hidden: mx.array, rows: Sequence[Conversation]) -> Features:

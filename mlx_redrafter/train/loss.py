@@ -178,13 +178,14 @@ def head_gradients(
     step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
     losses = mx.zeros(length)
     rows_gradient = mx.zeros(rows.shape, mx.float32)
-    parts = []
+    parts, done = [], [losses]
     for start in range(0, segments, step):
         cut = slice(start, start + step)
-        labels = _labels(batch, cut, head, objective)  # [c, S + L - 1, Vd]
+        labels = _labels(batch, cut, head, objective, done)  # [c, S + L - 1, Vd]
         depths, sums = [], []
         for depth in range(length):
-            inputs = x[depth, cut]  # [c, S, E]
+            # One depth of one chunk after the other: else many would be in memory at once.
+            inputs = mx.depends([x[depth, cut]], done)[0]  # [c, S, E]
             logits = (inputs * LOG2_E) @ rows.T
             label = labels[:, depth : depth + positions]
             values, gradient = _divergence(logits.astype(mx.float32), label, objective.loss)
@@ -194,15 +195,19 @@ def head_gradients(
             depths.append(gradient @ rows)
             flat = gradient.reshape(-1, rows.shape[0])
             rows_gradient = rows_gradient + flat.T @ inputs.reshape(-1, rows.shape[1])
+            done = [rows_gradient, sums[-1], depths[-1]]
         losses = losses + mx.stack(sums)
         parts.append(mx.stack(depths))
     return losses, mx.concatenate(parts, axis=1), rows_gradient
 
 
-def _labels(batch: Batch, cut: slice, head: LabelHead, objective: Objective) -> mx.array:
+def _labels(
+    batch: Batch, cut: slice, head: LabelHead, objective: Objective, after: list[mx.array]
+) -> mx.array:
+    """Labels [c, S + L - 1, Vd] of a part of the segments, computed after ``after``."""
     if objective.labels == "hard":
         return (batch.labels[cut][..., None] == mx.arange(head.ids.size)).astype(mx.float32)
-    return _softmax2(head(batch.hidden[cut]) * (LOG2_E / objective.temperature))[0]
+    return _softmax2(head(mx.depends([batch.hidden[cut]], after)[0]) * (LOG2_E / objective.temperature))[0]
 
 
 def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -284,7 +289,7 @@ def _compare(
     losses, right = mx.zeros(length), []
     for start in range(0, segments, step):
         cut = slice(start, start + step)
-        labels = _labels(batch, cut, head, objective)
+        labels = _labels(batch, cut, head, objective, [losses])
         sums, firsts = [], []
         for depth in range(length):
             logits = ((x[depth, cut] * LOG2_E) @ rows.T).astype(mx.float32)

@@ -10,6 +10,7 @@ Everything on the way is kept in a work folder beside the output, so a run can b
 """
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -38,7 +39,7 @@ from .evaluate import Measured, evaluate
 from .features import Features, extract, read_features, select, write_features
 from .loss import Score
 from .selfgen import Recipe, generate
-from .streams import default_streams
+from .streams import Workers
 from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of
 
 SHARD_ROWS = 16
@@ -72,7 +73,7 @@ class Request:
         start_from: a drafter to train on, instead of a new one.
         seconds: for everything together.
         cache: disk keeps hidden states, off computes them in every epoch, auto chooses.
-        streams: None is one per core on a CPU, one on a GPU.
+        workers: None is one per core on a CPU, one on a GPU.
     """
 
     data: tuple[str, ...] = ()
@@ -87,7 +88,7 @@ class Request:
     start_from: str | None = None
     seconds: float | None = None
     cache: str = "auto"
-    streams: int | None = None
+    workers: int | None = None
 
 
 DEFAULT_TOKENS = 2_000_000
@@ -176,15 +177,15 @@ def train(
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
-    streams = request.streams or default_streams()
+    workers = Workers(request.workers)
     target = Target(model.model, _layers(request, model))
-    set_blas_threads(1 if streams > 1 else streams)
+    set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
     work.note(commands=[*work.facts.get("commands", []), command])
-    make_data(work, target, tokenizer, request, streams)
-    data = make_features(work, target, request, streams)
-    trainer = fit(work, target, data, request, streams, model)
+    make_data(work, target, tokenizer, request, workers)
+    data = make_features(work, target, request, workers)
+    trainer = fit(work, target, data, request, workers, model)
     drafter = best_drafter(trainer, work)
-    set_blas_threads(streams)
+    set_blas_threads(os.cpu_count() or 1)
     measured = evaluation.run(
         SpeculativeModel(model.model, drafter, model.context_length), tokenizer, work, request
     )
@@ -210,7 +211,7 @@ def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
 
 
 def make_data(
-    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, streams: int
+    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, workers: Workers
 ) -> None:
     """Fill ``data/`` (and ``features/`` with what generating computed anyway)."""
     if work.facts.get("data_done"):
@@ -220,7 +221,7 @@ def make_data(
     if wanted is None:
         none = bool(work.facts.get("given")) and not prompts
         wanted = 0 if none else (1 << 62 if request.seconds else DEFAULT_TOKENS)
-    _self_generate(work, target, tokenizer, request, prompts, wanted, streams)
+    _self_generate(work, target, tokenizer, request, prompts, wanted, workers)
     if len(work.shards()) < 2:
         raise ValueError("there are too few conversations to train on: give or generate more of them.")
     work.note(data_done=True)
@@ -255,22 +256,27 @@ def _self_generate(
     request: Request,
     prompts: list[list[str]],
     wanted: int,
-    streams: int,
+    workers: Workers,
 ) -> None:
     """Let the model write conversations until they have ``wanted`` trained tokens or time is up."""
     cleaner = Cleaner()
-    written = [shard for shard in work.shards() if shard.name.startswith("b")]
-    trained = 0
-    for shard in written:  # so that what follows is compared with what is there
+    trained, batch, stale = 0, int(work.facts.get("batches", 0)), 0
+    for shard in work.shards():
+        if shard.name >= f"b{batch:06d}":  # of a batch that was interrupted while it was written
+            shard.unlink()
+            continue
+        if not shard.name.startswith("b"):
+            continue
         for conversation in read_shard(shard):
             cleaner.keep(conversation)
             trained += int(conversation.trained.sum())
     cleaner.dropped.duplicates = cleaner.dropped.loops = 0
-    batch, stale = int(work.facts.get("batches", 0)), 0
     limit = None if request.seconds is None else DATA_TIME * request.seconds
     bar = tqdm(total=None if wanted > 1 << 60 else wanted, initial=trained, unit="tok", desc="Writing data")
     with bar:
-        while trained < wanted and (limit is None or work.elapsed < limit):
+        duration = 0.0
+        while trained < wanted and (limit is None or work.elapsed + duration < limit):
+            started = work.elapsed
             if prompts and batch * request.recipe.batch >= len(prompts) and request.tokens is None:
                 break
             seen = 0
@@ -280,13 +286,16 @@ def _self_generate(
                 share = 0.6 * (done - seen) * request.recipe.batch
                 bar.update(round(share))
                 seen = done
+                if limit is not None:
+                    bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
 
             generated = generate(
                 target, tokenizer, request.recipe, batch, prompts=prompts,
-                features=request.cache != "off", streams=streams, progress=advance,
+                features=request.cache != "off", workers=workers, progress=advance,
             )  # fmt: skip
             kept = _keep(work, generated.conversations, generated.features, cleaner, batch)
             trained += sum(int(row.trained.sum()) for row in kept)
+            duration = work.elapsed - started
             batch += 1
             stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
             if stale == STALE:
@@ -329,7 +338,7 @@ def _keep(
 # --- Features ----------------------------------------------------------------------------------------------
 
 
-def make_features(work: Work, target: Target, request: Request, streams: int) -> Data:
+def make_features(work: Work, target: Target, request: Request, workers: Workers) -> Data:
     """Compute what ``features/`` lacks, unless that is to be done in every epoch; choose the vocabulary."""
     shards = work.shards()
     held = shards[::HELD_OUT]
@@ -337,16 +346,16 @@ def make_features(work: Work, target: Target, request: Request, streams: int) ->
     rows = {shard: read_shard(shard) for shard in shards}
     vocabulary = int(target.embed.weight.shape[0])
     counts = count_tokens([row for shard in train for row in rows[shard]], vocabulary)
-    cached = _cached(work, target, request, shards, rows, streams)
+    cached = _cached(work, target, request, shards, rows, workers)
     missing = [shard for shard in shards if not work.features(shard).exists()] if cached else []
     for shard in tqdm(missing, desc="Reading data", unit="shard", disable=not missing):
-        write_features(work.features(shard), extract(target, rows[shard], streams))
+        write_features(work.features(shard), extract(target, rows[shard], workers))
         mx.clear_cache()
 
     def shards_of(paths: list[Path]) -> Shards:
         def load(index: int) -> Features:
             path = work.features(paths[index])
-            return read_features(path) if path.exists() else extract(target, rows[paths[index]], streams)
+            return read_features(path) if path.exists() else extract(target, rows[paths[index]], workers)
 
         return Shards([sum(int(row.trained[1:].sum()) for row in rows[path]) for path in paths], load)
 
@@ -360,14 +369,14 @@ def make_features(work: Work, target: Target, request: Request, streams: int) ->
 
 
 def _cached(
-    work: Work, target: Target, request: Request, shards: list[Path], rows: dict[Path, Any], streams: int
+    work: Work, target: Target, request: Request, shards: list[Path], rows: dict[Path, Any], workers: Workers
 ) -> bool:
     """Whether hidden states are kept on disk: if they fit, and reading them is faster than computing them."""
     if request.cache != "auto":
         return request.cache == "disk"
     first = shards[0]
     start = time.monotonic()
-    features = extract(target, rows[first], streams)
+    features = extract(target, rows[first], workers)
     computing = time.monotonic() - start
     write_features(work.features(first), features)
     start = time.monotonic()
@@ -401,12 +410,12 @@ def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndar
 
 
 def fit(
-    work: Work, target: Target, data: Data, request: Request, streams: int, model: SpeculativeModel
+    work: Work, target: Target, data: Data, request: Request, workers: Workers, model: SpeculativeModel
 ) -> Trainer:
     """Train, or go on training, until the last step."""
     drafter, data = _first_drafter(target, data, request, model)
-    settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, streams))
-    trainer = Trainer(target, drafter, data, settings, streams)
+    settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, workers))
+    trainer = Trainer(target, drafter, data, settings, workers)
     checkpoint = work.folder / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.restore(checkpoint)
@@ -441,14 +450,14 @@ def _first_drafter(
 
 
 def _epochs(
-    work: Work, target: Target, drafter: Drafter, data: Data, request: Request, streams: int
+    work: Work, target: Target, drafter: Drafter, data: Data, request: Request, workers: Workers
 ) -> float:
     """The epochs asked for, or as many as the rest of the time allows, measured on a few steps."""
     if request.seconds is None:
         return request.settings.epochs
     if "epochs" in work.facts:
         return float(work.facts["epochs"])
-    trial = Trainer(target, _copy(drafter), data, request.settings, streams)
+    trial = Trainer(target, _copy(drafter), data, request.settings, workers)
     times = []
     for _ in trial.run():
         times.append(time.monotonic())

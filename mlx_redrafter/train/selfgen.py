@@ -21,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..decoding.topk import top_k
 from ..target import Target
 from .data import TEMPLATE_ERRORS, Conversation, Message, render, special_tokens
-from .streams import stream
+from .streams import Workers
 
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
 STOP_TOKENS = 8  # at most, how much of a plain-text piece a model must write for its turn to be over
@@ -376,7 +376,7 @@ def generate(
     *,
     prompts: Sequence[list[str]] = (),
     features: bool = False,
-    streams: int = 1,
+    workers: Workers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """Let the model write one batch of conversations; its seed and index decide everything.
@@ -387,36 +387,35 @@ def generate(
             prompt's turns are used up, or all prompts are, the model goes on by itself. A base model
             without a chat template continues the first tokens of a prompt.
         features: also return the hidden states.
-        streams: groups of rows computed at the same time; 2 and more help on CPUs, whose elementwise
-            operations take one thread each.
+        workers: each computes a group of the rows; which one does not matter to the result.
         progress: called with the tokens per row written so far and their total.
 
     Raises:
         ValueError: the template cannot be used, or takes no system prompt; or the logits are NaN.
     """
-    if batch_index < 0 or streams < 1:
-        raise ValueError(f"batch index {batch_index}, {streams} streams: give 0 or more, and 1 or more.")
+    if batch_index < 0:
+        raise ValueError(f"batch index {batch_index} is not usable: give 0 or more.")
+    workers = workers or Workers(1)
     rows = _rows(tokenizer, recipe, batch_index, prompts)
-    groups = _groups(target, len(rows), min(streams, len(rows)), features)
+    groups = _groups(target, len(rows), min(workers.count, len(rows)), features)
     key = mx.random.key(int(np.random.default_rng([recipe.seed, batch_index]).integers(1 << 62)))
-    _prefill(rows, groups, recipe.length)
+    _prefill(rows, groups, recipe.length, workers)
     while (done := len(rows[0].tokens)) < recipe.length:
         key, step_key = mx.random.split(key)
-        for row, token in zip(rows, _next(rows, groups, recipe, step_key), strict=True):
+        for row, token in zip(rows, _next(rows, groups, recipe, step_key, workers), strict=True):
             row.advance(token)
         if progress is not None:
             progress(done + 1, recipe.length)
     conversations = [_conversation(row) for row in rows]
-    return Generated(conversations, _features(rows, groups) if features else None)
+    return Generated(conversations, _features(rows, groups, workers) if features else None)
 
 
 @dataclass
 class _Group:
-    """Rows that are computed together: their caches, stream and, if kept, their hidden states."""
+    """Rows that are computed together: their caches and, if kept, their hidden states."""
 
     target: Target
     rows: slice
-    stream: mx.Stream
     caches: list[KVCache]
     hidden: list[mx.array] | None  # each bfloat16 [b, n, F]
 
@@ -435,12 +434,12 @@ class _Group:
 def _groups(target: Target, batch: int, number: int, features: bool) -> list[_Group]:
     bounds = [batch * i // number for i in range(number + 1)]
     return [
-        _Group(target, slice(*bound), stream(i), target.make_cache(), [] if features else None)
-        for i, bound in enumerate(itertools.pairwise(bounds))
+        _Group(target, slice(*bound), target.make_cache(), [] if features else None)
+        for bound in itertools.pairwise(bounds)
     ]
 
 
-def _prefill(rows: list[_Row], groups: list[_Group], length: int) -> None:
+def _prefill(rows: list[_Row], groups: list[_Group], length: int, workers: Workers) -> None:
     """Feed what is dictated to all rows, except the last token; logits are not computed."""
     known = min(length, *(len(row.queue) for row in rows))
     for row in rows:
@@ -449,30 +448,35 @@ def _prefill(rows: list[_Row], groups: list[_Group], length: int) -> None:
     if known == 1:
         return
     tokens = mx.array([row.tokens[:-1] for row in rows])  # [B, n]
-    for group in groups:
-        with mx.stream(group.stream):
-            group.feed(tokens)
-    together = [(group.kept(), [cache.state for cache in group.caches]) for group in groups]
-    mx.async_eval(together)
+
+    def read(index: int) -> None:
+        group = groups[index]
+        group.feed(tokens)
+        mx.eval(group.kept(), [cache.state for cache in group.caches])
+
+    workers.map(read, len(groups))
 
 
-def _next(rows: list[_Row], groups: list[_Group], recipe: Recipe, key: mx.array) -> list[int]:
+def _next(
+    rows: list[_Row], groups: list[_Group], recipe: Recipe, key: mx.array, workers: Workers
+) -> list[int]:
     """Feed every row's last token and sample the next: one token for each of the B rows."""
     tokens = mx.array([row.tokens[-1:] for row in rows])  # [B, 1]
     temperatures = mx.array([[row.temperature] for row in rows])  # [B, 1]
     ends = sorted(frozenset[int]().union(*(row.forbidden for row in rows))) or [-1]
     forbidden = mx.array([[end in row.forbidden for end in ends] for row in rows])  # [B, E]
-    picks = []
-    for group in groups:
-        with mx.stream(group.stream):
-            logits = group.feed(tokens)[:, -1]  # [b, V]
-            scores, index = _candidates(logits, recipe, mx.array(ends, mx.int32), forbidden[group.rows])
-            picks.append(
-                _pick(scores, index, temperatures[group.rows], _noise(key, group, scores, len(rows)))
-            )
-    # In one call: a call for each group would hand over a group's work only when the other's is done.
-    mx.async_eval(picks, [group.kept() for group in groups])
-    return [int(token) for pick in picks for token in np.array(pick)]
+    mx.eval(key)
+
+    def pick(index: int) -> list[int]:
+        group = groups[index]
+        logits = group.feed(tokens)[:, -1]  # [b, V]
+        scores, ids = _candidates(logits, recipe, mx.array(ends, mx.int32), forbidden[group.rows])
+        noise = _noise(key, group, scores, len(rows))
+        picks = _pick(scores, ids, temperatures[group.rows], noise)
+        mx.eval(picks, group.kept())
+        return [int(token) for token in np.array(picks)]
+
+    return [token for picks in workers.map(pick, len(groups)) for token in picks]
 
 
 def _candidates(
@@ -540,13 +544,17 @@ def _conversation(row: _Row) -> Conversation:
     return Conversation(np.array(row.tokens, np.int32), np.array(row.trained, bool))
 
 
-def _features(rows: list[_Row], groups: list[_Group]) -> mx.array:
+def _features(rows: list[_Row], groups: list[_Group], workers: Workers) -> mx.array:
     """Hidden states bfloat16 [B, T, F], after the last tokens were fed."""
     tokens = mx.array([row.tokens[-1:] for row in rows])  # [B, 1]
-    for group in groups:
-        with mx.stream(group.stream):
-            group.feed(tokens)
-    mx.async_eval([group.kept() for group in groups])
-    features = mx.concatenate([mx.concatenate(group.hidden or [], axis=1) for group in groups])
+
+    def join(index: int) -> mx.array:
+        group = groups[index]
+        group.feed(tokens)
+        joined = mx.concatenate(group.hidden or [], axis=1)
+        mx.eval(joined)
+        return joined
+
+    features = mx.concatenate(workers.map(join, len(groups)))
     mx.eval(features)
     return features

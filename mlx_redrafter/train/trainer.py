@@ -8,7 +8,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +23,7 @@ from ..drafter import Drafter, DrafterConfig
 from ..target import Target
 from .features import Features, join
 from .loss import SEGMENT, Batch, LabelHead, Objective, Score, gradients, make_batch, score
-from .streams import stream
+from .streams import Workers
 
 GROUP = 16  # shards that are shuffled together
 SCORED = 16384  # held-out positions at most
@@ -161,10 +163,10 @@ class Trainer:
         drafter: starts from its weights.
         data: features of it.
         settings: how.
-        streams: parts of a batch that run side by side (see ``streams.py``).
+        workers: each does a part of a batch.
     """
 
-    def __init__(self, target: Target, drafter: Drafter, data: Data, settings: Settings, streams: int = 1):
+    def __init__(self, target: Target, drafter: Drafter, data: Data, settings: Settings, workers: Workers):
         self.target, self.drafter, self.data, self.settings = target, drafter, data, settings
         self.dtype: mx.Dtype = getattr(mx, settings.dtype)
         self.steps = steps_of(data.train.sizes, settings)
@@ -173,10 +175,12 @@ class Trainer:
         drafter.train()
         self.parameters: Any = tree_map(lambda x: x.astype(mx.float32), drafter.trainable_parameters())
         self.optimizer.init(self.parameters)
-        self.streams = streams
+        self.workers = workers
+        self._lock = Lock()
         to_draft = np.full(drafter.config.vocab_size, -1, np.int32)
         to_draft[data.draft_to_target] = np.arange(len(data.draft_to_target))
         self._to_draft = mx.array(to_draft)
+        mx.eval(self._to_draft)
         probe = data.train.load(0).context[:64, : drafter.config.hidden_size]
         self.head = LabelHead(target, mx.array(data.draft_to_target), probe)
         self._held_out: list[Batch] | None = None
@@ -244,17 +248,18 @@ class Trainer:
 
     def _step(self, features: Features, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         parameters = self._cast(self.parameters)
-        found = []
-        for index, part in enumerate(np.array_split(starts, self.streams)):
-            if len(part):
-                with mx.stream(stream(index)):
-                    batch = self._batch(features, part)
-                    found.append(
-                        gradients(
-                            self.drafter, parameters, self.target, self.head, self.settings.objective, batch
-                        )
-                    )
-        mx.eval(found)
+        mx.eval(parameters)
+        parts = [part for part in np.array_split(starts, self.workers.count) if len(part)]
+
+        def part(index: int) -> tuple[mx.array, Any]:
+            with self._lock:  # while the graph is built, the drafter's weights are placeholders
+                batch = self._batch(features, parts[index])
+                objective = self.settings.objective
+                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch)
+            mx.eval(found)
+            return found
+
+        found = self.workers.map(part, len(parts))
         stats = sum(np.array(stats, np.float64) for stats, _ in found)
         total = tree_map(lambda *xs: sum(x.astype(mx.float32) for x in xs), *(grads for _, grads in found))
         self._update(total, 1.0 / max(float(stats[0, 1]), 1.0))  # type: ignore[index]
@@ -263,14 +268,18 @@ class Trainer:
     def _update(self, gradients: Any, scale: float) -> None:
         """Clip, and take one step of AdamW with weight decay on matrices only."""
         flat: Any = tree_flatten(gradients)
-        norm = mx.sqrt(mx.stack([mx.square(x).sum() for _, x in flat]).sum()) * scale
+        norm = (
+            mx.sqrt(mx.stack([mx.square(x).sum() for _, x in sorted(flat, key=itemgetter(0))]).sum()) * scale
+        )
         factor = scale * mx.minimum(1.0, self.settings.clip / (norm + 1e-6))
         rate = self.rate(self.progress.step)
         keep = 1 - rate * self.settings.weight_decay
         decayed = tree_map(lambda x: x * keep if x.ndim > 1 else x, self.parameters)
         self.optimizer.learning_rate = rate
         gradients = tree_map(lambda x: x * factor, gradients)
-        self.parameters = self.optimizer.apply_gradients(gradients, decayed)
+        updated = self.optimizer.apply_gradients(gradients, decayed)
+        # In the layout that a checkpoint is read back in, as products of other layouts round differently.
+        self.parameters = tree_map(mx.contiguous, updated)
         mx.eval(self.parameters, self.optimizer.state)
 
     def rate(self, step: int) -> float:

@@ -1,0 +1,532 @@
+"""Training: its loss and gradients against automatic ones, its order, resuming, and the whole command."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from bundles import make_folder
+from mlx.utils import tree_flatten
+from models import VOCABULARY, make_model
+
+from mlx_redrafter import train_command
+from mlx_redrafter.bundle import identity_of, load_drafter, write_drafter
+from mlx_redrafter.cli import main
+from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.model import load
+from mlx_redrafter.target import Target
+from mlx_redrafter.train import run
+from mlx_redrafter.train.data import Conversation, write_shard
+from mlx_redrafter.train.features import extract, read_features, select, write_features
+from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, reachable, score
+from mlx_redrafter.train.streams import Workers
+from mlx_redrafter.train.trainer import (
+    Data,
+    Settings,
+    Shards,
+    Trainer,
+    initial_drafter,
+    schedule,
+    steps_of,
+)
+
+H, DRAFT = 32, 90
+ONE, TWO = Workers(1), Workers(2)
+
+
+def conversations(*lengths, seed=0):
+    random = np.random.RandomState(seed)
+    return [
+        Conversation(random.randint(0, VOCABULARY, n).astype(np.int32), random.rand(n) < 0.9) for n in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return Target(make_model("llama"), (1, 2))
+
+
+@pytest.fixture(scope="module")
+def features(target):
+    return extract(target, conversations(80, 80, 60), ONE)
+
+
+def make_drafter(cell="simple", exit_dim=24, layers=(1, 2)):
+    mx.random.seed(0)
+    config = DrafterConfig(
+        H, VOCABULARY, exit_dim, 2, cell != "none", DRAFT, layers, "gru" if cell == "gru" else "simple"
+    )
+    return Drafter(config, mx.arange(DRAFT))
+
+
+# --- Features ------------------------------------------------------------------------------------------
+
+
+def test_context_layers_are_the_layers_outputs():
+    model = make_model("llama")
+    target = Target(model, (2, 1))
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    seen = []
+    layers = model.model.layers
+    try:
+        model.model.layers = [Spy(layer, seen) for layer in layers]
+        last = model.model(tokens)
+    finally:
+        model.model.layers = layers
+    normed = [x * mx.rsqrt(mx.square(x).mean(axis=-1, keepdims=True) + 1e-6) for x in (seen[1], seen[0])]
+    wanted = mx.concatenate([last, *normed], axis=-1)
+    found = target.forward(tokens, target.make_cache())[1]
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
+
+
+class Spy:
+    def __init__(self, layer, seen):
+        self.layer, self.seen = layer, seen
+
+    def __call__(self, *args, **kwargs):
+        self.seen.append(self.layer(*args, **kwargs))
+        return self.seen[-1]
+
+    def __getattr__(self, name):
+        return getattr(self.layer, name)
+
+
+def test_a_layer_that_is_not_there():
+    with pytest.raises(ValueError, match="layer 3 is not usable as context: the model has 2 layers"):
+        Target(make_model("llama"), (3,))
+
+
+@pytest.mark.parametrize("workers", [ONE, TWO])
+def test_features_are_a_forward_pass_over_each_row(target, workers):
+    rows = conversations(150, 90, 140)  # of more than one chunk, and padded
+    found = extract(target, rows, workers)
+    rows = rows if workers is ONE else [*rows[::2], rows[1]]  # the order in which workers take them
+    place = 0
+    for row in rows:
+        _, hidden = target.forward(mx.array(row.tokens[None]), target.make_cache())
+        for t in np.flatnonzero(row.trained[1:]):
+            np.testing.assert_allclose(
+                np.array(found.context[place].astype(mx.float32)),
+                np.array(hidden[0, int(t)]),
+                rtol=0.02,
+                atol=0.03,
+            )
+            assert found.token[place].item() == row.tokens[t + 1]
+            run_left = 0
+            while t + 2 + run_left < len(row.tokens) and row.trained[t + 2 + run_left]:
+                run_left += 1
+            assert found.left[place].item() == run_left
+            place += 1
+    assert place == found.size
+
+
+def test_features_on_disk(tmp_path, features):
+    write_features(tmp_path / "0.safetensors", features)
+    found = read_features(tmp_path / "0.safetensors")
+    assert all(mx.array_equal(x, vars(found)[name]) for name, x in vars(features).items())
+    assert os.listdir(tmp_path) == ["0.safetensors"]
+
+
+# --- Loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cell", ["simple", "gru", "none"])
+@pytest.mark.parametrize(("loss", "labels"), [("kl", "soft"), ("tv", "soft"), ("kl", "hard")])
+@pytest.mark.parametrize("chunk", [1 << 23, DRAFT * 40])
+def test_gradients_are_the_automatic_ones(target, features, cell, loss, labels, chunk):
+    drafter = make_drafter(cell)
+    objective = Objective(4, 0.8, loss, labels, 0.7, chunk)
+    batch, head = a_batch(target, features, 4)
+
+    def whole(parameters):
+        drafter.update(parameters)
+        soft = mx.softmax(head(batch.hidden) / 0.7, axis=-1)
+        label = soft if labels == "soft" else (batch.labels[..., None] == mx.arange(DRAFT)).astype(mx.float32)
+        state, total, mask = mx.zeros((4, 32, H)), 0, reachable(batch, 4)
+        for d in range(4):
+            state = drafter.advance(target.embed(batch.tokens[:, d : d + 32]), state)
+            drafted = mx.softmax(drafter.logits(drafter.prepare(batch.context), state), axis=-1)
+            wanted = label[:, d : d + 32]
+            kl, tv = -(wanted * mx.log(drafted)).sum(-1), mx.maximum(wanted - drafted, 0).sum(-1)
+            total = total + 0.8**d * ((kl if loss == "kl" else tv) * mask[d]).sum()
+        return total
+
+    parameters = drafter.trainable_parameters()
+    value, wanted = mx.value_and_grad(whole)(parameters)
+    stats, found = gradients(drafter, parameters, target, head, objective, batch)
+    assert sum(0.8**d * stats[d, 0].item() for d in range(4)) == pytest.approx(value.item(), rel=1e-5)
+    for (_, a), (_, b) in zip(tree_flatten(found), tree_flatten(wanted), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5 * max(1.0, mx.abs(b).max().item()))
+
+
+def a_batch(target, features, length):
+    to_draft = mx.array([i if i < DRAFT else -1 for i in range(VOCABULARY)])
+    exact = type(features)(features.context.astype(mx.float32), features.token, features.left)
+    batch = make_batch(exact, np.array([0, 32, 70, 190]), length, H, to_draft)
+    return batch, LabelHead(target, mx.arange(DRAFT), exact.context[:16, :H])
+
+
+def test_only_what_the_draft_vocabulary_can_reach_counts(target, features):
+    batch, _ = a_batch(target, features, 3)
+    mask = np.array(reachable(batch, 3))
+    token, left = np.array(features.token), np.array(features.left)
+    for n, start in enumerate((0, 32, 70, 190)):
+        for t in range(32):
+            for d in range(3):
+                i = start + t
+                known = i < features.size and left[i] > d and (token[i + 1 : i + 2 + d] < DRAFT).all()
+                assert mask[d, n, t] == known
+
+
+@pytest.mark.parametrize(
+    ("name", "linear"), [("llama", True), ("llama-untied", True), ("gemma2", False), ("granite", False)]
+)
+def test_labels_are_the_models_own_logits(name, linear):
+    target = Target(make_model(name, **({"final_logit_softcapping": 1.0} if name == "gemma2" else {})))
+    logits, hidden = target.forward(mx.array([[5, 7, 11, 13]]), target.make_cache())
+    ids = mx.array([2, 3, 50, 99])
+    head = LabelHead(target, ids, hidden[0])
+    assert head.linear == linear
+    np.testing.assert_allclose(np.array(head(hidden)), np.array(logits[..., ids]), atol=1e-4)
+
+
+def test_score_counts_agreement_with_the_text(target, features):
+    drafter = make_drafter()
+    batch, head = a_batch(target, features, 3)
+    found = score(drafter, target, head, Objective(3), [batch])
+    hits, lengths = np.zeros(3), []
+    left, tokens, labels = (np.array(x) for x in (batch.left, batch.tokens, batch.labels))
+    for n in range(4):
+        for t in range(32):
+            if left[n, t] >= 3:
+                state, right = mx.zeros(H), []
+                for d in range(3):
+                    state = drafter.advance(target.embed(mx.array(tokens[n, t + d])), state)
+                    first = drafter.logits(drafter.prepare(batch.context[n, t]), state).argmax().item()
+                    right.append(first == labels[n, t + d])
+                hits += right
+                lengths.append(np.cumprod(right).sum())
+    np.testing.assert_allclose(found.top1, hits / len(lengths))
+    assert found.tokens_per_step == pytest.approx(1 + np.mean(lengths))
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    """The vocabulary's share is the weights' and their optimizer's; what is computed with stays the same."""
+    peaks = [peak_memory(vocabulary) for vocabulary in (8192, 16384)]
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def peak_memory(vocabulary):
+    model = make_model("llama", vocab_size=vocabulary, tie_word_embeddings=True)
+    target = Target(model)
+    data = a_data(target, vocabulary=vocabulary, draft=vocabulary)
+    objective = Objective(5, chunk=1 << 20)
+    config = DrafterConfig(H, vocabulary, H, 1, True)
+    drafter = initial_drafter(target, config, None, 0)
+    trainer = Trainer(target, drafter, data, Settings(objective, batch=1024), ONE)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    next(trainer.run())
+    return mx.get_peak_memory() - before
+
+
+# --- The loop ------------------------------------------------------------------------------------------
+
+
+def a_data(target, vocabulary=VOCABULARY, draft=DRAFT):
+    random = np.random.RandomState(1)
+    shards = []
+    for _ in range(5):
+        tokens = random.randint(0, vocabulary, (3, 70)).astype(np.int32)
+        rows = [Conversation(row, np.ones(70, bool)) for row in tokens]
+        shards.append(extract(target, rows, ONE))
+    pack = lambda some: Shards([s.size for s in some], some.__getitem__)  # noqa: E731
+    return Data(pack(shards[1:]), pack(shards[:1]), np.arange(draft, dtype=np.int32))
+
+
+SETTINGS = Settings(Objective(3), batch=64, epochs=1.5, seed=3)
+
+
+def a_trainer(target, workers=ONE, settings=SETTINGS):
+    drafter = initial_drafter(
+        target, DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT, (1, 2)), np.arange(DRAFT, dtype=np.int32), 0
+    )
+    return Trainer(target, drafter, a_data(target), settings, workers)
+
+
+@pytest.mark.parametrize("workers", [ONE, TWO])
+def test_resuming_ends_with_the_same_weights(target, tmp_path, workers):
+    whole = a_trainer(target, workers)
+    for step, _ in whole.run():
+        if step == 4:
+            whole.score()
+    first = a_trainer(target, workers)
+    for step, _ in first.run():
+        if step == 4:
+            first.score()
+            first.save(tmp_path / "checkpoint.safetensors")
+            break
+    second = a_trainer(target, workers)
+    second.restore(tmp_path / "checkpoint.safetensors")
+    assert second.progress == first.progress
+    assert [step for step, _ in second.run()] == list(range(5, whole.steps + 1))
+    for name, value in whole.weights().items():
+        assert mx.array_equal(value, second.weights()[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(target, tmp_path):
+    a_trainer(target).save(tmp_path / "c.safetensors")
+    other = a_trainer(target, settings=Settings(Objective(3), batch=64, epochs=1.5, seed=4))
+    with pytest.raises(ValueError, match="written with other settings"):
+        other.restore(tmp_path / "c.safetensors")
+
+
+def test_workers_do_not_change_the_result_much(target):
+    one, two = a_trainer(target, ONE), a_trainer(target, TWO)
+    for trainer in (one, two):
+        for step, _ in trainer.run():
+            if step == 3:
+                break
+    for name, value in one.weights().items():
+        np.testing.assert_allclose(np.array(value), np.array(two.weights()[name]), atol=2e-3)
+
+
+def test_an_epoch_covers_the_data_once():
+    sizes, settings = [100, 64, 3, 200, 31] * 8, Settings(batch=64)
+    for epoch in (0, 1):
+        seen = 0
+        for shards, batches in schedule(sizes, settings, epoch):
+            total = sum(sizes[s] for s in shards)
+            starts = np.concatenate(batches)
+            assert len(set(starts)) == len(starts)
+            assert (starts < total).all()
+            seen += len(starts)
+        assert seen * 32 >= 0.8 * sum(sizes)
+    assert (
+        str(schedule(sizes, settings, 0))
+        == str(schedule(sizes, settings, 0))
+        != str(schedule(sizes, settings, 1))
+    )
+    assert steps_of(sizes, Settings(batch=64, epochs=2)) > steps_of(sizes, Settings(batch=64, epochs=1.5))
+
+
+@pytest.mark.parametrize("exit_dim", [H // 2, H, 2 * H])
+def test_the_first_head_is_the_models(target, exit_dim):
+    config = DrafterConfig(H, VOCABULARY, exit_dim, 1, True)
+    drafter = initial_drafter(target, config, None, 0)
+    rows = target.embed.weight
+    head = drafter.lm_head[-1].weight
+    if exit_dim >= H:
+        assert mx.array_equal(head[:, :H], rows)
+    else:  # the inner products that its width can hold
+        found, wanted = np.array(head @ head.T), np.array(rows @ rows.T)
+        assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.7
+    x = mx.random.normal((3, exit_dim))
+    assert mx.allclose(drafter.lm_head[0](x), x)  # blocks begin as the identity
+
+
+def test_vocabulary():
+    counts = np.array([0, 5, 0, 9, 1, 5])
+    assert run.choose_vocabulary(counts, 2).tolist() == [1, 3]
+    assert run.choose_vocabulary(counts, 0).tolist() == list(range(6))
+    wide = np.ones(5000, np.int64)
+    assert len(run.choose_vocabulary(wide, None)) == 5000  # 96 % are 4800, in steps of 1024
+    with pytest.raises(ValueError, match="draft vocabulary of -1"):
+        run.choose_vocabulary(counts, -1)
+
+
+def test_select_ignores_what_is_not_trained():
+    hidden = mx.arange(12).reshape(2, 6, 1).astype(mx.float32)
+    rows = [
+        Conversation(np.arange(6, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1], bool)),
+        Conversation(np.arange(10, 16, dtype=np.int32), np.array([1, 0, 0, 0, 0, 0], bool)),
+    ]
+    found = select(hidden, rows)
+    assert found.context[:, 0].tolist() == [1, 2, 4]
+    assert found.token.tolist() == [2, 3, 5]
+    assert found.left.tolist() == [1, 0, 0]
+
+
+# --- The command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A model whose next token is mostly one that follows from the last: easy to draft, but not constant."""
+    folder = make_folder(tmp_path_factory.mktemp("models") / "cycle")
+    weights = {name: mx.array(x) for name, x in mx.load(str(folder / "model.safetensors")).items()}
+    weights["lm_head.weight"] = 0.1 * weights["lm_head.weight"]
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+FLAGS = [  # of a tiny run
+    *("--tokens", "2000", "--row-length", "96", "--rows", "16", "--batch", "128", "--draft-vocab", "0"),
+    *(
+        "--context-layers",
+        "1",
+        "--length",
+        "3",
+        "--eval-tokens",
+        "16",
+        "--eval-shapes",
+        "1,3",
+        "--workers",
+        "1",
+    ),
+]
+
+
+def test_generate_train_decode(model_folder, tmp_path, capsys):
+    output = tmp_path / "drafter"
+    assert (
+        main(["train", "--model", str(model_folder), "--output", str(output), "--epochs", "4", *FLAGS]) == 0
+    )
+    card = (output / "README.md").read_text()
+    assert "--epochs 4" in card
+    assert "written by the model itself" in card
+    assert sorted(os.listdir(output)) == ["README.md", "config.json", "model.safetensors"]
+    assert measured(output, model_folder) > 2.0
+    assert measured(untrained(model_folder, tmp_path), model_folder) < 1.3
+    assert "tokens per step" in capsys.readouterr().out
+    assert not (tmp_path / "drafter.train" / "features").exists()
+
+
+def measured(drafter, model_folder):
+    model, tokenizer = load(model_folder, drafter=drafter)
+    texts = [{"role": "user", "content": text} for text in ("the quick", "lazy dog", "naïve cafés")]
+    prompts = [run.Prompt([text["content"]]) for text in texts]
+    (found,) = run.evaluate(
+        model, tokenizer, prompts, [run.DraftShape(1, 3)], [0], 24, progress=lambda x, **_: x
+    )
+    return found.tokens_per_step
+
+
+def untrained(model_folder, tmp_path):
+    model, _ = load(model_folder, drafter=None)
+    target = Target(model.model, (1,))
+    size = target.embed.weight.shape[0]
+    drafter = initial_drafter(target, DrafterConfig(64, size, 64, 2, True, None, (1,)), None, 0)
+    write_drafter(tmp_path / "untrained", drafter.config, drafter.weights(), identity_of(model.model))
+    return tmp_path / "untrained"
+
+
+def test_given_data_and_apples_layout(model_folder, tmp_path):
+    """Conversations in a file, a drafter in Apple's layout, trained on from there."""
+    rows = [
+        Conversation(np.random.RandomState(i).randint(0, 250, 60).astype(np.int32), np.arange(60) > 9)
+        for i in range(12)
+    ]
+    write_shard(tmp_path / "rows.npz", rows)
+    common = ["--model", str(model_folder), "--data", str(tmp_path / "rows.npz"), *FLAGS[2:]]
+    flags = [*common, "--context-layers", "--exit-dim", "128", "--eval-tokens", "0", "--eval-shapes", "1,3"]
+    assert main(["train", "--output", str(tmp_path / "a"), *flags]) == 0
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert "context_layers" not in config
+    assert main(["train", "--output", str(tmp_path / "b"), "--start-from", str(tmp_path / "a"), *flags]) == 0
+    first, second = load_drafter(tmp_path / "a"), load_drafter(tmp_path / "b")
+    assert first.config == second.config
+    assert not mx.array_equal(first.weights()["rnn_w.weight"], second.weights()["rnn_w.weight"])
+
+
+def test_interrupted_and_resumed(model_folder, tmp_path, capsys):
+    flags = ["--model", str(model_folder), "--epochs", "6", *FLAGS]
+    assert main(["train", "--output", str(tmp_path / "whole"), *flags]) == 0
+    output = tmp_path / "parts"
+    codes = [interrupted(["train", "--output", str(output), *flags], output, "b000001")]
+    codes.append(interrupted(["train", "--output", str(output), "--resume"], output, "new-checkpoint", 0.3))
+    assert codes[0] == 130
+    assert not output.exists()
+    assert main(["train", "--output", str(output), "--resume"]) == 0
+    whole, parts = (load_drafter(tmp_path / name).weights() for name in ("whole", "parts"))
+    assert all(mx.array_equal(x, parts[name]) for name, x in whole.items())
+    assert main(["train", "--output", str(output), *flags]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def interrupted(arguments, output, name, delay=0.0):
+    """Run a command and press Ctrl-C once a file whose name begins with ``name`` appears."""
+    work = output.with_name(f"{output.name}.train")
+    done = threading.Event()
+
+    def press():
+        while not done.is_set():
+            if any(path.name.startswith(name) or delay for path in work.rglob("*")):
+                time.sleep(delay)
+                if not done.is_set():
+                    os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.005)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        return main(arguments)
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--time", "soon"], "time 'soon' is not usable"),
+        (["--length", "0"], "length 0 is not usable"),
+        (["--batch", "3"], "batch 3 is not usable"),
+        (["--epochs", "0"], "epochs 0.0 is not usable"),
+        (["--data", "none.jsonl"], "none.jsonl does not exist"),
+        (["--openings", "none.txt"], "none.txt cannot be read"),
+        (["--eval-prompts", "none.jsonl"], "none.jsonl cannot be read"),
+        (["--eval-shapes", "4x5"], "evaluation shape '4x5'"),
+        (["--context-layers", "7"], "layer 7 is not usable as context: the model has 2 layers"),
+        (
+            ["--draft-vocab", "-2", "--tokens", "300", "--rows", "8", "--row-length", "64"],
+            "draft vocabulary of -2",
+        ),
+        (["--memory-limit", "0"], "memory limit 0.0 is not usable"),
+        (["--workers", "0"], "workers 0 is not usable"),
+        (["--temp", "-1"], "temperature -1.0 is not usable"),
+        (["--start-from", "/nowhere"], "/nowhere does not exist"),
+        (["--resume"], "there is no run to resume"),
+    ],
+)
+def test_bad_input(model_folder, tmp_path, monkeypatch, capsys, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model", str(model_folder), "--output", "out", *flags]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert complaint in err[-1]
+    assert not os.path.exists("out")
+
+
+def test_a_run_with_other_options_is_not_gone_on_with(model_folder, tmp_path, capsys):
+    (tmp_path / "out.train").mkdir()
+    (tmp_path / "out.train" / "run.json").write_text(json.dumps({"asked": {"seed": 5}}))
+    assert main(["train", "--model", str(model_folder), "--output", str(tmp_path / "out")]) == 2
+    assert "holds a run with other options" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("90", 90), ("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400)]
+)
+def test_durations(text, wanted):
+    assert train_command.seconds(text) == wanted
+
+
+def test_time_decides_tokens_and_epochs(model_folder, tmp_path):
+    flags = [x for x in FLAGS if x not in ("--tokens", "2000")]
+    start = time.monotonic()
+    assert (
+        main(
+            ["train", "--model", str(model_folder), "--output", str(tmp_path / "out"), "--time", "8", *flags]
+        )
+        == 0
+    )
+    facts = json.loads((tmp_path / "out.train" / "run.json").read_text())
+    assert facts["epochs"] > 0
+    assert time.monotonic() - start < 60
