@@ -363,6 +363,8 @@ def model_folder(tmp_path_factory):
     weights["lm_head.weight"] = 0.1 * weights["lm_head.weight"]
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<says>", "<assistant>"))
     return folder
 
 
@@ -433,6 +435,57 @@ def test_given_data_and_apples_layout(model_folder, tmp_path):
     first, second = load_drafter(tmp_path / "a"), load_drafter(tmp_path / "b")
     assert first.config == second.config
     assert not mx.array_equal(first.weights()["rnn_w.weight"], second.weights()["rnn_w.weight"])
+
+
+TALK = [
+    {"role": "user", "content": "the quick brown"},
+    {"role": "assistant", "content": "fox jumps over the lazy dog, and naïve cafés serve tea " * 3},
+]
+FILES = {
+    "messages.jsonl": "\n".join(
+        json.dumps({"messages": talk})
+        for talk in (TALK, [TALK[0], {"role": "assistant", "content": "no " * 9}])
+    ),
+    "sharegpt.json": json.dumps(
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "one two three " * n},
+                ]
+            }
+            for n in (5, 9)
+        ]
+    ),
+    "prompts.jsonl": "\n".join(json.dumps({"prompt": f"say {n}"}) for n in range(8)),
+    "text.txt": "\n\n".join(f"{n} bottles, " * 40 for n in range(4)),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_data(model_folder, tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    flags = [*FLAGS[2:], "--data", str(tmp_path / name), "--epochs", "1", "--eval-tokens", "0", "--rows", "4"]
+    assert main(["train", "--model", str(model_folder), "--output", str(tmp_path / "out"), *flags]) == 0
+    assert load(model_folder, drafter=tmp_path / "out")[0].drafter is not None
+    assert name in (tmp_path / "out" / "README.md").read_text().replace("\\", "")
+
+
+def test_a_base_model_without_chat_template(tmp_path):
+    folder = make_folder(tmp_path / "base", tokenizer="sentencepiece", kind="random")
+    flags = [
+        *FLAGS,
+        "--tokens",
+        "500",
+        "--epochs",
+        "1",
+        "--train-dtype",
+        "bfloat16",
+        "--cache-features",
+        "off",
+    ]
+    assert main(["train", "--model", str(folder), "--output", str(tmp_path / "out"), *flags]) == 0
+    assert not list((tmp_path / "out.train").rglob("*features*/*"))
 
 
 def test_interrupted_and_resumed(model_folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ Everything on the way is kept in a work folder beside the output, so a run can b
 """
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,7 +36,7 @@ from ..model import SpeculativeModel
 from ..prompts import Prompt
 from ..target import Target
 from .card import Facts, environment, model_card
-from .data import Cleaner, Conversation, count_tokens, read_given, read_shard, write_shard
+from .data import Cleaner, Conversation, Dropped, count_tokens, read_given, read_shard, write_shard
 from .evaluate import Measured, evaluate
 from .features import Features, extract, read_features, select, write_features
 from .loss import Score
@@ -48,8 +50,12 @@ COVERAGE = 0.96  # share of the data's tokens that the default draft vocabulary 
 VOCAB_STEP = 1024  # the default draft vocabulary is a multiple of it
 DATA_TIME = 0.4  # share of a time budget that goes to writing and reading data
 EVALUATION_TIME = 0.12
+DEFAULT_TOKENS = 2_000_000
+MOST_EPOCHS = 10.0
 SCORES = 12  # held-out scores in a run
 SAVE_SECONDS = 120.0
+UNLIMITED = 1 << 62
+ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
 EVALUATION_SHAPES = ((1, 4), (2, 4), (4, 5))
 HELD_OUT_PROMPTS = 32
@@ -89,9 +95,6 @@ class Request:
     seconds: float | None = None
     cache: str = "auto"
     workers: int | None = None
-
-
-DEFAULT_TOKENS = 2_000_000
 
 
 @dataclass
@@ -220,7 +223,7 @@ def make_data(
     wanted = request.tokens
     if wanted is None:
         none = bool(work.facts.get("given")) and not prompts
-        wanted = 0 if none else (1 << 62 if request.seconds else DEFAULT_TOKENS)
+        wanted = 0 if none else (UNLIMITED if request.seconds else DEFAULT_TOKENS)
     _self_generate(work, target, tokenizer, request, prompts, wanted, workers)
     if len(work.shards()) < 2:
         raise ValueError("there are too few conversations to train on: give or generate more of them.")
@@ -241,10 +244,11 @@ def _given(work: Work, tokenizer: TokenizerWrapper, request: Request) -> list[li
         rows = max(1, min(SHARD_ROWS, len(kept) // 2))
         for number, start in enumerate(range(0, len(kept), rows)):
             write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
-        work.note(given=len(kept), unusable=unusable, dropped=_dropped(work, cleaner))
+        dropped = _dropped(work, cleaner)
+        work.note(given=len(kept), unusable=unusable, dropped=dropped)
         print(
-            f"Data: {len(kept)} conversations, dropped {cleaner.dropped.duplicates} near-duplicates, "
-            f"{cleaner.dropped.loops} loops, {unusable} unusable."
+            f"Data: {len(kept)} conversations, dropped {dropped['duplicates']} near-duplicates, "
+            f"{dropped['loops']} loops, {unusable} unusable."
         )
     return prompts
 
@@ -260,63 +264,75 @@ def _self_generate(
 ) -> None:
     """Let the model write conversations until they have ``wanted`` trained tokens or time is up."""
     cleaner = Cleaner()
-    trained, batch, stale = 0, int(work.facts.get("batches", 0)), 0
-    for shard in work.shards():
-        if shard.name >= f"b{batch:06d}":  # of a batch that was interrupted while it was written
-            shard.unlink()
-            continue
-        if not shard.name.startswith("b"):
-            continue
-        for conversation in read_shard(shard):
-            cleaner.keep(conversation)
-            trained += int(conversation.trained.sum())
-    cleaner.dropped.duplicates = cleaner.dropped.loops = 0
-    limit = None if request.seconds is None else DATA_TIME * request.seconds
-    bar = tqdm(total=None if wanted > 1 << 60 else wanted, initial=trained, unit="tok", desc="Writing data")
-    with bar:
-        duration = 0.0
-        while trained < wanted and (limit is None or work.elapsed + duration < limit):
-            started = work.elapsed
-            if prompts and batch * request.recipe.batch >= len(prompts) and request.tokens is None:
+    batch, stale, duration = int(work.facts.get("batches", 0)), 0, 0.0
+    trained = _read_written(work, cleaner, batch)
+    limit = math.inf if request.seconds is None else DATA_TIME * request.seconds
+    total = None if wanted == UNLIMITED else wanted
+    with tqdm(total=total, initial=trained, unit="tok", desc="Writing data") as bar:
+        while trained < wanted and work.elapsed + duration < limit:
+            if request.tokens is None and prompts and batch * request.recipe.batch >= len(prompts):
                 break
-            seen = 0
-
-            def advance(done: int, total: int) -> None:
-                nonlocal seen
-                share = 0.6 * (done - seen) * request.recipe.batch
-                bar.update(round(share))
-                seen = done
-                if limit is not None:
-                    bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
-
+            started = work.elapsed
             generated = generate(
-                target, tokenizer, request.recipe, batch, prompts=prompts,
-                features=request.cache != "off", workers=workers, progress=advance,
-            )  # fmt: skip
+                target,
+                tokenizer,
+                request.recipe,
+                batch,
+                prompts=prompts,
+                features=request.cache != "off" and _has_room(work),
+                workers=workers,
+                progress=partial(_advance, bar, request.recipe, work, limit),
+            )
             kept = _keep(work, generated.conversations, generated.features, cleaner, batch)
             trained += sum(int(row.trained.sum()) for row in kept)
-            duration = work.elapsed - started
-            batch += 1
-            stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
-            if stale == STALE:
-                bar.close()
-                print("The model only repeats itself: going on with what it wrote so far.")
-                break
+            batch, duration = batch + 1, work.elapsed - started
+            work.note(batches=batch, dropped=_dropped(work, cleaner))
             bar.n = trained
             bar.refresh()
-            work.note(batches=batch, dropped=_dropped(work, cleaner))
-            cleaner.dropped.duplicates = cleaner.dropped.loops = 0
-    dropped = work.facts.get("dropped", {})
+            stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
+            if stale == STALE:
+                bar.write("The model only repeats itself: going on with what it wrote so far.")
+                break
     if batch:
+        dropped = work.facts["dropped"]
         print(
-            f"Data: {trained:,} tokens written, dropped {dropped.get('duplicates', 0)} near-duplicates and "
-            f"{dropped.get('loops', 0)} loops."
+            f"Data: {trained:,} tokens written, dropped {dropped['duplicates']} near-duplicates and "
+            f"{dropped['loops']} loops."
         )
 
 
+def _read_written(work: Work, cleaner: Cleaner, batches: int) -> int:
+    """Trained tokens in the first ``batches`` batches, which the cleaner gets to know; others are deleted."""
+    trained = 0
+    for shard in work.shards():
+        if shard.name >= f"b{batches:06d}":  # of a batch that was interrupted while it was written
+            shard.unlink()
+        elif shard.name.startswith("b"):
+            for conversation in read_shard(shard):
+                cleaner.keep(conversation)
+                trained += int(conversation.trained.sum())
+    cleaner.dropped = Dropped()
+    return trained
+
+
+def _advance(bar: Any, recipe: Recipe, work: Work, limit: float, done: int, total: int) -> None:
+    """Show a batch's progress; what part of it is the model's answers is known only in the end."""
+    bar.update(round(ANSWERS * recipe.batch))
+    if limit < math.inf:
+        bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
+
+
+def _has_room(work: Work) -> bool:
+    """Whether all hidden states on disk take less than is still free there."""
+    used = sum(path.stat().st_size for path in (work.folder / "features").iterdir())
+    return used < shutil.disk_usage(work.folder).free
+
+
 def _dropped(work: Work, cleaner: Cleaner) -> dict[str, int]:
+    """The counts so far, with the cleaner's, which start anew."""
     before = work.facts.get("dropped", {})
-    return {name: before.get(name, 0) + count for name, count in vars(cleaner.dropped).items()}
+    counts, cleaner.dropped = vars(cleaner.dropped), Dropped()
+    return {name: before.get(name, 0) + count for name, count in counts.items()}
 
 
 def _keep(
@@ -382,9 +398,13 @@ def _cached(
     start = time.monotonic()
     mx.eval(vars(read_features(work.features(first))))
     reading = time.monotonic() - start
-    size = work.features(first).stat().st_size * len(shards)
-    room = shutil.disk_usage(work.folder).free // 2
-    return size <= room and reading < computing and request.settings.epochs > 1
+    missing = sum(not work.features(shard).exists() for shard in shards)
+    size = work.features(first).stat().st_size * missing
+    return (
+        size <= shutil.disk_usage(work.folder).free // 2
+        and reading < computing
+        and request.settings.epochs > 1
+    )
 
 
 def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndarray[Any, Any]:
@@ -470,9 +490,6 @@ def _epochs(
     epochs = min(max(left / (per_step * scoring * per_epoch), 1 / per_epoch), MOST_EPOCHS)
     work.note(epochs=epochs)
     return epochs
-
-
-MOST_EPOCHS = 10.0
 
 
 def _copy(drafter: Drafter) -> Drafter:
