@@ -34,6 +34,25 @@ def atomic_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def atomic_file(destination: Path) -> Iterator[Path]:
+    """Yield a path beside ``destination``, with its suffix; the file written there takes its name in the end.
+
+    Raises:
+        OSError: the disk is full or not writable (MLX raises RuntimeError then).
+    """
+    temporary = destination.with_name(f"new-{destination.name}")
+    try:
+        yield temporary
+        temporary.replace(destination)
+    except RuntimeError as error:
+        raise OSError(
+            f"{destination} cannot be written ({error}): make room on the disk, or write elsewhere."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

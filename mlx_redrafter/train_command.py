@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
     add("--memory-limit", type=float, help="GB that may be used")
     add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
+    add("--license", default="", help="of the drafter, for its model card, such as apache-2.0")
     add("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
     _add_data(parser.add_argument_group("data"))
     _add_network(parser.add_argument_group("drafter"))
@@ -165,7 +167,12 @@ def run(args: argparse.Namespace) -> int:
         args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
     command = shlex.join(["mlx-redrafter", *args.words])
-    measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
+    try:
+        measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
+    except KeyboardInterrupt:
+        again = shlex.join(["mlx-redrafter", "train", "--output", args.output, "--resume"])
+        print(f"\nSaved. Go on with: {again}", file=sys.stderr)
+        raise
     _report(output, measured)
     return 0
 
@@ -270,6 +277,7 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
         start_from=args.start_from,
         seconds=seconds(args.time),
         cache=args.cache_features,
+        license=args.license,
         workers=args.workers,
     )
 
@@ -278,24 +286,24 @@ def _evaluation(args: argparse.Namespace) -> Any:
     from .prompts import read_prompts
     from .train.run import Evaluation
 
-    prompts = [prompt for path in args.eval_prompts for prompt in read_prompts(path)]
-    names = ", ".join(Path(path).name for path in args.eval_prompts)
-    about = f"Prompts: {names + ', and ' if names else ''}held-out self-written conversations."
+    prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
     shapes = []
     for text in args.eval_shapes:
         found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
         if not found:
             raise ValueError(f"evaluation shape {text!r} is not usable: give WIDTH,LENGTH such as 1,4.")
         shapes.append((int(found[1]), int(found[2])))
-    return Evaluation(prompts, about, tuple(shapes), args.eval_tokens)
+    return Evaluation(prompts, tuple(shapes), args.eval_tokens)
 
 
-def _report(output: Path, measured: list[Any]) -> None:
+def _report(output: Path, measured: dict[str, list[Any]]) -> None:
     print(f"Wrote {output}. Use it with: mlx-redrafter generate --drafter {shlex.quote(str(output))}")
-    for m in measured:
-        depths = " ".join(f"{share:.2f}" for share in m.acceptance)
-        print(
-            f"  width {m.shape.width}, length {m.shape.length}, temperature {m.temperature:g}: "
-            f"{m.tokens_per_step:.2f} tokens per step ({m.low:.2f}-{m.high:.2f}; {m.prompts} prompts), "
-            f"acceptance by depth {depths}"
-        )
+    for name, found in measured.items():
+        print(f"Tokens per step, {name}:")
+        for m in found:
+            depths = " ".join(f"{share:.2f}" for share in m.acceptance)
+            print(
+                f"  width {m.shape.width}, length {m.shape.length}, temperature {m.temperature:g}: "
+                f"{m.tokens_per_step:.2f} ({m.low:.2f}-{m.high:.2f}; {m.prompts} prompts), "
+                f"acceptance by depth {depths}"
+            )

@@ -403,8 +403,7 @@ FACTS = Facts(
     seconds=4000,
     loss=(1.5, 2.25),
     top1=(0.625, 0.5),
-    measured=(measured(),),
-    measured_on="Our held-out prompts",
+    measured={"Our held-out prompts": (measured(),)},
     notes=("## More\n\nA *remark*.",),
 )
 

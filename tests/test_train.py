@@ -396,7 +396,7 @@ def test_generate_train_decode(model_folder, tmp_path, capsys):
     assert sorted(os.listdir(output)) == ["README.md", "config.json", "model.safetensors"]
     assert measured(output, model_folder) > 2.0
     assert measured(untrained(model_folder, tmp_path), model_folder) < 1.3
-    assert "tokens per step" in capsys.readouterr().out
+    assert "Tokens per step, held-out conversations" in capsys.readouterr().out
     assert not (tmp_path / "drafter.train" / "features").exists()
 
 

@@ -7,7 +7,7 @@ import json
 import platform
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -45,8 +45,7 @@ class Facts:
         seconds: of training.
         loss: on held-out conversations, for each depth.
         top1: share of the held-out tokens that were the drafter's first choice, for each depth.
-        measured: by real decoding.
-        measured_on: the prompts of these measurements.
+        measured: by real decoding, for each set of prompts.
         notes: further remarks, in Markdown.
     """
 
@@ -73,8 +72,7 @@ class Facts:
     seconds: float | None = None
     loss: Sequence[float] = ()
     top1: Sequence[float] = ()
-    measured: Sequence[Measured] = ()
-    measured_on: str = ""
+    measured: Mapping[str, Sequence[Measured]] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
@@ -243,11 +241,10 @@ def _losses(facts: Facts) -> str:
 def _evaluation(facts: Facts) -> str:
     if not facts.measured:
         return ""
-    about = (
-        f"{escape(facts.measured_on)}\n\n" if facts.measured_on else ""
-    ) + "1 token per step is plain decoding; in parentheses, a 95 % bootstrap interval over prompts."
-    tables = (evaluation_table(facts.measured), category_table(facts.measured))
-    return "\n\n".join(part for part in (about, *tables) if part)
+    parts = ["1 token per step is plain decoding; in parentheses, a 95 % bootstrap interval over prompts."]
+    for prompts, rows in facts.measured.items():
+        parts += [f"Prompts: {escape(prompts)}", evaluation_table(rows), category_table(rows)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _license(facts: Facts) -> str:

@@ -127,7 +127,7 @@ def evaluate(
     _check_numbers(max_tokens, batch)
     workers = workers or Workers(1)
     target, drafter = _check_model(model, shapes)
-    ids = _encode_all(model, tokenizer, prompts)
+    ids = encode_all(model, tokenizer, prompts)
     batches = _batches(ids, batch, seed)
     keys = mx.random.split(mx.random.key(seed), len(batches))
     stop = frozenset(tokenizer.eos_token_ids)
@@ -351,9 +351,10 @@ def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> tuple
     return model.target, model.drafter
 
 
-def _encode_all(
+def encode_all(
     model: SpeculativeModel, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]
 ) -> list[list[int]]:
+    """The prompts' token ids; ``ValueError`` if there are none, or one is too long for the model."""
     if not prompts:
         raise ValueError("there are no prompts: give one or more.")
     ids = [encode(prompt, tokenizer) for prompt in prompts]

@@ -18,6 +18,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from ..files import atomic_file
 from ..target import Target
 from .data import Conversation
 from .streams import Workers
@@ -89,9 +90,8 @@ def join(parts: Sequence[Features]) -> Features:
 
 def write_features(path: Path, features: Features) -> None:
     """Write one shard; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    mx.save_safetensors(str(temporary), vars(features))
-    temporary.with_name(f"{temporary.name}").replace(path)
+    with atomic_file(path) as temporary:
+        mx.save_safetensors(str(temporary), vars(features))
 
 
 def read_features(path: Path) -> Features:

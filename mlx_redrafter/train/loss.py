@@ -127,7 +127,8 @@ class LabelHead:
 def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch, length: int) -> mx.array:
     """What the last layer of the drafter's head reads, at every depth: [L, n, S, exit_dim]."""
     positions = batch.left.shape[1]
-    new = drafter.read_tokens(embed(batch.tokens[:, : positions + length - 1]))  # [n, S + L - 1, ...]
+    embeddings = embed(batch.tokens[:, : positions + length - 1]).astype(batch.context.dtype)
+    new = drafter.read_tokens(embeddings)  # [n, S + L - 1, ...]
     state = mx.zeros((*batch.left.shape, drafter.config.hidden_size), new.dtype)
     states = []
     for depth in range(length):

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,12 +32,13 @@ from ..blas import set_blas_threads
 from ..bundle import BaseIdentity, identity_of, load_drafter, write_drafter
 from ..decoding.step import DraftShape
 from ..drafter import Drafter, DrafterConfig
+from ..files import atomic_file
 from ..model import SpeculativeModel
 from ..prompts import Prompt
 from ..target import Target
 from .card import Facts, environment, model_card
 from .data import Cleaner, Conversation, Dropped, count_tokens, read_given, read_shard, write_shard
-from .evaluate import Measured, evaluate
+from .evaluate import Measured, encode_all, evaluate
 from .features import Features, extract, read_features, select, write_features
 from .loss import Score
 from .selfgen import Recipe, generate
@@ -79,6 +80,7 @@ class Request:
         start_from: a drafter to train on, instead of a new one.
         seconds: for everything together.
         cache: disk keeps hidden states, off computes them in every epoch, auto chooses.
+        license: of the drafter, for the card.
         workers: None is one per core on a CPU, one on a GPU.
     """
 
@@ -94,6 +96,7 @@ class Request:
     start_from: str | None = None
     seconds: float | None = None
     cache: str = "auto"
+    license: str = ""
     workers: int | None = None
 
 
@@ -139,9 +142,8 @@ class Work:
     def save(self) -> None:
         self.facts["seconds"] = self.elapsed
         self.began = time.monotonic()
-        temporary = self.folder / "new-run.json"
-        temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
-        temporary.replace(self.folder / "run.json")
+        with atomic_file(self.folder / "run.json") as temporary:
+            temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
 
     @property
     def elapsed(self) -> float:
@@ -164,7 +166,7 @@ def train(
     name: str,
     evaluation: "Evaluation",
     command: str,
-) -> list[Measured]:
+) -> dict[str, list[Measured]]:
     """Make a drafter for ``model`` and write it to ``output``.
 
     Args:
@@ -172,13 +174,15 @@ def train(
         name: of the base model, for the card.
         command: the command line, for the card.
     Returns:
-        What its evaluation measured.
+        What its evaluation measured, for each set of prompts.
     Raises:
         ValueError: bad input; nothing is lost of an earlier run.
         KeyboardInterrupt: after all work so far was saved.
     """
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    for prompts in evaluation.prompts.values():
+        encode_all(model, tokenizer, prompts)  # bad ones are told before the work, not after
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
     workers = Workers(request.workers)
     target = Target(model.model, _layers(request, model))
@@ -188,12 +192,10 @@ def train(
     data = make_features(work, target, request, workers)
     trainer = fit(work, target, data, request, workers, model)
     drafter = best_drafter(trainer, work)
-    set_blas_threads(os.cpu_count() or 1)
-    measured = evaluation.run(
-        SpeculativeModel(model.model, drafter, model.context_length), tokenizer, work, request
-    )
+    fast = SpeculativeModel(model.model, drafter, model.context_length)
+    measured = evaluation.run(fast, tokenizer, work, request, workers)
     identity = identity_of(model.model, name)
-    card = describe(work, trainer, drafter, identity, request, measured, output.name, evaluation.about)
+    card = describe(work, trainer, drafter, identity, request, measured, output.name)
     write_drafter(
         output, drafter.config, _stored(drafter), identity, {"training": work.facts["trained"]}, card
     )
@@ -390,6 +392,8 @@ def _cached(
     """Whether hidden states are kept on disk: if they fit, and reading them is faster than computing them."""
     if request.cache != "auto":
         return request.cache == "disk"
+    if all(work.features(shard).exists() for shard in shards):
+        return True
     first = shards[0]
     start = time.monotonic()
     features = extract(target, rows[first], workers)
@@ -507,6 +511,10 @@ def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
     with bar, _interrupted() as interrupted:
         for step, losses in trainer.run():
             last = step == trainer.steps
+            if not np.isfinite(losses).all():
+                raise ValueError(
+                    f"training diverged at step {step}: start again with a lower --learning-rate."
+                )
             if step % every == 0 or last:
                 found = trainer.score()
                 if trainer.progress.best_step == step:
@@ -592,34 +600,48 @@ class Evaluation:
     """How the result is measured by real decoding.
 
     Args:
-        prompts: what to answer; held-out conversations' beginnings come besides.
-        about: where the prompts come from, for the card.
+        prompts: what to answer, by where the prompts come from; held-out conversations' beginnings
+            come besides.
         shapes: (width, length) pairs.
         tokens: per answer, at most; 0 leaves the evaluation out.
         batch: prompts decoded at once.
     """
 
-    prompts: Sequence[Prompt] = ()
-    about: str = ""
+    prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     shapes: Sequence[tuple[int, int]] = EVALUATION_SHAPES
     tokens: int = 128
     batch: int = 8
 
     def run(
-        self, model: SpeculativeModel, tokenizer: TokenizerWrapper, work: Work, request: Request
-    ) -> list[Measured]:
-        """Decode the answers to given prompts and held-out ones."""
-        prompts = [*self.prompts, *_held_out_prompts(work)]
+        self,
+        model: SpeculativeModel,
+        tokenizer: TokenizerWrapper,
+        work: Work,
+        request: Request,
+        workers: Workers,
+    ) -> dict[str, list[Measured]]:
+        """Decode the answers to each set of prompts, within the time that is left."""
+        held_out = _held_out_prompts(work)
+        sets = {**self.prompts, **({"held-out conversations": held_out} if held_out else {})}
         known = model.drafter.config.head_outputs if model.drafter else 1
         shapes = [DraftShape(min(width, known), length) for width, length in self.shapes]
-        if not self.tokens or not prompts:
-            return []
-        deadline = None
-        if request.seconds is not None:
-            deadline = time.monotonic() + max(20.0, request.seconds - work.elapsed)
-        return evaluate(
-            model, tokenizer, prompts, shapes, max_tokens=self.tokens, batch=self.batch, deadline=deadline
-        )
+        found = {}
+        for done, (name, prompts) in enumerate(sets.items() if self.tokens else ()):
+            deadline = None
+            if request.seconds is not None:
+                left = max(20.0, request.seconds - work.elapsed)
+                deadline = time.monotonic() + left / (len(sets) - done)
+            found[name] = evaluate(
+                model,
+                tokenizer,
+                prompts,
+                shapes,
+                max_tokens=self.tokens,
+                batch=self.batch,
+                deadline=deadline,
+                workers=workers,
+            )
+        return found
 
 
 def _held_out_prompts(work: Work) -> list[Prompt]:
@@ -629,7 +651,7 @@ def _held_out_prompts(work: Work) -> list[Prompt]:
         for row in read_shard(shard):
             first = int(row.trained.argmax())
             if first:
-                prompts.append(Prompt([], "held out, self-written", ids=row.tokens[:first].tolist()))
+                prompts.append(Prompt([], ids=row.tokens[:first].tolist()))
     return prompts[:HELD_OUT_PROMPTS]
 
 
@@ -639,9 +661,8 @@ def describe(
     drafter: Drafter,
     identity: BaseIdentity,
     request: Request,
-    measured: list[Measured],
+    measured: Mapping[str, list[Measured]],
     name: str,
-    about: str,
 ) -> str:
     """The model card."""
     facts, config = work.facts, drafter.config
@@ -658,6 +679,7 @@ def describe(
         base=identity.name,
         drafter=name,
         identity=str(identity),
+        license=request.license,
         license_note="A drafter is derived from its base model: that model's license applies to it.",
         commands=list(dict.fromkeys(facts["commands"])),
         sizes=config.to_dict(),
@@ -678,6 +700,5 @@ def describe(
         loss=best.get("loss", ()),
         top1=best.get("top1", ()),
         measured=measured,
-        measured_on=about,
     )
     return model_card(shown)

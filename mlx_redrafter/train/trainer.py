@@ -18,8 +18,8 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..bundle import save_weights
 from ..drafter import Drafter, DrafterConfig
+from ..files import atomic_file
 from ..target import Target
 from .features import Features, join
 from .loss import SEGMENT, Batch, LabelHead, Objective, Score, gradients, make_batch, score
@@ -213,9 +213,8 @@ class Trainer:
         """Write a checkpoint; it appears whole or not at all."""
         flat: Any = tree_flatten({"parameters": self.parameters, "optimizer": self.optimizer.state})
         state = json.dumps({"progress": asdict(self.progress), "settings": asdict(self.settings)})
-        temporary = path.with_name(f"new-{path.name}")
-        mx.save_safetensors(str(temporary), dict(flat), {"state": state})
-        temporary.replace(path)
+        with atomic_file(path) as temporary:
+            mx.save_safetensors(str(temporary), dict(flat), {"state": state})
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -319,6 +318,5 @@ class Trainer:
 
 def save_best(trainer: Trainer, path: Path) -> None:
     """Write the weights of now; the file appears whole or not at all."""
-    temporary = path.with_name(f"new-{path.name}")
-    save_weights(temporary, trainer.weights(), "mlx")
-    temporary.replace(path)
+    with atomic_file(path) as temporary:
+        mx.save_safetensors(str(temporary), trainer.weights())
