@@ -144,6 +144,14 @@ def _add_evaluation(group: Any) -> None:
         metavar="W,L",
         help="(default: 1,4 2,4 4,5)",
     )
+    add(
+        "--eval-temps",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.7],
+        metavar="T",
+        help="temperatures to measure at (default: 0 0.7)",
+    )
     add("--eval-tokens", type=int, default=128, help="per answer; 0: no evaluation (default: %(default)s)")
 
 
@@ -293,7 +301,7 @@ def _evaluation(args: argparse.Namespace) -> Any:
         if not found:
             raise ValueError(f"evaluation shape {text!r} is not usable: give WIDTH,LENGTH such as 1,4.")
         shapes.append((int(found[1]), int(found[2])))
-    return Evaluation(prompts, tuple(shapes), args.eval_tokens)
+    return Evaluation(prompts, tuple(shapes), tuple(args.eval_temps), args.eval_tokens)
 
 
 def _report(output: Path, measured: dict[str, list[Any]]) -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ..blas import set_blas_threads
 from ..bundle import BaseIdentity, identity_of, load_drafter, write_drafter
+from ..decoding.sampling import Sampling
 from ..decoding.step import DraftShape
 from ..drafter import Drafter, DrafterConfig
 from ..files import atomic_file
@@ -183,6 +184,8 @@ def train(
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     for prompts in evaluation.prompts.values():
         encode_all(model, tokenizer, prompts)  # bad ones are told before the work, not after
+    for temperature in evaluation.temperatures:
+        Sampling(temperature)
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
     workers = Workers(request.workers)
     target = Target(model.model, _layers(request, model))
@@ -603,12 +606,14 @@ class Evaluation:
         prompts: what to answer, by where the prompts come from; held-out conversations' beginnings
             come besides.
         shapes: (width, length) pairs.
+        temperatures: 0 is greedy.
         tokens: per answer, at most; 0 leaves the evaluation out.
         batch: prompts decoded at once.
     """
 
     prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
     shapes: Sequence[tuple[int, int]] = EVALUATION_SHAPES
+    temperatures: Sequence[float] = (0.0, 0.7)
     tokens: int = 128
     batch: int = 8
 
@@ -636,6 +641,7 @@ class Evaluation:
                 tokenizer,
                 prompts,
                 shapes,
+                self.temperatures,
                 max_tokens=self.tokens,
                 batch=self.batch,
                 deadline=deadline,
