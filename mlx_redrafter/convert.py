@@ -119,7 +119,7 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
     """Write a bundle back to Apple's layout: the tensors bit for bit, the original config.json entries.
 
     Raises:
-        ValueError: the drafter is trimmed or quantized, which Apple's layout cannot express.
+        ValueError: the drafter is trimmed or quantized or reads several layers or has a gated cell, which Apple's layout cannot express.
     """
     _check_output(output)
     folder = bundle.resolve_drafter(source)
@@ -129,6 +129,8 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
     for changed, how in (
         (config.draft_vocab_size, "trimmed vocabulary"),
         (config.quantization, "quantization"),
+        (config.context_layers or None, "context of several layers"),
+        (None if config.cell == "simple" else config.cell, "gated cell"),
     ):
         if changed is not None:
             raise ValueError(

@@ -398,6 +398,8 @@ def test_generate_train_decode(model_folder, tmp_path, capsys):
     assert measured(untrained(model_folder, tmp_path), model_folder) < 1.3
     assert "Tokens per step, held-out conversations" in capsys.readouterr().out
     assert not (tmp_path / "drafter.train" / "features").exists()
+    assert main(["export", "--drafter", str(output), "--output", str(tmp_path / "apple")]) == 2
+    assert "context of several layers" in capsys.readouterr().err
 
 
 def measured(drafter, model_folder):
@@ -431,6 +433,9 @@ def test_given_data_and_apples_layout(model_folder, tmp_path):
     assert main(["train", "--output", str(tmp_path / "a"), *flags]) == 0
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert "context_layers" not in config
+    assert main(["export", "--drafter", str(tmp_path / "a"), "--output", str(tmp_path / "apple")]) == 0
+    exported = json.loads((tmp_path / "apple" / "config.json").read_text())
+    assert {"hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn"} <= set(exported)
     assert main(["train", "--output", str(tmp_path / "b"), "--start-from", str(tmp_path / "a"), *flags]) == 0
     first, second = load_drafter(tmp_path / "a"), load_drafter(tmp_path / "b")
     assert first.config == second.config
