@@ -119,7 +119,8 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
     """Write a bundle back to Apple's layout: the tensors bit for bit, the original config.json entries.
 
     Raises:
-        ValueError: the drafter is trimmed or quantized or reads several layers or has a gated cell, which Apple's layout cannot express.
+        ValueError: it is trimmed or quantized, reads several layers, or has a gated cell, which Apple's
+            layout cannot express.
     """
     _check_output(output)
     folder = bundle.resolve_drafter(source)
