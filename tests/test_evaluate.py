@@ -224,8 +224,8 @@ def test_evaluate(loaded):
     shapes = [DraftShape(1, 2), DraftShape(2, 3)]
     calls = []
 
-    def progress(items, desc, unit):
-        calls.append((len(items), desc, unit))
+    def progress(items, desc, unit, total):
+        calls.append((total, desc, unit))
         return items
 
     found = evaluate(*loaded, SAMPLE, shapes, max_tokens=20, batch=2, progress=progress)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import mlx.core as mx
@@ -114,8 +115,8 @@ def evaluate(
         max_tokens: per answer, at most.
         batch: prompts decoded at once.
         seed: of sampling, the order of batches, and the bootstrap.
-        progress: called as ``tqdm`` is, with a list to go through, ``desc`` and ``unit``.
-        deadline: in seconds of ``time.monotonic``; the batch during which it passes is the last one.
+        progress: called as ``tqdm`` is, with something to go through, ``desc``, ``unit`` and ``total``.
+        deadline: in seconds of ``time.monotonic``; batches begun before it are finished, and one at least is.
         workers: each decodes a batch of its own.
 
     Returns:
@@ -132,26 +133,32 @@ def evaluate(
     keys = mx.random.split(mx.random.key(seed), len(batches))
     stop = frozenset(tokenizer.eos_token_ids)
     ways = [(shape, Sampling(temperature)) for shape in shapes for temperature in temperatures]
-    found: list[list[tuple[Prompt, Row]]] = [[] for _ in ways]
+    found: list[list[tuple[int, Row]]] = [[] for _ in ways]  # prompts by number
     work = [(number, way) for number in range(len(batches)) for way in range(len(ways))]
-    rounds = [work[i : i + workers.count] for i in range(0, len(work), workers.count)]
     mx.eval(keys)
 
-    def decode(number: int, way: int) -> Decoded:
+    def decode(item: int) -> Decoded | None:
+        if deadline is not None and item and time.monotonic() >= deadline:
+            return None
+        number, way = work[item]
         shape, sampling = ways[way]
         inputs = [ids[i] for i in batches[number]]
         return decode_batch(target, drafter, sampling.pick, shape, inputs, max_tokens, stop, keys[number])
 
     with wired_limit(model.model):
-        for items in progress(rounds, desc="Evaluating", unit="batch"):
-            decoded = workers.map(lambda i, items=items: decode(*items[i]), len(items))  # type: ignore[misc]
-            for (number, way), result in zip(items, decoded, strict=True):
-                rows = zip(batches[number], result.rows, strict=True)
-                found[way] += [(prompts[i], row) for i, row in rows]
-            if deadline is not None and time.monotonic() >= deadline:
-                break
+        items = workers.each(decode, len(work))
+        for item, decoded in progress(items, desc="Evaluating", unit="batch", total=len(work)):
+            number, way = work[item]
+            if decoded is not None:
+                found[way] += zip(batches[number], decoded.rows, strict=True)
     results = zip(ways, found, strict=True)
-    return [measure(shape, way.temperature, rows, seed) for (shape, way), rows in results if rows]
+    return [
+        measure(
+            shape, way.temperature, [(prompts[i], row) for i, row in sorted(rows, key=itemgetter(0))], seed
+        )
+        for (shape, way), rows in results
+        if rows
+    ]
 
 
 def measure(

@@ -60,7 +60,7 @@ UNLIMITED = 1 << 62
 ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
 EVALUATION_SHAPES = ((1, 4), (2, 4), (4, 5))
-HELD_OUT_PROMPTS = 32
+HELD_OUT_PROMPTS = 16
 
 
 @dataclass(frozen=True)
@@ -583,6 +583,7 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
         for name, x in weights.items()
     }
     drafter.load_weights(list(weights.items()))
+    mx.eval(drafter.weights())
     drafter.eval()
     return drafter
 

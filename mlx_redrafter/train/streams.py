@@ -7,7 +7,7 @@ because handing over work to MLX's CPU waits until most of it is done. A GPU is 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
@@ -48,6 +48,31 @@ class Workers:
         for index, result in enumerate(results):
             self._jobs[index].put((function, index, result))
         return [result.result() for result in results]
+
+    def each(self, function: Callable[[int], T], count: int) -> Iterator[tuple[int, T]]:
+        """``i, function(i)`` for all i below ``count``, as they are done; a free worker takes the next one.
+
+        The function's duties are those of ``map``'s.
+        """
+        if not self._jobs:
+            yield from ((i, function(i)) for i in range(count))
+            return
+        done: SimpleQueue[tuple[int, int, Future[T]]] = SimpleQueue()
+
+        def start(worker: int, item: int) -> None:
+            result: Future[T] = Future()
+            result.add_done_callback(lambda finished: done.put((worker, item, finished)))
+            self._jobs[worker].put((function, item, result))
+
+        started = min(self.count, count)
+        for worker in range(started):
+            start(worker, worker)
+        for _ in range(count):
+            worker, item, result = done.get()
+            if started < count:
+                start(worker, started)
+                started += 1
+            yield item, result.result()
 
 
 def _serve(jobs: "SimpleQueue[Any]") -> None:
