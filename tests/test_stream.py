@@ -51,7 +51,7 @@ def model():
 
 def known(base, text):
     drafter = ScriptedDrafter(Target(base), text)
-    drafter.config = SimpleNamespace(head_outputs=drafter.vocabulary)
+    drafter.config = SimpleNamespace(head_outputs=drafter.vocabulary, context_layers=())
     return drafter
 
 
@@ -267,7 +267,7 @@ def test_a_speculative_model_is_usable_in_mlx_lm(model, tokenizer):
 def test_a_bad_drafter_changes_nothing(tokenizer):
     base = make_model("qwen3", vocab_size=300)
     drafter = RandomDrafter(Target(base))
-    drafter.config = SimpleNamespace(head_outputs=300)
+    drafter.config = SimpleNamespace(head_outputs=300, context_layers=())
     both(SpeculativeModel(base, drafter), tokenizer)
 
 
