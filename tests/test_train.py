@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -529,6 +531,27 @@ def interrupted(arguments, output, name, delay=0.0):
     finally:
         done.set()
         thread.join()
+
+
+def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
+    """A process of its own, because MLX aborts one that ends while a stream works."""
+    flags = ["--model", str(model_folder), "--output", "out", *FLAGS, "--tokens", "9000000", "--workers", "2"]
+    flags += ["--temp", "3", "--row-length", "200"]  # so that nothing is dropped
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlx_redrafter", "train", *flags],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.rglob("b000001*.npz")) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Go on with: mlx-redrafter train --output out --resume" in err
 
 
 @pytest.mark.parametrize(

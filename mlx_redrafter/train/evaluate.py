@@ -143,7 +143,17 @@ def evaluate(
         number, way = work[item]
         shape, sampling = ways[way]
         inputs = [ids[i] for i in batches[number]]
-        return decode_batch(target, drafter, sampling.pick, shape, inputs, max_tokens, stop, keys[number])
+        return decode_batch(
+            target,
+            drafter,
+            sampling.pick,
+            shape,
+            inputs,
+            max_tokens,
+            stop,
+            keys[number],
+            workers.cancelled.is_set,
+        )
 
     with wired_limit(model.model):
         items = workers.each(decode, len(work))
@@ -214,6 +224,7 @@ def decode_batch(
     max_tokens: int,
     stop: frozenset[int],
     key: mx.array,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Decoded:
     """Decode all prompts at once.
 
@@ -226,11 +237,12 @@ def decode_batch(
         max_tokens: of each text, 1 or more; the first one, from the prompt, counts.
         stop: token ids that end a text, and belong to it.
         key: for random numbers.
+        cancelled: asked before each step; True ends decoding early.
     """
     run = partial(step, target, drafter, pick, shape)
     group = _Group(run, shape, max_tokens, stop, _prefill(target, pick, prompts, key))
     rows = group.rows
-    while group.rows:
+    while group.rows and not cancelled():
         group.start()
         group.finish()
     return Decoded(rows)

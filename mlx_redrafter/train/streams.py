@@ -8,9 +8,9 @@ because handing over work to MLX's CPU waits until most of it is done. A GPU is 
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -24,11 +24,15 @@ class Workers:
 
     Args:
         count: how many; one works in the calling thread. None is one per core on a CPU, one on a GPU.
+
+    Attributes:
+        cancelled: set while functions given to ``each`` should return, because nobody waits for them.
     """
 
     def __init__(self, count: int | None = None) -> None:
         on_gpu = mx.default_device().type == mx.gpu
         self.count = count or (1 if on_gpu else max(1, min(os.cpu_count() or 1, MOST)))
+        self.cancelled = Event()
         self._jobs: list[SimpleQueue[Any]] = []
         for _ in range(self.count if self.count > 1 else 0):
             jobs: SimpleQueue[Any] = SimpleQueue()
@@ -47,7 +51,10 @@ class Workers:
         results: list[Future[T]] = [Future() for _ in range(parts)]
         for index, result in enumerate(results):
             self._jobs[index].put((function, index, result))
-        return [result.result() for result in results]
+        try:
+            return [result.result() for result in results]
+        finally:
+            wait(results)  # after an interrupt too: MLX aborts if the process ends while a stream is busy
 
     def each(self, function: Callable[[int], T], count: int) -> Iterator[tuple[int, T]]:
         """``i, function(i)`` for all i below ``count``, as they are done; a free worker takes the next one.
@@ -58,21 +65,26 @@ class Workers:
             yield from ((i, function(i)) for i in range(count))
             return
         done: SimpleQueue[tuple[int, int, Future[T]]] = SimpleQueue()
+        results: list[Future[T]] = []
 
         def start(worker: int, item: int) -> None:
             result: Future[T] = Future()
+            results.append(result)
             result.add_done_callback(lambda finished: done.put((worker, item, finished)))
             self._jobs[worker].put((function, item, result))
 
-        started = min(self.count, count)
-        for worker in range(started):
-            start(worker, worker)
-        for _ in range(count):
-            worker, item, result = done.get()
-            if started < count:
-                start(worker, started)
-                started += 1
-            yield item, result.result()
+        try:
+            for worker in range(min(self.count, count)):
+                start(worker, worker)
+            for _ in range(count):
+                worker, item, result = done.get()
+                if len(results) < count:
+                    start(worker, len(results))
+                yield item, result.result()
+        finally:
+            self.cancelled.set()
+            wait(results)
+            self.cancelled.clear()
 
 
 def _serve(jobs: "SimpleQueue[Any]") -> None:
