@@ -601,7 +601,6 @@ def test_durations(text, wanted):
 
 def test_time_decides_tokens_and_epochs(model_folder, tmp_path):
     flags = [x for x in FLAGS if x not in ("--tokens", "2000")]
-    start = time.monotonic()
     assert (
         main(
             ["train", "--model", str(model_folder), "--output", str(tmp_path / "out"), "--time", "8", *flags]
@@ -610,4 +609,4 @@ def test_time_decides_tokens_and_epochs(model_folder, tmp_path):
     )
     facts = json.loads((tmp_path / "out.train" / "run.json").read_text())
     assert facts["epochs"] > 0
-    assert time.monotonic() - start < 60
+    assert 0 < facts["counted"]["trained"] < 1_000_000
