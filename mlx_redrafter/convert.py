@@ -130,10 +130,10 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
     for changed, how in (
         (config.draft_vocab_size, "trimmed vocabulary"),
         (config.quantization, "quantization"),
-        (config.context_layers or None, "context of several layers"),
-        (None if config.cell == "simple" else config.cell, "gated cell"),
+        (config.context_layers, "context of several layers"),
+        (config.cell != "simple", "gated cell"),
     ):
-        if changed is not None:
+        if changed:
             raise ValueError(
                 f"{folder} has a {how}, which Apple's layout lacks: export the original drafter."
             )

@@ -1,10 +1,11 @@
 """``mlx-redrafter train``."""
 
 import argparse
+import json
 import re
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,12 @@ def _add_data(group: Any) -> None:
         default=0.65,
         help="share of conversations that begin so (default: %(default)s)",
     )
-    add("--cache-features", default="auto", choices=("auto", "disk", "off"),
-        help="keep the model's hidden states on disk (default: %(default)s, what is faster)")  # fmt: skip
+    add(
+        "--cache-features",
+        default="auto",
+        choices=("auto", "disk", "off"),
+        help="keep the model's hidden states on disk (default: %(default)s, what is faster)",
+    )
 
 
 def _add_network(group: Any) -> None:
@@ -187,8 +192,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _recall(args: argparse.Namespace, output: Path) -> None:
     """Take the options of the interrupted run for all that keep their default."""
-    import json
-
     path = output.with_name(f"{output.name}.train") / "run.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: there is no run to resume; leave --resume out.")
@@ -256,9 +259,7 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
     )
     objective = Objective(args.length, args.depth_weight, args.loss, args.labels, args.label_temp)
     if chunk is not None:
-        objective = Objective(
-            **{**{f.name: getattr(objective, f.name) for f in fields(objective)}, "chunk": chunk}
-        )
+        objective = replace(objective, chunk=chunk)
     dtype = ("bfloat16" if gpu else "float32") if args.train_dtype == "auto" else args.train_dtype
     settings = Settings(
         objective=objective,

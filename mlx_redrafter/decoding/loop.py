@@ -46,11 +46,11 @@ def decode(
         stop: token ids that end the text.
         release: gets the cache in the end, and how many rows belong to what was emitted.
     """
-    state, output = step(_with_room(state, rows, shape))
+    state, output = step(with_room(state, rows, shape))
     try:
-        _enqueue(state, output)
+        enqueue(state, output)
         while True:
-            following = step(_with_room(state, rows + shape.depth + 1, shape))
+            following = step(with_room(state, rows + shape.depth + 1, shape))
             emitted, count = _read(output, limit, stop)
             limit -= len(emitted.tokens)
             rows += len(emitted.tokens)
@@ -60,18 +60,19 @@ def decode(
             assert len(emitted.tokens) == count
             state, output = following
             del following
-            _enqueue(state, output)
+            enqueue(state, output)
             yield emitted
     finally:
         release(commit(state.cache), rows)
 
 
-def _enqueue(state: State, output: Output) -> None:
+def enqueue(state: State, output: Output) -> None:
+    """Hand a step over to the device."""
     cache = vars(state.cache)
-    mx.async_eval(output.tokens, output.count, state.token, state.context, state.key, cache)
+    mx.async_eval(output.tokens, output.count, state.token, state.context, state.length, state.key, cache)
 
 
-def _with_room(state: State, rows: int, shape: DraftShape) -> State:
+def with_room(state: State, rows: int, shape: DraftShape) -> State:
     """The state with buffers large enough for ``rows`` and what a step writes behind them."""
     needed = rows + max(shape.size, shape.depth + 1)
     if needed <= state.cache.capacity:
@@ -83,6 +84,12 @@ def _read(output: Output, limit: int, stop: frozenset[int]) -> tuple[Emitted, in
     """What the user gets of a step, and how many tokens it had: the only wait for the device."""
     row: Any = output.tokens[0].tolist()
     count: Any = output.count[0].tolist()
-    tokens = row[:count][:limit]
+    tokens = until_end(row[:count], limit, stop)
+    return Emitted(tokens, min(len(tokens), count - 1), output.logits[0]), count
+
+
+def until_end(tokens: list[int], limit: int, stop: frozenset[int]) -> list[int]:
+    """The first ``limit`` tokens, up to the first of the ``stop`` tokens."""
+    tokens = tokens[:limit]
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
-    return Emitted(tokens[:end], min(end, count - 1), output.logits[0]), count
+    return tokens[:end]

@@ -5,9 +5,7 @@ are kept in shards (``write_shard``), which ``read_given`` reads as well as what
 """
 
 import json
-import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from jinja2.exceptions import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..files import atomic_file
 
 Array = npt.NDArray[Any]
 Message = dict[str, str]  # role, content
@@ -100,14 +100,8 @@ def write_shard(path: Path, conversations: Sequence[Conversation]) -> None:
     small = tokens.size == 0 or int(tokens.max()) < 65536
     toks = tokens.astype(np.uint16 if small else np.uint32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".npz", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, toks=toks, role=trained.astype(np.uint8), lengths=lengths)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, toks=toks, role=trained.astype(np.uint8), lengths=lengths)
 
 
 def read_shard(path: Path, vocab_size: int | None = None) -> list[Conversation]:

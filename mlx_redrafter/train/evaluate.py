@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -20,10 +20,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..decoding.beam import Drafter
-from ..decoding.cache import Cache, commit, grow
-from ..decoding.loop import BUCKET, Step
+from ..decoding.cache import Cache, commit
+from ..decoding.loop import BUCKET, Step, enqueue, until_end, with_room
 from ..decoding.sampling import Sampling
-from ..decoding.step import DraftShape, Output, Pick, State, step
+from ..decoding.step import DraftShape, Pick, State, step
 from ..model import SpeculativeModel
 from ..prompts import Prompt, encode
 from ..stream import PREFILL_STEP_SIZE, check_shape
@@ -243,8 +243,7 @@ def decode_batch(
     group = _Group(run, shape, max_tokens, stop, _prefill(target, pick, prompts, key))
     rows = group.rows
     while group.rows and not cancelled():
-        group.start()
-        group.finish()
+        group.advance()
     return Decoded(rows)
 
 
@@ -266,26 +265,16 @@ class _Group:
         self.step, self.shape, self.max_tokens, self.stop = step, shape, max_tokens, stop
         self.state, self.lengths = start.state, list(start.lengths)
         self.rows = [Row([token], [0] * shape.depth) for token in start.first]
-        self.output: Output | None = None
 
-    def start(self) -> None:
-        """Let the device begin the next step, without the rows that have ended."""
+    def advance(self) -> None:
+        """Decode one step, without the rows that have ended."""
         self._drop_ended()
         if not self.rows:
             return
-        needed = max(self.lengths) + max(self.shape.size, self.shape.depth + 1)
-        if needed > self.state.cache.capacity:
-            self.state = replace(self.state, cache=grow(self.state.cache, _bucket(needed)))
-        self.state, self.output = self.step(self.state)
-        _enqueue(self.state, self.output)
-
-    def finish(self) -> None:
-        """Wait for the step and read what it emitted."""
-        if self.output is None:
-            return
-        tokens: Any = self.output.tokens.tolist()
-        counts: Any = self.output.count.tolist()
-        self.output = None
+        self.state, output = self.step(with_room(self.state, max(self.lengths), self.shape))
+        enqueue(self.state, output)
+        tokens: Any = output.tokens.tolist()
+        counts: Any = output.count.tolist()
         for i, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
             self.lengths[i] += count
             take_step(row, tokens[i][:count], self.max_tokens, self.stop)
@@ -305,8 +294,7 @@ class _Group:
 
 def take_step(row: Row, tokens: list[int], max_tokens: int, stop: frozenset[int]) -> None:
     """Add to a row what a step emitted, all but the last of ``tokens`` drafted, up to the text's end."""
-    kept = tokens[: max_tokens - len(row.tokens)]
-    kept = kept[: next((i + 1 for i, token in enumerate(kept) if token in stop), len(kept))]
+    kept = until_end(tokens, max_tokens - len(row.tokens), stop)
     row.tokens += kept
     row.steps += 1
     for depth in range(min(len(kept), len(tokens) - 1)):
@@ -334,7 +322,7 @@ def _prefill(target: Target, pick: Pick, prompts: Sequence[list[int]], key: mx.a
 
 def stack_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> Cache:
     """One cache of B rows from B caches of one row, whose first ``lengths`` [B] places are filled."""
-    capacity = _bucket(max(lengths))
+    capacity = math.ceil(max(lengths) / BUCKET) * BUCKET
 
     def stack(buffers: Sequence[mx.array]) -> mx.array:  # B times [1, Hkv, C, D]
         filled = [buffer[:, :, :n] for buffer, n in zip(buffers, lengths, strict=True)]
@@ -351,15 +339,6 @@ def _gather(state: State, keep: mx.array) -> State:
     cache = commit(state.cache)
     cache = Cache([k[keep] for k in cache.keys], [v[keep] for v in cache.values])
     return State(state.token[keep], state.context[keep], state.length[keep], cache, state.key)
-
-
-def _enqueue(state: State, output: Output) -> None:
-    cache = vars(state.cache)
-    mx.async_eval(output.tokens, output.count, state.token, state.context, state.length, state.key, cache)
-
-
-def _bucket(rows: int) -> int:
-    return math.ceil(rows / BUCKET) * BUCKET
 
 
 def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> tuple[Target, Drafter]:

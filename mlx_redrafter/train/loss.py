@@ -6,7 +6,7 @@ there, which is computed once per position and serves all depths. Everything of 
 vocabulary is made and used up in chunks, so memory does not grow with the vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,13 +175,11 @@ def head_gradients(
     x: mx.array, rows: mx.array, mask: mx.array, head: LabelHead, objective: Objective, batch: Batch
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The summed losses [L], and gradients of the weighted sum by x [L, n, S, E] and ``rows`` [Vd, E]."""
-    length, segments, positions, _ = x.shape
-    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    length, _, positions, _ = x.shape
     losses = mx.zeros(length)
     rows_gradient = mx.zeros(rows.shape, mx.float32)
     parts, done = [], [losses]
-    for start in range(0, segments, step):
-        cut = slice(start, start + step)
+    for cut in _cuts(x, rows, head, objective):
         labels = _labels(batch, cut, head, objective, done)  # [c, S + L - 1, Vd]
         depths, sums = [], []
         for depth in range(length):
@@ -200,6 +198,13 @@ def head_gradients(
         losses = losses + mx.stack(sums)
         parts.append(mx.stack(depths))
     return losses, mx.concatenate(parts, axis=1), rows_gradient
+
+
+def _cuts(x: mx.array, rows: mx.array, head: LabelHead, objective: Objective) -> Iterator[slice]:
+    """Parts of the n segments of ``x`` [L, n, S, E], of as many logits as may be held at once."""
+    length, segments, positions, _ = x.shape
+    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    return (slice(start, start + step) for start in range(0, segments, step))
 
 
 def _labels(
@@ -285,11 +290,9 @@ def _compare(
     x: mx.array, rows: mx.array, mask: mx.array, head: LabelHead, objective: Objective, batch: Batch
 ) -> tuple[mx.array, mx.array]:
     """Summed losses [L], and where the drafter's first choice is the token that came [L, n, S]."""
-    length, segments, positions, _ = x.shape
-    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    length, _, positions, _ = x.shape
     losses, right = mx.zeros(length), []
-    for start in range(0, segments, step):
-        cut = slice(start, start + step)
+    for cut in _cuts(x, rows, head, objective):
         labels = _labels(batch, cut, head, objective, [losses])
         sums, firsts = [], []
         for depth in range(length):

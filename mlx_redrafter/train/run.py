@@ -3,8 +3,8 @@
 Everything on the way is kept in a work folder beside the output, so a run can be interrupted anywhere:
 
     run.json                what was asked for, and what has been done
-    data/00000.npz          conversations, ``SHARD_ROWS`` per file
-    features/00000.safetensors   hidden states for one file of conversations each
+    data/a000000.npz        conversations (a: given, b: written), ``SHARD_ROWS`` per file
+    features/               hidden states, for one file of conversations each
     checkpoint.safetensors  weights and the optimizer's state
     best.safetensors        the weights with the best held-out score
 """
@@ -29,7 +29,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..blas import set_blas_threads
-from ..bundle import BaseIdentity, identity_of, load_drafter, write_drafter
+from ..bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
 from ..decoding.sampling import Sampling
 from ..decoding.step import DraftShape
 from ..drafter import Drafter, DrafterConfig
@@ -38,7 +38,7 @@ from ..model import SpeculativeModel
 from ..prompts import Prompt
 from ..target import Target
 from .card import Facts, environment, model_card
-from .data import Cleaner, Conversation, Dropped, count_tokens, read_given, read_shard, write_shard
+from .data import Cleaner, Conversation, Dropped, clean, count_tokens, read_given, read_shard, write_shard
 from .evaluate import Measured, encode_all, evaluate
 from .features import Features, extract, read_features, select, write_features
 from .loss import Score
@@ -152,7 +152,7 @@ class Work:
         return float(self.facts.get("seconds", 0.0)) + time.monotonic() - self.began
 
     def shards(self) -> list[Path]:
-        return sorted((self.folder / "data").glob("*.npz"))
+        return sorted((self.folder / "data").glob("[ab]*.npz"))
 
     def features(self, shard: Path) -> Path:
         return self.folder / "features" / f"{shard.stem}.safetensors"
@@ -244,12 +244,11 @@ def _given(work: Work, tokenizer: TokenizerWrapper, request: Request) -> list[li
         prompts += given.prompts
         unusable += given.unusable
     if conversations and "given" not in work.facts:
-        cleaner = Cleaner()
-        kept = [c for c in conversations if cleaner.keep(c)]
+        kept, found = clean(conversations)
         rows = max(1, min(SHARD_ROWS, len(kept) // 2))
         for number, start in enumerate(range(0, len(kept), rows)):
             write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
-        dropped = _dropped(work, cleaner)
+        dropped = _dropped(work, found)
         work.note(given=len(kept), unusable=unusable, dropped=dropped)
         print(
             f"Data: {len(kept)} conversations, dropped {dropped['duplicates']} near-duplicates, "
@@ -291,7 +290,8 @@ def _self_generate(
             kept = _keep(work, generated.conversations, generated.features, cleaner, batch)
             trained += sum(int(row.trained.sum()) for row in kept)
             batch, duration = batch + 1, work.elapsed - started
-            work.note(batches=batch, dropped=_dropped(work, cleaner))
+            work.note(batches=batch, dropped=_dropped(work, cleaner.dropped))
+            cleaner.dropped = Dropped()
             bar.n = trained
             bar.refresh()
             stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
@@ -333,11 +333,10 @@ def _has_room(work: Work) -> bool:
     return used < shutil.disk_usage(work.folder).free
 
 
-def _dropped(work: Work, cleaner: Cleaner) -> dict[str, int]:
-    """The counts so far, with the cleaner's, which start anew."""
+def _dropped(work: Work, found: Dropped) -> dict[str, int]:
+    """The counts so far and those found now together."""
     before = work.facts.get("dropped", {})
-    counts, cleaner.dropped = vars(cleaner.dropped), Dropped()
-    return {name: before.get(name, 0) + count for name, count in counts.items()}
+    return {name: before.get(name, 0) + count for name, count in vars(found).items()}
 
 
 def _keep(
@@ -509,7 +508,6 @@ def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
     """Train to the end with a progress bar; Ctrl-C saves and stops."""
     every = max(1, trainer.steps // SCORES)
     saved, found = time.monotonic(), None
-    began = work.elapsed
     bar = tqdm(total=trainer.steps, initial=trainer.progress.step, unit="step", desc="Training")
     with bar, _interrupted() as interrupted:
         for step, losses in trainer.run():
@@ -525,8 +523,8 @@ def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
                 work.note(scores=[*work.facts.get("scores", []), [step, asdict(found)]])
             if last or interrupted() or time.monotonic() - saved > SAVE_SECONDS:
                 trainer.save(checkpoint)
-                work.note(training_seconds=work.facts.get("training_seconds", 0.0) + work.elapsed - began)
-                saved, began = time.monotonic(), work.elapsed
+                work.save()
+                saved = time.monotonic()
             bar.set_postfix_str(_postfix(losses, found), refresh=False)
             bar.update()
             if interrupted() and not last:
@@ -578,10 +576,8 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
         }
     )
     drafter = Drafter(trainer.drafter.config, weights.pop("draft_to_target", None))
-    weights = {
-        name: x.astype(mx.bfloat16).astype(trainer.target.embed(mx.array([0])).dtype)
-        for name, x in weights.items()
-    }
+    dtype = trainer.target.embed(mx.array([0])).dtype
+    weights = {name: x.astype(mx.bfloat16).astype(dtype) for name, x in weights.items()}
     drafter.load_weights(list(weights.items()))
     mx.eval(drafter.weights())
     drafter.eval()
@@ -590,10 +586,7 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
 
 def _stored(drafter: Drafter) -> dict[str, mx.array]:
     """Weights as they are written: bfloat16."""
-    return {
-        name: x.astype(mx.bfloat16) if mx.issubdtype(x.dtype, mx.floating) else x
-        for name, x in drafter.weights().items()
-    }
+    return {name: cast(x, mx.bfloat16) for name, x in drafter.weights().items()}
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ class Workers:
         count: how many; one works in the calling thread. None is one per core on a CPU, one on a GPU.
 
     Attributes:
-        cancelled: set while functions given to ``each`` should return, because nobody waits for them.
+        cancelled: set while functions should return, because nobody waits for them any more.
     """
 
     def __init__(self, count: int | None = None) -> None:
@@ -45,16 +45,8 @@ class Workers:
 
         It must evaluate what it returns, and must not touch unevaluated arrays of another thread.
         """
-        parts = self.count if parts is None else min(parts, self.count)
-        if not self._jobs:
-            return [function(0)]
-        results: list[Future[T]] = [Future() for _ in range(parts)]
-        for index, result in enumerate(results):
-            self._jobs[index].put((function, index, result))
-        try:
-            return [result.result() for result in results]
-        finally:
-            wait(results)  # after an interrupt too: MLX aborts if the process ends while a stream is busy
+        results = dict(self.each(function, min(parts or self.count, self.count)))
+        return [results[part] for part in sorted(results)]
 
     def each(self, function: Callable[[int], T], count: int) -> Iterator[tuple[int, T]]:
         """``i, function(i)`` for all i below ``count``, as they are done; a free worker takes the next one.
@@ -83,7 +75,7 @@ class Workers:
                 yield item, result.result()
         finally:
             self.cancelled.set()
-            wait(results)
+            wait(results)  # after an interrupt too: MLX aborts if the process ends while a stream is busy
             self.cancelled.clear()
 
 
