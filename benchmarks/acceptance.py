@@ -22,7 +22,7 @@ from mlx_redrafter.cli import one_line
 from mlx_redrafter.model import DEFAULT_MODEL
 from mlx_redrafter.prompts import Prompt, read_prompts
 from mlx_redrafter.train.card import category_table, environment, evaluation_table
-from mlx_redrafter.train.evaluate import Measured, evaluate
+from mlx_redrafter.train.evaluate import Measured, evaluate, parse_shape
 from mlx_redrafter.train.streams import Workers
 
 HELD_OUT = Path(__file__).parent / "held_out.jsonl"
@@ -104,17 +104,6 @@ def measure(
         deadline=None if args.seconds is None else time.monotonic() + args.seconds,
         workers=workers,
     )
-
-
-def parse_shape(text: str) -> r.DraftShape:
-    """``width,length`` or ``width,length,nodes``."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"shape {text} is not readable: give width,length or width,length,nodes.") from error
-    if len(numbers) not in (2, 3):
-        raise ValueError(f"shape {text} has {len(numbers)} numbers: give width,length or width,length,nodes.")
-    return r.DraftShape(*numbers)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:

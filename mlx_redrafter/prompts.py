@@ -10,6 +10,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 Message = dict[str, str]  # role and content
 
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -116,28 +127,54 @@ def _turns(raw: Any, place: str) -> list[str]:
 
 def _messages(raw: Any, place: str) -> list[Message]:
     """The messages up to the user's last one."""
-    if not isinstance(raw, list) or not all(isinstance(message, dict) for message in raw):
-        raise ValueError(f"{place}: messages is {_short(raw)}: it must be a list of objects.")
-    users = [i for i, message in enumerate(raw) if message.get("role") == "user"]
+    try:
+        messages = parse_messages(raw)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         raise ValueError(f"{place}: no message has the role user: give one.")
-    return [
-        {
-            "role": _text(message.get("role"), f"{place}: a message's role"),
-            "content": _text(message.get("content"), f"{place}: a message's content"),
-        }
-        for message in raw[: users[-1] + 1]
-    ]
+    for message in messages[: users[-1] + 1]:
+        _text(message["content"], f"{place}: a message's content")
+    return messages[: users[-1] + 1]
 
 
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or not value.strip():
+def parse_messages(items: Any) -> list[Message]:
+    """The messages of a conversation, also ShareGPT's, with the roles' usual names.
+
+    Raises:
+        ValueError: there are none, or one has no role that is known, or no text.
+    """
+    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f"messages is {_short(items)}: it must be a list of objects with role and content.")
+    messages = []
+    for item in items:
+        name = item.get("role", item.get("from"))
+        if not isinstance(name, str) or name not in ROLES:
+            raise ValueError(f"role {name!r} is not known: use system, user or assistant.")
+        content = parse_text(item.get("content", item.get("value")), "a message's content")
+        messages.append({"role": ROLES[name], "content": content})
+    return messages
+
+
+def parse_text(value: Any, what: str) -> str:
+    """A text, given as such or in parts ``{"type": "text", "text": ...}``; ``ValueError`` if it is none."""
+    if isinstance(value, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in value):
+        value = "".join(part["text"] for part in value)
+    if not isinstance(value, str):
         raise ValueError(f"{what} is {_short(value)}: it must be a text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{what} is {_short(value)}: half of a character is missing.") from error
     return value
+
+
+def _text(value: Any, what: str) -> str:
+    text = parse_text(value, what)
+    if not text.strip():
+        raise ValueError(f"{what} is {_short(value)}: it must be a text.")
+    return text
 
 
 def _short(value: Any) -> str:

@@ -147,7 +147,7 @@ def _add_evaluation(group: Any) -> None:
         nargs="+",
         default=["1,4", "2,4", "4,5"],
         metavar="W,L",
-        help="(default: 1,4 2,4 4,5)",
+        help="width,length or width,length,nodes (default: 1,4 2,4 4,5)",
     )
     add(
         "--eval-temps",
@@ -293,16 +293,12 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
 
 def _evaluation(args: argparse.Namespace) -> Any:
     from .prompts import read_prompts
+    from .train.evaluate import parse_shape
     from .train.run import Evaluation
 
     prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
-    shapes = []
-    for text in args.eval_shapes:
-        found = re.fullmatch(r"([1-9]\d*),([1-9]\d*)", text)
-        if not found:
-            raise ValueError(f"evaluation shape {text!r} is not usable: give WIDTH,LENGTH such as 1,4.")
-        shapes.append((int(found[1]), int(found[2])))
-    return Evaluation(prompts, tuple(shapes), tuple(args.eval_temps), args.eval_tokens)
+    shapes = tuple(parse_shape(text) for text in args.eval_shapes)
+    return Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
 
 
 def _report(output: Path, measured: dict[str, list[Any]]) -> None:

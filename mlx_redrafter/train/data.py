@@ -1,4 +1,4 @@
-"""Training data: conversations as token ids, from files of many formats, cleaned and split.
+"""Training data: conversations as token ids, from files of many formats, cleaned.
 
 Only what the model itself says is trained on, so every token carries a flag. Self-written conversations
 are kept in shards (``write_shard``), which ``read_given`` reads as well as what users bring.
@@ -18,20 +18,10 @@ from jinja2.exceptions import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..files import atomic_file
+from ..prompts import Message, parse_messages, parse_text
 
 Array = npt.NDArray[Any]
-Message = dict[str, str]  # role, content
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-}
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 SHINGLE = 8  # tokens per shingle, to find near-duplicates
@@ -254,16 +244,16 @@ def _parse(item: Any) -> tuple[list[Message], list[str], str]:
     if not isinstance(item, dict):
         raise ValueError('no JSON object: give {"messages": [...]} or {"prompt": "..."}.')
     if "messages" in item or "conversations" in item:
-        return _sorted_messages(_messages(item.get("messages", item.get("conversations"))))
+        return _sorted_messages(parse_messages(item.get("messages", item.get("conversations"))))
     if "completion" in item and "prompt" in item:
         pair = [("user", item["prompt"]), ("assistant", item["completion"])]
-        return [{"role": role, "content": _text(x)} for role, x in pair], [], ""
+        return [{"role": role, "content": parse_text(x, role)} for role, x in pair], [], ""
     if "prompt" in item:
-        return [], [_text(item["prompt"])], ""
+        return [], [parse_text(item["prompt"], "prompt")], ""
     if isinstance(item.get("turns"), list) and item["turns"]:
-        return [], [_text(turn) for turn in item["turns"]], ""
+        return [], [parse_text(turn, "a turn") for turn in item["turns"]], ""
     if "text" in item:
-        return [], [], _text(item["text"])
+        return [], [], parse_text(item["text"], "text")
     raise ValueError(
         f"keys {sorted(item)} are not known: give messages, conversations, prompt, turns or text."
     )
@@ -278,27 +268,6 @@ def _sorted_messages(messages: list[Message]) -> tuple[list[Message], list[str],
     while messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     return messages, [], ""
-
-
-def _messages(items: Any) -> list[Message]:
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise ValueError("its messages are no list of objects: give role and content of each.")
-    messages = []
-    for item in items:
-        name = item.get("role", item.get("from"))
-        if not isinstance(name, str) or name not in ROLES:
-            raise ValueError(f"role {name!r} is not known: use system, user or assistant.")
-        messages.append({"role": ROLES[name], "content": _text(item.get("content", item.get("value")))})
-    return messages
-
-
-def _text(value: Any) -> str:
-    """A text, given as such or in parts ``{"type": "text", "text": ...}``."""
-    if isinstance(value, list) and all(isinstance(x, dict) and isinstance(x.get("text"), str) for x in value):
-        value = "".join(part["text"] for part in value)
-    if not isinstance(value, str):
-        raise ValueError(f"{json.dumps(value)[:40]} is no text: give a string.")
-    return value
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------
@@ -503,37 +472,7 @@ def _hashes(tokens: Array, size: int) -> npt.NDArray[np.uint64]:
     return hashes
 
 
-# --- Splitting and counting ----------------------------------------------------------------------------
-
-
-def split(
-    conversations: Sequence[Conversation], held_out: float | int, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations to train on and to measure with, at least one each.
-
-    Args:
-        held_out: how many to measure with (int), or which share of all (float).
-        seed: decides which, together with their number.
-
-    Raises:
-        ValueError: there are fewer than two, or ``held_out`` leaves none to train on.
-    """
-    number = len(conversations)
-    if number < 2:
-        raise ValueError(f"{number} conversations cannot be split: give 2 or more.")
-    if isinstance(held_out, int):
-        if not 1 <= held_out < number:
-            raise ValueError(
-                f"{held_out} of {number} conversations cannot be held out: give 1 to {number - 1}."
-            )
-        count = held_out
-    elif 0 < held_out < 1:
-        count = min(max(round(held_out * number), 1), number - 1)
-    else:
-        raise ValueError(f"held-out share {held_out} is not usable: give a number between 0 and 1.")
-    held = set(np.random.default_rng(seed).permutation(number)[:count].tolist())
-    train = [c for i, c in enumerate(conversations) if i not in held]
-    return train, [conversations[i] for i in sorted(held)]
+# --- Counting ------------------------------------------------------------------------------------------
 
 
 def count_tokens(conversations: Iterable[Conversation], vocab_size: int) -> npt.NDArray[np.int64]:

@@ -171,6 +171,16 @@ def evaluate(
     ]
 
 
+def parse_shape(text: str) -> DraftShape:
+    """``width,length`` or ``width,length,nodes``."""
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
+    if len(numbers) != text.count(",") + 1 or len(numbers) not in (2, 3):
+        raise ValueError(
+            f"shape {text!r} is not usable: give WIDTH,LENGTH or WIDTH,LENGTH,NODES such as 1,4."
+        )
+    return DraftShape(*numbers)
+
+
 def measure(
     shape: DraftShape, temperature: float, found: Sequence[tuple[Prompt, Row]], seed: int = 0
 ) -> Measured:

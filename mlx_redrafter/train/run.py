@@ -38,11 +38,21 @@ from ..model import SpeculativeModel
 from ..prompts import Prompt
 from ..target import Target
 from .card import Facts, environment, model_card
-from .data import Cleaner, Conversation, Dropped, clean, count_tokens, read_given, read_shard, write_shard
+from .data import (
+    Cleaner,
+    Conversation,
+    Dropped,
+    Given,
+    clean,
+    count_tokens,
+    read_given,
+    read_shard,
+    write_shard,
+)
 from .evaluate import Measured, encode_all, evaluate
 from .features import Features, extract, read_features, select, write_features
 from .loss import Score
-from .selfgen import Recipe, generate
+from .selfgen import Recipe, check, generate
 from .streams import Workers
 from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of
 
@@ -59,7 +69,7 @@ SAVE_SECONDS = 120.0
 UNLIMITED = 1 << 62
 ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
-EVALUATION_SHAPES = ((1, 4), (2, 4), (4, 5))
+EVALUATION_SHAPES = (DraftShape(1, 4), DraftShape(2, 4), DraftShape(4, 5))
 HELD_OUT_PROMPTS = 16
 
 
@@ -100,6 +110,13 @@ class Request:
     license: str = ""
     workers: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.draft_vocab is not None and self.draft_vocab < 0:
+            raise ValueError(
+                f"a draft vocabulary of {self.draft_vocab} tokens is not usable: give 1 or more, or 0 for "
+                "all."
+            )
+
 
 @dataclass
 class Work:
@@ -111,7 +128,7 @@ class Work:
 
     @classmethod
     def open(cls, folder: Path, asked: dict[str, Any]) -> "Work":
-        """Make the folder, or go on in it.
+        """The run that the folder holds, or a new one; nothing is written before ``begin``.
 
         Raises:
             ValueError: it holds a run that was asked for otherwise.
@@ -129,11 +146,14 @@ class Work:
                     f"{folder} holds a run with other options ({', '.join(changed)}): give the same ones, or "
                     "only --output with --resume; or delete that folder to start again."
                 )
-        for name in ("data", "features"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
         work.facts["asked"] = asked
-        work.save()
         return work
+
+    def begin(self, command: str) -> None:
+        """Make what is not there yet of the folder, and note the command line."""
+        for name in ("data", "features"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.note(commands=[*self.facts.get("commands", []), command])
 
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
@@ -187,13 +207,15 @@ def train(
     for temperature in evaluation.temperatures:
         Sampling(temperature)
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
+    start = _start(request, model)
+    target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
+    given = Given() if work.facts.get("data_done") else read_all(request, tokenizer)
+    work.begin(command)  # from here on, a mistake in the command line would be in the way of its correction
     workers = Workers(request.workers)
-    target = Target(model.model, _layers(request, model))
     set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
-    work.note(commands=[*work.facts.get("commands", []), command])
-    make_data(work, target, tokenizer, request, workers)
+    make_data(work, target, tokenizer, request, given, workers)
     data = make_features(work, target, request, workers)
-    trainer = fit(work, target, data, request, workers, model)
+    trainer = fit(work, target, data, request, workers, start)
     drafter = best_drafter(trainer, work)
     fast = SpeculativeModel(model.model, drafter, model.context_length)
     measured = evaluation.run(fast, tokenizer, work, request, workers)
@@ -206,9 +228,17 @@ def train(
     return measured
 
 
+def _start(request: Request, model: SpeculativeModel) -> Drafter | None:
+    """The drafter to train on, if one is named."""
+    if request.start_from is None:
+        return None
+    drafter = load_drafter(request.start_from, identity_of(model.model), mx.float32)
+    if drafter.config.quantization is not None:
+        raise ValueError(f"{request.start_from} is quantized: start from a drafter that is not.")
+    return drafter
+
+
 def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
-    if request.start_from is not None:
-        return load_drafter(request.start_from, identity_of(model.model)).config.context_layers
     if request.context_layers is not None:
         return request.context_layers
     count = len(Target(model.model).layers)
@@ -218,43 +248,64 @@ def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
 # --- Data ------------------------------------------------------------------------------------------------
 
 
+def read_all(request: Request, tokenizer: TokenizerWrapper) -> Given:
+    """What all the files hold that the user gave.
+
+    Raises:
+        ValueError: one of them cannot be used, or the model cannot write what is wanted besides.
+    """
+    whole = Given()
+    for name in request.data:
+        given = read_given(Path(name).expanduser(), tokenizer, request.recipe.length)
+        whole.conversations += given.conversations
+        whole.prompts += given.prompts
+        whole.unusable += given.unusable
+    if _wanted(request, whole):
+        check(tokenizer, request.recipe, whole.prompts)
+    return whole
+
+
+def _wanted(request: Request, given: Given) -> int:
+    """How many trained tokens the model is to write itself."""
+    if request.tokens is not None:
+        return request.tokens
+    if given.conversations and not given.prompts:
+        return 0
+    return UNLIMITED if request.seconds else DEFAULT_TOKENS
+
+
 def make_data(
-    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, workers: Workers
+    work: Work,
+    target: Target,
+    tokenizer: TokenizerWrapper,
+    request: Request,
+    given: Given,
+    workers: Workers,
 ) -> None:
     """Fill ``data/`` (and ``features/`` with what generating computed anyway)."""
     if work.facts.get("data_done"):
         return
-    prompts = _given(work, tokenizer, request)
-    wanted = request.tokens
-    if wanted is None:
-        none = bool(work.facts.get("given")) and not prompts
-        wanted = 0 if none else (UNLIMITED if request.seconds else DEFAULT_TOKENS)
-    _self_generate(work, target, tokenizer, request, prompts, wanted, workers)
+    _keep_given(work, given)
+    _self_generate(work, target, tokenizer, request, given.prompts, _wanted(request, given), workers)
     if len(work.shards()) < 2:
         raise ValueError("there are too few conversations to train on: give or generate more of them.")
     work.note(data_done=True)
 
 
-def _given(work: Work, tokenizer: TokenizerWrapper, request: Request) -> list[list[str]]:
-    """Write given conversations as shards, once; the given prompts."""
-    conversations, prompts, unusable = [], [], 0
-    for name in request.data:
-        given = read_given(Path(name).expanduser(), tokenizer, request.recipe.length)
-        conversations += given.conversations
-        prompts += given.prompts
-        unusable += given.unusable
-    if conversations and "given" not in work.facts:
-        kept, found = clean(conversations)
-        rows = max(1, min(SHARD_ROWS, len(kept) // 2))
-        for number, start in enumerate(range(0, len(kept), rows)):
-            write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
-        dropped = _dropped(work, found)
-        work.note(given=len(kept), unusable=unusable, dropped=dropped)
-        print(
-            f"Data: {len(kept)} conversations, dropped {dropped['duplicates']} near-duplicates, "
-            f"{dropped['loops']} loops, {unusable} unusable."
-        )
-    return prompts
+def _keep_given(work: Work, given: Given) -> None:
+    """Write given conversations as shards, once."""
+    if not given.conversations or "given" in work.facts:
+        return
+    kept, found = clean(given.conversations)
+    rows = max(1, min(SHARD_ROWS, len(kept) // 2))
+    for number, start in enumerate(range(0, len(kept), rows)):
+        write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
+    dropped = _dropped(work, found)
+    work.note(given=len(kept), unusable=given.unusable, dropped=dropped)
+    print(
+        f"Data: {len(kept)} conversations, dropped {dropped['duplicates']} near-duplicates, "
+        f"{dropped['loops']} loops, {given.unusable} unusable."
+    )
 
 
 def _self_generate(
@@ -427,8 +478,6 @@ def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndar
         covered = np.cumsum(counts[order]) / max(1, counts.sum())
         needed = int(np.searchsorted(covered, COVERAGE)) + 1
         size = -(-needed // VOCAB_STEP) * VOCAB_STEP
-    if size < 0:
-        raise ValueError(f"a draft vocabulary of {size} tokens is not usable: give 1 or more, or 0 for all.")
     return np.sort(order[: size or len(order)]).astype(np.int32)
 
 
@@ -436,10 +485,14 @@ def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndar
 
 
 def fit(
-    work: Work, target: Target, data: Data, request: Request, workers: Workers, model: SpeculativeModel
+    work: Work, target: Target, data: Data, request: Request, workers: Workers, start: Drafter | None
 ) -> Trainer:
-    """Train, or go on training, until the last step."""
-    drafter, data = _first_drafter(target, data, request, model)
+    """Train ``start`` or a new drafter, or go on training, until the last step."""
+    if start is None:
+        drafter = _new_drafter(target, data, request)
+    else:
+        drafter, ids = start, start.to_target(mx.arange(start.config.head_outputs))
+        data = replace(data, draft_to_target=np.array(ids, np.int32))
     settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, workers))
     trainer = Trainer(target, drafter, data, settings, workers)
     checkpoint = work.folder / "checkpoint.safetensors"
@@ -450,16 +503,8 @@ def fit(
     return trainer
 
 
-def _first_drafter(
-    target: Target, data: Data, request: Request, model: SpeculativeModel
-) -> tuple[Drafter, Data]:
+def _new_drafter(target: Target, data: Data, request: Request) -> Drafter:
     vocabulary, hidden = target.embed.weight.shape[0], target.embed(mx.array([0])).shape[-1]
-    if request.start_from is not None:
-        drafter = load_drafter(request.start_from, identity_of(model.model), mx.float32)
-        if drafter.config.quantization is not None:
-            raise ValueError(f"{request.start_from} is quantized: start from a drafter that is not.")
-        ids = drafter.to_target(mx.arange(drafter.config.head_outputs))
-        return drafter, replace(data, draft_to_target=np.array(ids, np.int32))
     whole = len(data.draft_to_target) == vocabulary
     config = DrafterConfig(
         hidden_size=hidden,
@@ -472,7 +517,7 @@ def _first_drafter(
         cell="simple" if request.cell == "none" else request.cell,
     )
     ids_or_none = None if whole else data.draft_to_target
-    return initial_drafter(target, config, ids_or_none, request.settings.seed), data
+    return initial_drafter(target, config, ids_or_none, request.settings.seed)
 
 
 def _epochs(
@@ -599,14 +644,14 @@ class Evaluation:
     Args:
         prompts: what to answer, by where the prompts come from; held-out conversations' beginnings
             come besides.
-        shapes: (width, length) pairs.
+        shapes: how much is drafted; no wider than the drafter has tokens.
         temperatures: 0 is greedy.
         tokens: per answer, at most; 0 leaves the evaluation out.
         batch: prompts decoded at once.
     """
 
     prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
-    shapes: Sequence[tuple[int, int]] = EVALUATION_SHAPES
+    shapes: Sequence[DraftShape] = EVALUATION_SHAPES
     temperatures: Sequence[float] = (0.0, 0.7)
     tokens: int = 128
     batch: int = 8
@@ -623,7 +668,7 @@ class Evaluation:
         held_out = _held_out_prompts(work)
         sets = {**self.prompts, **({"held-out conversations": held_out} if held_out else {})}
         known = model.drafter.config.head_outputs if model.drafter else 1
-        shapes = [DraftShape(min(width, known), length) for width, length in self.shapes]
+        shapes = [s if s.width <= known else DraftShape(known, s.length) for s in self.shapes]
         found = {}
         for done, (name, prompts) in enumerate(sets.items() if self.tokens else ()):
             deadline = None

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.topk import top_k
+from ..prompts import Message
 from ..target import Target
-from .data import TEMPLATE_ERRORS, Conversation, Message, render, special_tokens
+from .data import TEMPLATE_ERRORS, Conversation, render, special_tokens
 from .streams import Workers
 
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
@@ -363,6 +364,12 @@ def _rows(
     template = Template.of(tokenizer)
     asked = [_Row.asked(template, recipe, rng, turns) for turns in given]
     return asked + [_Row.written(template, recipe, rng) for _ in range(others)]
+
+
+def check(tokenizer: TokenizerWrapper, recipe: Recipe, prompts: Sequence[list[str]]) -> None:
+    """Raise the ``ValueError`` that ``generate`` would because of the template or the system prompts."""
+    for system in recipe.systems or (None,):
+        _rows(tokenizer, replace(recipe, batch=1, systems=(system,) if system else ()), 0, prompts)
 
 
 # --- Generation ----------------------------------------------------------------------------------------
