@@ -38,12 +38,23 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``mlx_lm.generate``, and the drafter's."""
     add = parser.add_argument
+    add("--prompt", "-p", default=DEFAULT_PROMPT, help="what to say to the model; - reads standard input")
+    add("--prefill-response", help="beginning of the answer, for the chat template")
+    add("--prompt-cache-file", type=Path, help="a prompt's cache, saved by mlx_lm.cache_prompt")
+    add_decoding_arguments(parser)
+    add("--verbose", type=_boolean, default=True, help="False prints the text alone (default: True)")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--show-draft", action="store_true", help="show drafted tokens in colour")
+    output.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model decodes and how, whatever the prompts are."""
+    add = parser.add_argument
     add("--model", help=f"folder, GGUF file or Hugging Face repository (default: {DEFAULT_MODEL})")
     add("--adapter-path", help="folder of LoRA adapters to apply")
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
-    add("--prompt", "-p", default=DEFAULT_PROMPT, help="what to say to the model; - reads standard input")
     add("--system-prompt", help="system message for the chat template")
-    add("--prefill-response", help="beginning of the answer, for the chat template")
     add("--ignore-chat-template", action="store_true", help="give the model the prompt as it is")
     add("--use-default-chat-template", action="store_true", help="accepted, as by mlx-lm: it is the default")
     add("--chat-template-config", help="options of the chat template, a JSON object")
@@ -65,7 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="of the quantized cache")
     add("--quantized-kv-start", type=int, default=5000, help="first step with a quantized cache")
-    add("--prompt-cache-file", type=Path, help="a prompt's cache, saved by mlx_lm.cache_prompt")
     add(
         "--drafter", default="auto", help="folder, shipped name or repository; auto: the one that ships; none"
     )
@@ -82,61 +92,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draft-model", help="mlx-lm's speculative decoding with this small model, instead of a drafter")
     add("--num-draft-tokens", type=int, default=3, help="tokens that --draft-model drafts at once")
     add("--quantize-activations", "-qa", action="store_true", help="as the weights of each layer are")
-    add("--verbose", type=_boolean, default=True, help="False prints the text alone (default: True)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--show-draft", action="store_true", help="show drafted tokens in colour")
-    output.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, printing text as it is accepted and then statistics, or one JSON record."""
-    shape = _shape(args)
-    sampling = Sampling(args.temp, args.top_p, args.top_k, args.min_p)
-    _check(args)
-    _check_special(args)
+    _check_text("--prompt", args.prompt, empty=True)
+    _check_text("--prefill-response", args.prefill_response, empty=True)
+    shape = check_decoding(args)
     prompt = _read_prompt(args)
-    args.no_draft = args.no_draft or args.draft_model is not None or args.xtc_probability > 0
-    drafter = None if args.no_draft or args.drafter == "none" else args.drafter
-    if drafter not in (None, "auto"):
-        drafter = _find_drafter(drafter, shape)
-    if shape is not None:
-        check_shape(shape)
+    args.no_draft = args.no_draft or args.draft_model is not None
+    drafter = choose_drafter(args, shape)
     cache = _read_prompt_cache(args)
-    model, tokenizer = load(
-        args.model,
-        cache.tokenizer_config if cache else None,
-        drafter=drafter,
-        dtype=args.dtype,
-        model_config={"quantize_activations": True} if args.quantize_activations else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if cache:
-        fit(cache, model.model, args.prompt_cache_file)
-    for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
-    ids = encode_prompt(tokenizer, prompt, args, cache is not None)
-    sampler = _special_sampler(args, tokenizer)
     with warnings.catch_warnings(record=True) as notes:
-        if model.drafter is None and drafter is not None:
-            warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
+        model, tokenizer = load_model(args, drafter, cache.tokenizer_config if cache else None)
+        if cache:
+            fit(cache, model.model, args.prompt_cache_file)
+        ids = encode_prompt(tokenizer, prompt, args, cache is not None)
         responses = stream_generate(
             model,
             tokenizer,
             ids,
-            args.max_tokens,
             shape=shape,
-            sampling=sampling if sampler is None else None,
-            sampler=sampler,
-            seed=args.seed,
-            stop=args.stop,
-            prefill_step_size=args.prefill_step_size,
             prompt_progress_callback=_progress(len(ids), args.prefill_step_size),
             prompt_cache=cache.layers if cache else None,
-            max_kv_size=args.max_kv_size,
-            draft=not args.no_draft,
-            **_kv_options(args),
-            **_draft_model(args, tokenizer),
+            **decoding_options(args, tokenizer),
+            **draft_model_options(args, tokenizer),
         )
     responses = _with_notes(responses, [str(note.message) for note in notes])
     if args.json:
@@ -146,21 +126,74 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_decoding(args: argparse.Namespace) -> DraftShape | None:
+    """Refuse decoding flags that no model can follow; the shape they ask for, None for the usual one."""
+    shape = _shape(args)
+    _sampling(args)
+    _check(args)
+    _check_special(args)
+    return shape
+
+
+def choose_drafter(args: argparse.Namespace, shape: DraftShape | None) -> str | Path | None:
+    """What ``load`` is to be told of the drafter; XTC switches drafting off."""
+    args.no_draft = args.no_draft or args.xtc_probability > 0
+    drafter = None if args.no_draft or args.drafter == "none" else args.drafter
+    if drafter not in (None, "auto"):
+        drafter = _find_drafter(drafter, shape)
+    if shape is not None:
+        check_shape(shape)
+    return drafter
+
+
+def load_model(
+    args: argparse.Namespace, drafter: str | Path | None, tokenizer_config: dict[str, Any] | None = None
+) -> tuple[SpeculativeModel, TokenizerWrapper]:
+    """The model with its drafter and tokenizer; warns if a drafter was to be found and none was."""
+    model, tokenizer = load(
+        args.model,
+        tokenizer_config,
+        drafter=drafter,
+        dtype=args.dtype,
+        model_config={"quantize_activations": True} if args.quantize_activations else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    if model.drafter is None and drafter is not None:
+        warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
+    return model, tokenizer
+
+
+def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """The options of ``stream_generate`` that the flags ask for, but for the shape."""
+    sampler = _special_sampler(args, tokenizer)
+    return {
+        "max_tokens": args.max_tokens,
+        "sampling": _sampling(args) if sampler is None else None,
+        "sampler": sampler,
+        "seed": args.seed,
+        "stop": args.stop,
+        "prefill_step_size": args.prefill_step_size,
+        "max_kv_size": args.max_kv_size,
+        "draft": not args.no_draft,
+        **kv_options(args),
+    }
+
+
 def encode_prompt(
     tokenizer: TokenizerWrapper, prompt: str, args: argparse.Namespace, continues: bool = False
 ) -> list[int]:
     """Token ids of the prompt in its chat template, if there is one; only the end if it ``continues``."""
     if args.ignore_chat_template or not tokenizer.has_chat_template:
         return list(tokenizer.encode(prompt))
-    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
     begun = args.prefill_response is not None
     answer = [{"role": "assistant", "content": args.prefill_response}] if begun else []
     options = {"continue_final_message": begun, "add_generation_prompt": not begun}
-    options |= json.loads(args.chat_template_config or "{}")
 
     def render(content: str) -> str:
-        messages = [*system, {"role": "user", "content": content}, *answer]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return render_messages(tokenizer, [{"role": "user", "content": content}, *answer], args, **options)
 
     try:
         text = render(prompt)
@@ -171,6 +204,15 @@ def encode_prompt(
             f"the chat template refuses this ({error}): try --ignore-chat-template, or no --system-prompt."
         ) from error
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def render_messages(
+    tokenizer: TokenizerWrapper, messages: list[dict[str, str]], args: argparse.Namespace, **options: Any
+) -> str:
+    """The conversation in the model's chat template, after the system prompt, with the template's options."""
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
+    options |= json.loads(args.chat_template_config or "{}")
+    return str(tokenizer.apply_chat_template([*system, *messages], tokenize=False, **options))
 
 
 def record(
@@ -251,9 +293,9 @@ def _standard_input() -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    messages = ("prompt", "system_prompt", "prefill_response")
-    for flag in ("model", "drafter", "adapter_path", "draft_model", *messages):
-        _check_text(f"--{flag.replace('_', '-')}", getattr(args, flag), empty=flag in messages)
+    for flag in ("model", "drafter", "adapter_path", "draft_model"):
+        _check_text(f"--{flag.replace('_', '-')}", getattr(args, flag))
+    _check_text("--system-prompt", args.system_prompt, empty=True)
     for text in args.stop:
         _check_text("--stop", text)
     for flag, value, least in (
@@ -293,9 +335,19 @@ def _check_special(args: argparse.Namespace) -> None:
         raise ValueError(f"--chat-template-config {args.chat_template_config} is no JSON object: give one.")
 
 
+def _sampling(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temp, args.top_p, args.top_k, args.min_p)
+
+
 def _special_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:
     """mlx-lm's sampler where flags ask for what ``Sampling`` does not do."""
-    if args.temp == 0 or (args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)):
+    usual = args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)
+    return None if usual else mlx_lm_sampler(args, tokenizer)
+
+
+def mlx_lm_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:
+    """mlx-lm's own sampler for the flags; None is greedy."""
+    if args.temp == 0:
         return None
     sampler: Sampler = make_sampler(
         args.temp,
@@ -310,7 +362,8 @@ def _special_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> S
     return sampler
 
 
-def _draft_model(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+def draft_model_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
+    """The options of ``mlx_lm.stream_generate`` for ``--draft-model``."""
     if args.draft_model is None:
         return {}
     model, its_tokenizer = load(args.draft_model, drafter=None, dtype=args.dtype)
@@ -325,7 +378,8 @@ def _boolean(text: str) -> bool:
     return text.lower() not in ("false", "f")
 
 
-def _kv_options(args: argparse.Namespace) -> dict[str, Any]:
+def kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a quantized cache."""
     if args.kv_bits is None:
         return {}
     start = args.quantized_kv_start
