@@ -1,0 +1,285 @@
+"""The policy against brute force, on published cost curves."""
+
+import importlib
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_redrafter.decoding.policy import LOOKUP, MOST, SHARE, START, Policy, nodes_of
+from mlx_redrafter.decoding.step import DraftShape
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+curves = importlib.import_module("curves")
+
+PLAIN = DraftShape(0, 0)
+SHAPES = [
+    PLAIN,
+    DraftShape(0, 0, lookup=3),
+    DraftShape(1, 1),
+    DraftShape(1, 3),
+    DraftShape(1, 3, nodes=6, lookup=3),
+    DraftShape(3, 3, nodes=8),
+    DraftShape(4, 4, nodes=16, lookup=4),
+    DraftShape(4, 5, nodes=28, lookup=8),
+]
+CHIPS = ("m3-max-4bit", "m4-pro-4bit", "m5-max-4bit", "m1-m2-fp16", "cpu-openblas")
+DRAFTER = 0.03  # plain steps for each drafted depth
+
+
+@dataclass(frozen=True)
+class Text:
+    """How often the accepted path's node has each rank, or comes from the text itself."""
+
+    first: float
+    decay: float
+    copied: float
+    copied_decay: float = 0.8
+
+    def share(self, depth: int, rank: int) -> float:
+        if rank == LOOKUP:
+            return self.copied * self.copied_decay ** (depth - 1)
+        return self.first * self.decay ** (depth - 1) * (1 + rank) ** -1.7
+
+    def path(self, coin: float) -> list[int]:
+        """Ranks along the accepted path; one coin per step makes all marginals exact, and trees closed."""
+        ranks: list[int] = []
+        for depth in range(1, 9):
+            if coin >= 1 - self.share(depth, LOOKUP):
+                ranks.append(LOOKUP)
+                continue
+            total = 0.0
+            for rank in range(8):
+                total += self.share(depth, rank)
+                if coin < total:
+                    ranks.append(rank)
+                    break
+            else:
+                break
+        return ranks
+
+    def verified(self, shape: DraftShape) -> set[tuple[int, int]]:
+        return set(sorted(nodes_of(shape), key=lambda node: -self.share(*node))[: shape.size - 1])
+
+    def expected(self, shape: DraftShape) -> float:
+        return 1 + sum(self.share(*node) for node in self.verified(shape))
+
+
+HOPELESS = Text(0, 0.5, 0)
+SMALL = Text(0.41, 0.42, 0.05)  # the drafter that ships, about
+GOOD = Text(0.55, 0.6, 0.05)
+COPY = Text(0.1, 0.3, 0.7, 0.85)
+
+
+def setting(name: str) -> tuple[list[DraftShape], list[float]]:
+    """The shapes that a curve reaches, and what their steps take."""
+    cost, most = curves.curve(name), curves.most_rows(name)
+    shapes = [shape for shape in SHAPES if shape.size <= most]
+    return shapes, [cost(shape.size) + DRAFTER * shape.length for shape in shapes]
+
+
+class Decoding:
+    """Decodes made-up texts with a policy; shapes are chosen one step ahead, as in the loop."""
+
+    def __init__(self, name: str, seed: int = 0) -> None:
+        self.shapes, self.seconds = setting(name)
+        self.policy = Policy(self.shapes, self.seconds)
+        self.random = random.Random(seed)
+        self.next = self.policy.choose()
+
+    def run(self, text: Text, tokens: int) -> float:
+        """Tokens per plain step of time."""
+        verified = {shape: text.verified(shape) for shape in self.shapes}
+        time, emitted = 0.0, 0
+        while emitted < tokens:
+            shape, self.next = self.next, self.policy.choose()
+            ranks = accepted(text.path(self.random.random()), verified[shape])
+            self.policy.observe(shape, ranks)
+            time += self.seconds[self.shapes.index(shape)]
+            emitted += 1 + len(ranks)
+        return emitted / time * self.seconds[0]
+
+    def best(self, text: Text) -> float:
+        """Tokens per plain step of time with the best fixed shape."""
+        rates = (text.expected(s) / t for s, t in zip(self.shapes, self.seconds, strict=True))
+        return max(rates) * self.seconds[0]
+
+
+def accepted(path: list[int], verified: set[tuple[int, int]]) -> list[int]:
+    depths = enumerate(path, start=1)
+    return path[: next((i for i, node in enumerate(depths) if node not in verified), len(path))]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("text", [SMALL, GOOD, COPY], ids=["small", "good", "copy"])
+def test_within_a_few_percent_of_the_best_shape_in_hindsight(chip: str, text: Text) -> None:
+    decoding = Decoding(chip)
+    decoding.run(text, 300)
+    assert decoding.run(text, 1500) >= 0.95 * decoding.best(text)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_hopeless_drafter_is_parked_and_costs_little(chip: str) -> None:
+    decoding = Decoding(chip)
+    assert decoding.run(HOPELESS, 150) >= 0.97
+    assert decoding.run(HOPELESS, 1500) >= 0.985
+
+
+@pytest.mark.parametrize("chip", ["linear", "cpu-reference-blas"])
+@pytest.mark.parametrize("text", [HOPELESS, SMALL, GOOD], ids=["hopeless", "small", "good"])
+def test_parks_where_every_row_costs_the_same(chip: str, text: Text) -> None:
+    assert Decoding(chip).run(text, 600) >= 0.97
+
+
+@pytest.mark.parametrize("chip", ["m1-pro-fp16", "cpu-openblas"])
+def test_speculation_stops_after_a_few_steps_of_a_wrong_drafter(chip: str) -> None:
+    shapes, seconds = setting(chip)
+    policy = Policy(shapes, seconds)
+    chosen = []
+    for _ in range(30):
+        chosen.append(policy.choose())
+        policy.observe(chosen[-1], [])
+    assert chosen[0] != PLAIN  # the first belief is that it may pay
+    assert sum(shape != PLAIN for shape in chosen) <= 8
+    assert chosen.count(PLAIN) >= 22
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_follows_the_text_when_it_changes(chip: str) -> None:
+    """After 600 hopeless tokens, a favourable text is noticed within about a hundred."""
+    later = []
+    for seed in range(8):
+        decoding = Decoding(chip, seed)
+        before = decoding.run(GOOD, 400)
+        assert before >= 0.9 * decoding.best(GOOD)
+        assert decoding.run(HOPELESS, 600) >= 0.97
+        decoding.run(GOOD, 100)
+        later.append(decoding.run(GOOD, 200) / decoding.best(GOOD))
+    assert sum(later) / len(later) >= 0.85, later
+
+
+def test_wider_shapes_are_found_from_a_narrow_one() -> None:
+    """A drafter whose second guesses are worth more than is believed, where they cost nothing."""
+    decoding, text = Decoding("m1-m2-fp16"), Text(0.4, 0.7, 0)
+    for (_, rank), belief in decoding.policy.beliefs.items():
+        belief.share *= rank == 0
+    wide = {shape for shape in decoding.shapes if shape.width > 1}
+    assert max(decoding.shapes, key=decoding.policy.rate) not in wide
+    decoding.run(text, 1000)
+    assert decoding.policy.current in wide
+    assert decoding.run(text, 1000) >= 0.93 * decoding.best(text)
+
+
+def test_expected_counts_the_likeliest_nodes() -> None:
+    policy = Policy(SHAPES, [1.0] * len(SHAPES))
+    shares = dict.fromkeys(policy.beliefs, 0.0) | {
+        (1, 0): 0.5,
+        (1, 1): 0.25,
+        (2, 0): 0.125,
+        (1, LOOKUP): 0.2,
+    }
+    for node, share in shares.items():
+        policy.beliefs[node].share = share
+    assert policy.expected(PLAIN) == 1
+    assert policy.expected(DraftShape(1, 1)) == 1.5
+    assert policy.expected(DraftShape(1, 3)) == 1.625
+    assert policy.expected(DraftShape(3, 3, nodes=3)) == 1.75
+    assert policy.expected(DraftShape(1, 3, nodes=3, lookup=3)) == 1.7
+    assert policy.expected(DraftShape(0, 0, lookup=3)) == 1.2
+
+
+def test_learns_only_what_a_shape_could_have_shown() -> None:
+    policy = Policy(SHAPES, [1.0] * len(SHAPES))
+    before = {node: belief.share for node, belief in policy.beliefs.items()}
+    policy.observe(DraftShape(1, 3), [0])
+    after = {node: belief.share for node, belief in policy.beliefs.items()}
+    assert after[1, 0] > before[1, 0]
+    assert after[2, 0] < before[2, 0] and after[3, 0] < before[3, 0]
+    same = set(before) - {(1, 0), (2, 0), (3, 0)}
+    assert all(after[node] == before[node] for node in same)
+    policy.observe(DraftShape(0, 0, lookup=3), [LOOKUP])
+    assert policy.beliefs[1, LOOKUP].share > before[1, LOOKUP] > policy.beliefs[2, LOOKUP].share
+
+
+def test_ties_go_to_plain_decoding() -> None:
+    policy = Policy([PLAIN, DraftShape(1, 1)], [1.0, 1.41])  # the first belief: 1.41 tokens per step
+    assert policy.rate(DraftShape(1, 1)) == pytest.approx(1)
+    policy.debt = 1.0  # no trials
+    assert policy.choose() == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("shapes", "seconds"),
+    [([], []), ([PLAIN], []), ([DraftShape(1, 1)], [1.0]), ([PLAIN], [0.0]), ([PLAIN], [float("nan")])],
+)
+def test_refuses_what_it_cannot_use(shapes: list[DraftShape], seconds: list[float]) -> None:
+    with pytest.raises(ValueError, match="give"):
+        Policy(shapes, seconds)
+
+
+Oracle = Callable[[DraftShape], list[int]]
+costs = st.lists(st.floats(0.5, 20), min_size=len(SHAPES) - 1, max_size=len(SHAPES) - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(costs=costs, coins=st.lists(st.integers(0, 2**32), min_size=1, max_size=300), ahead=st.integers(0, 2))
+def test_never_much_slower_than_plain_whatever_the_model_says(
+    costs: list[float], coins: list[int], ahead: int
+) -> None:
+    """The promise of the purse, for arbitrary outcomes and step times."""
+    policy = Policy(SHAPES, [2.0, *(2 * cost for cost in costs)])
+    queue = [policy.choose() for _ in range(ahead)]
+    time, emitted = 0.0, 0
+    for coin in coins:
+        queue.append(policy.choose())
+        assert queue[-1] in SHAPES
+        shape = queue.pop(0)
+        chance = random.Random(coin)
+        ranks = [
+            chance.choice(
+                [*range(shape.width if depth < shape.length else 0), *[LOOKUP] * (shape.lookup > depth)]
+            )
+            for depth in range(chance.randint(0, shape.depth))
+        ]
+        policy.observe(shape, ranks)
+        time += policy.cost[shape]
+        emitted += 1 + len(ranks)
+        assert time <= START + emitted + SHARE * (len(coins) + ahead)
+        assert 0 <= policy.purse <= MOST + SHARE * (ahead + 1) + 0.5 * (ahead + 1)
+        assert policy.debt >= 0
+    for shape in SHAPES:
+        assert 1 <= policy.expected(shape) <= shape.size
+    assert all(0 <= belief.share <= 1 for belief in policy.beliefs.values())
+
+
+@settings(max_examples=10, deadline=None)
+@given(scale=st.sampled_from([0.25, 4.0, 1024.0]), seed=st.integers(0, 99))
+def test_depends_on_ratios_of_times_only_and_on_nothing_hidden(scale: float, seed: int) -> None:
+    shapes, seconds = setting("cpu-openblas")
+    policies = [Policy(shapes, [scale * value for value in seconds]), Policy(shapes, seconds)]
+    chance = random.Random(seed)
+    for _ in range(200):
+        first, second = (policy.choose() for policy in policies)
+        assert first == second
+        ranks = accepted(GOOD.path(chance.random()), GOOD.verified(first))
+        for policy in policies:
+            policy.observe(first, ranks)
+
+
+def test_published_curves_have_their_sources_and_are_interpolated() -> None:
+    data = curves.published()
+    for name, entry in data["curves"].items():
+        assert entry["source"] and entry["what"]
+        assert entry["rows"] == sorted(entry["rows"]) and len(entry["rows"]) == len(entry["time"])
+        assert curves.curve(name)(1) == 1
+    assert curves.curve("m3-max-4bit")(4) == pytest.approx(1.28, abs=0.01)
+    assert curves.curve("m4-pro-4bit")(6) == pytest.approx(1.75 + (2.84 - 1.75) / 3)
+    with pytest.raises(ValueError, match="1 to 16"):
+        curves.curve("m5-max-4bit")(17)
+    with pytest.raises(ValueError, match="choose one of"):
+        curves.curve("m9")
