@@ -77,7 +77,11 @@ def _add_data(group: Any) -> None:
 
 def _add_network(group: Any) -> None:
     add = group.add_argument
-    add("--draft-vocab", type=int, help="tokens the drafter knows; 0: all (default: 96 %% of the data)")
+    add(
+        "--draft-vocab",
+        type=int,
+        help="tokens the drafter knows; 0: all (default: 96 %% of the data, or those of --start-from)",
+    )
     add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
     add("--blocks", type=int, default=2, help="residual blocks of its head (default: %(default)s)")
     add(
@@ -113,6 +117,13 @@ def _add_training(group: Any) -> None:
         help="divergence or total variation (default: %(default)s)",
     )
     add("--label-temp", type=float, default=1.0, help="of soft labels (default: %(default)s)")
+    add(
+        "--negatives",
+        type=float,
+        default=0.15,
+        metavar="SHARE",
+        help="share of the draft tokens unlikely in a batch that its softmax has (default: %(default)s)",
+    )
     add(
         "--depth-weight",
         type=float,
@@ -257,7 +268,14 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
         opened=args.opened,
         longest_user_turn=max(1, min(160, args.row_length // 3)),
     )
-    objective = Objective(args.length, args.depth_weight, args.loss, args.labels, args.label_temp)
+    objective = Objective(
+        args.length,
+        args.depth_weight,
+        args.loss,
+        args.labels,
+        args.label_temp,
+        negatives=args.negatives,
+    )
     if chunk is not None:
         objective = replace(objective, chunk=chunk)
     dtype = ("bfloat16" if gpu else "float32") if args.train_dtype == "auto" else args.train_dtype

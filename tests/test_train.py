@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from mlx_redrafter.cli import main
 from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.model import load
 from mlx_redrafter.target import Target
-from mlx_redrafter.train import run
+from mlx_redrafter.train import loss, run
 from mlx_redrafter.train.data import Conversation, write_shard
 from mlx_redrafter.train.features import extract, read_features, select, write_features
 from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, reachable, score
@@ -34,6 +35,7 @@ from mlx_redrafter.train.trainer import (
     initial_drafter,
     schedule,
     steps_of,
+    with_vocabulary,
 )
 
 H, DRAFT = 32, 90
@@ -172,6 +174,36 @@ def a_batch(target, features, length):
     return batch, LabelHead(target, mx.arange(DRAFT), exact.context[:16, :H])
 
 
+def test_drawn_tokens_stand_for_all(target, features, monkeypatch):
+    batch, head = a_batch(target, features, 4)
+    drafter, objective = make_drafter(), Objective(4, negatives=0.5)
+    parameters = drafter.trainable_parameters()
+    find = lambda drawn: gradients(drafter, parameters, target, head, objective, batch, drawn)  # noqa: E731
+    wanted_losses, wanted = find(None)
+    most = np.array(mx.softmax(head(batch.hidden), axis=-1).max(axis=(0, 1)))  # [Vd]
+    monkeypatch.setattr(loss, "LIKELY", np.median(most))
+    drawn = [loss.draw(head, objective, batch, np.random.default_rng(i)) for i in range(60)]
+    share = np.mean([d.ids.size for d in drawn]) / DRAFT
+    assert share == pytest.approx(0.75, abs=0.02)  # the likely ones and half of the others
+    likely = most > np.median(most)
+    for d in drawn:
+        assert set(np.flatnonzero(likely)) <= set(d.ids.tolist())
+        assert d.shift.tolist() == [0 if likely[i] else 1 for i in d.ids.tolist()]
+    found = [find(d) for d in drawn]
+    mean = sum(losses for losses, _ in found) / len(found)
+    np.testing.assert_allclose(np.array(mean), np.array(wanted_losses), rtol=0.02)
+    for name, value in tree_flatten(wanted):
+        mean = sum(dict(tree_flatten(g))[name] for _, g in found) / len(found)
+        assert mx.linalg.norm(mean - value).item() < 0.2 * mx.linalg.norm(value).item(), name
+    monkeypatch.setattr(loss, "LIKELY", -1)
+    for (_, a), (_, b) in zip(
+        tree_flatten(find(loss.draw(head, objective, batch, np.random.default_rng(0)))[1]),
+        tree_flatten(wanted),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
+
+
 def test_only_what_the_draft_vocabulary_can_reach_counts(target, features):
     batch, _ = a_batch(target, features, 3)
     mask = np.array(reachable(batch, 3))
@@ -251,7 +283,7 @@ def a_data(target, vocabulary=VOCABULARY, draft=DRAFT):
     return Data(pack(shards[1:]), pack(shards[:1]), np.arange(draft, dtype=np.int32))
 
 
-SETTINGS = Settings(Objective(3), batch=64, epochs=1.5, seed=3)
+SETTINGS = Settings(Objective(3, negatives=0.5), batch=64, epochs=1.5, seed=3)
 
 
 def a_trainer(target, workers=ONE, settings=SETTINGS):
@@ -289,7 +321,8 @@ def test_a_checkpoint_of_other_settings_is_refused(target, tmp_path):
 
 
 def test_workers_do_not_change_the_result_much(target):
-    one, two = a_trainer(target, ONE), a_trainer(target, TWO)
+    all_tokens = replace(SETTINGS, objective=Objective(3))
+    one, two = (a_trainer(target, workers, all_tokens) for workers in (ONE, TWO))
     for trainer in (one, two):
         for step, _ in trainer.run():
             if step == 3:
@@ -350,6 +383,20 @@ def test_select_ignores_what_is_not_trained():
     assert found.context[:, 0].tolist() == [1, 2, 4]
     assert found.token.tolist() == [2, 3, 5]
     assert found.left.tolist() == [1, 0, 0]
+
+
+def test_another_vocabulary_keeps_what_is_known(target):
+    old, new = np.arange(0, DRAFT, dtype=np.int32), np.arange(40, 100, dtype=np.int32)
+    config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT)
+    drafter = initial_drafter(target, config, old, 0)
+    drafter.lm_head[-1].weight = drafter.lm_head[-1].weight + 1
+    for ids in (new, None):
+        found = with_vocabulary(drafter, target, ids, 0)
+        tokens = np.arange(VOCABULARY) if ids is None else ids
+        assert found.to_target(mx.arange(found.config.head_outputs)).tolist() == tokens.tolist()
+        wanted = target.embed.weight[mx.array(tokens)] + mx.array(tokens < DRAFT)[:, None]
+        assert mx.allclose(found.lm_head[-1].weight, wanted)
+        assert mx.array_equal(found.rnn_u.weight, drafter.rnn_u.weight)
 
 
 # --- The command ---------------------------------------------------------------------------------------
@@ -440,6 +487,9 @@ def test_given_data_and_apples_layout(model_folder, tmp_path):
     first, second = load_drafter(tmp_path / "a"), load_drafter(tmp_path / "b")
     assert first.config == second.config
     assert not mx.array_equal(first.weights()["rnn_w.weight"], second.weights()["rnn_w.weight"])
+    flags += ["--start-from", str(tmp_path / "a"), "--draft-vocab", "50"]
+    assert main(["train", "--output", str(tmp_path / "c"), *flags]) == 0
+    assert load_drafter(tmp_path / "c").config.draft_vocab_size == 50
 
 
 TALK = [
@@ -456,14 +506,16 @@ FILES = {
             {
                 "conversations": [
                     {"from": "human", "value": "a"},
-                    {"from": "gpt", "value": "one two three " * n},
+                    {"from": "gpt", "value": text},
                 ]
             }
-            for n in (5, 9)
+            for text in ("one two three four and so on to nine", "lazy dogs serve the quick brown foxes tea")
         ]
     ),
     "prompts.jsonl": "\n".join(json.dumps({"prompt": f"say {n}"}) for n in range(8)),
-    "text.txt": "\n\n".join(f"{n} bottles, " * 40 for n in range(4)),
+    "text.txt": "\n\n".join(
+        " ".join(f"{n * m * m} bottles, {m + 7 * n}" for m in range(20)) for n in range(2, 6)
+    ),
 }
 
 
@@ -560,6 +612,10 @@ def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
         (["--batch", "3"], "batch 3 is not usable"),
         (["--epochs", "0"], "epochs 0.0 is not usable"),
         (["--data", "none.jsonl"], "none.jsonl does not exist"),
+        (
+            ["--data", "loops.jsonl"],
+            "too few conversations to train on (dropped: 0 near-duplicates, 1 loops)",
+        ),
         (["--openings", "none.txt"], "none.txt cannot be read"),
         (["--eval-prompts", "none.jsonl"], "none.jsonl cannot be read"),
         (["--eval-shapes", "4x5"], "shape '4x5' is not usable"),
@@ -567,6 +623,7 @@ def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
         (["--draft-vocab", "-2"], "draft vocabulary of -2"),
         (["--memory-limit", "0"], "memory limit 0.0 is not usable"),
         (["--workers", "0"], "workers 0 is not usable"),
+        (["--negatives", "0"], "share of negatives 0.0 is not usable"),
         (["--temp", "-1"], "temperature -1.0 is not usable"),
         (["--start-from", "/nowhere"], "/nowhere does not exist"),
         (["--resume"], "there is no run to resume"),
@@ -574,6 +631,8 @@ def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
 )
 def test_bad_input(model_folder, tmp_path, monkeypatch, capsys, flags, complaint):
     monkeypatch.chdir(tmp_path)
+    loop = [TALK[0], {"role": "assistant", "content": "no " * 99}]
+    (tmp_path / "loops.jsonl").write_text(json.dumps({"messages": loop}))
     assert main(["train", "--model", str(model_folder), "--output", "out", *flags]) == 2
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert complaint in err[-1]

@@ -74,6 +74,9 @@ class Dropped:
     duplicates: int = 0
     loops: int = 0
 
+    def __str__(self) -> str:
+        return f"dropped: {self.duplicates} near-duplicates, {self.loops} loops"
+
 
 # --- Shards ------------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ At position t the drafter reads the context and token t + 1, then the text's own
 forcing), and predicts token t + 1 + d at depth d = 1..L. Its label is the base model's distribution
 there, which is computed once per position and serves all depths. Everything of the size of the
 vocabulary is made and used up in chunks, so memory does not grow with the vocabulary.
+
+Most of the work is the head's, over thousands of tokens of which a batch can do with hundreds: those
+that the model finds likely somewhere in it, and a few of the others, which stand for all of these.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +24,7 @@ SEGMENT = 32  # positions in a row that are trained on together
 LOG2_E = 1.4426950408889634
 LOSSES = ("kl", "tv")
 LABELS = ("soft", "hard")
+LIKELY = 0.05  # a token that the model gives more somewhere in a batch is always among the drawn ones
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Objective:
         labels: soft, the base model's distribution, or hard, the token that came.
         temperature: of soft labels; below 1 they lean to the model's first choice.
         chunk: logits (rows times draft tokens) held at once.
+        negatives: share of the draft tokens that are unlikely in a batch that its softmax has.
     """
 
     length: int = 5
@@ -43,6 +48,7 @@ class Objective:
     labels: str = "soft"
     temperature: float = 1.0
     chunk: int = 1 << 23
+    negatives: float = 1.0
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -53,6 +59,10 @@ class Objective:
             raise ValueError(f"labels {self.labels!r} are not known: choose one of {', '.join(LABELS)}.")
         if not 0 < self.decay <= 1:
             raise ValueError(f"depth weight {self.decay} is not usable: give more than 0, at most 1.")
+        if not 0 < self.negatives <= 1:
+            raise ValueError(
+                f"share of negatives {self.negatives} is not usable: give more than 0, at most 1."
+            )
         if not self.temperature > 0:
             raise ValueError(f"label temperature {self.temperature} is not usable: give more than 0.")
 
@@ -124,6 +134,39 @@ class LabelHead:
         return int(self.ids.size if self.linear else self.target.embed.weight.shape[0])
 
 
+@dataclass
+class Drawn:
+    """Draft tokens that stand for all of them in one batch.
+
+    Attributes:
+        ids: [K] their places in the draft vocabulary.
+        shift: [K] base-2 logarithms of how many tokens each one stands for.
+        labels: [n, S + L - 1, K] the label, of these tokens only.
+    """
+
+    ids: mx.array
+    shift: mx.array
+    labels: mx.array
+
+
+def draw(head: LabelHead, objective: Objective, batch: Batch, random: np.random.Generator) -> Drawn:
+    """The tokens that are likely somewhere in a batch, and ``objective.negatives`` of the others."""
+    labels = _labels(batch, slice(None), head, objective, [])
+    likely = np.array(labels.max(axis=(0, 1)) > LIKELY)
+    taken = likely | (random.random(likely.size) < objective.negatives)
+    ids = mx.array(np.flatnonzero(taken).astype(np.int32))
+    shift = mx.array(np.where(likely, 0, -np.log2(objective.negatives))[taken].astype(np.float32))
+    some = labels[..., ids] * mx.power(2.0, shift)
+    drawn = Drawn(ids, shift, some / mx.maximum(some.sum(axis=-1, keepdims=True), 1e-9))
+    mx.eval(vars(drawn))
+    return drawn
+
+
+def segments_at_once(head: LabelHead, objective: Objective, positions: int = SEGMENT) -> int:
+    """How many segments may be computed together, of as many logits as may be held at once."""
+    return max(1, objective.chunk // (max(head.width, head.ids.size) * (positions + objective.length)))
+
+
 def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch, length: int) -> mx.array:
     """What the last layer of the drafter's head reads, at every depth: [L, n, S, exit_dim]."""
     positions = batch.left.shape[1]
@@ -148,9 +191,18 @@ def reachable(batch: Batch, length: int) -> mx.array:
 
 
 def gradients(
-    drafter: Drafter, parameters: Any, target: Target, head: LabelHead, objective: Objective, batch: Batch
+    drafter: Drafter,
+    parameters: Any,
+    target: Target,
+    head: LabelHead,
+    objective: Objective,
+    batch: Batch,
+    drawn: Drawn | None = None,
 ) -> tuple[mx.array, Any]:
     """Sums over a batch: of the loss and of the positions, and gradients of the weighted loss.
+
+    Args:
+        drawn: tokens that stand for all of the draft vocabulary; None takes all.
 
     Returns:
         [L, 2] losses and positions at each depth, and gradients like ``parameters``.
@@ -162,7 +214,7 @@ def gradients(
         last = drafter.lm_head[-1].weight
         x = trunk(drafter, target.embed, batch, objective.length)
         fixed, rows = mx.stop_gradient(x).astype(last.dtype), mx.stop_gradient(last)
-        losses, x_gradient, rows_gradient = head_gradients(fixed, rows, mask, head, objective, batch)
+        losses, x_gradient, rows_gradient = head_gradients(fixed, rows, mask, head, objective, batch, drawn)
         # Its gradients are those of the loss, which were computed along with the loss itself.
         total = (x * x_gradient).sum() + (last * rows_gradient).sum()
         return total, losses
@@ -172,22 +224,30 @@ def gradients(
 
 
 def head_gradients(
-    x: mx.array, rows: mx.array, mask: mx.array, head: LabelHead, objective: Objective, batch: Batch
+    x: mx.array,
+    head_rows: mx.array,
+    mask: mx.array,
+    head: LabelHead,
+    objective: Objective,
+    batch: Batch,
+    drawn: Drawn | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """The summed losses [L], and gradients of the weighted sum by x [L, n, S, E] and ``rows`` [Vd, E]."""
+    """The summed losses [L], and gradients of their weighted sum by x [L, n, S, E] and the rows [Vd, E]."""
     length, _, positions, _ = x.shape
+    rows = head_rows if drawn is None else head_rows[drawn.ids]  # [K, E]
+    shift = mx.array(0.0) if drawn is None else drawn.shift
     losses = mx.zeros(length)
     rows_gradient = mx.zeros(rows.shape, mx.float32)
     parts, done = [], [losses]
-    for cut in _cuts(x, rows, head, objective):
-        labels = _labels(batch, cut, head, objective, done)  # [c, S + L - 1, Vd]
-        depths, sums = [], []
+    for cut in _cuts(x, head, objective):
+        labels = drawn.labels[cut] if drawn else _labels(batch, cut, head, objective, done)
+        depths, sums = [], []  # of labels [c, S + L - 1, K]
         for depth in range(length):
             # One depth of one chunk after the other: else many would be in memory at once.
             inputs = mx.depends([x[depth, cut]], done)[0]  # [c, S, E]
             logits = (inputs * LOG2_E) @ rows.T
             label = labels[:, depth : depth + positions]
-            values, gradient = _divergence(logits.astype(mx.float32), label, objective.loss)
+            values, gradient = _divergence(logits.astype(mx.float32), label, objective.loss, shift)
             valid = mask[depth, cut]
             sums.append((values * valid).sum())
             gradient = (gradient * (objective.decay**depth * valid)[..., None]).astype(rows.dtype)
@@ -197,13 +257,15 @@ def head_gradients(
             done = [rows_gradient, sums[-1], depths[-1]]
         losses = losses + mx.stack(sums)
         parts.append(mx.stack(depths))
+    if drawn is not None:
+        rows_gradient = mx.zeros(head_rows.shape).at[drawn.ids].add(rows_gradient)
     return losses, mx.concatenate(parts, axis=1), rows_gradient
 
 
-def _cuts(x: mx.array, rows: mx.array, head: LabelHead, objective: Objective) -> Iterator[slice]:
+def _cuts(x: mx.array, head: LabelHead, objective: Objective) -> Iterator[slice]:
     """Parts of the n segments of ``x`` [L, n, S, E], of as many logits as may be held at once."""
-    length, segments, positions, _ = x.shape
-    step = max(1, objective.chunk // (max(head.width, rows.shape[0]) * (positions + length)))
+    _, segments, positions, _ = x.shape
+    step = segments_at_once(head, objective, positions)
     return (slice(start, start + step) for start in range(0, segments, step))
 
 
@@ -227,12 +289,15 @@ def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
     return powers / total, top + mx.log2(total)
 
 
-def _divergence(logits: mx.array, label: mx.array, loss: str) -> tuple[mx.array, mx.array]:
-    """Loss [...] of base-2 logits [..., Vd] against ``label``, and its gradient by the natural logits.
+def _divergence(
+    logits: mx.array, label: mx.array, loss: str, shift: mx.array | float = 0.0
+) -> tuple[mx.array, mx.array]:
+    """Loss [...] of base-2 logits [..., K] against ``label``, and its gradient by the natural logits.
 
-    The divergence comes without the label's own entropy, which does not depend on the drafter.
+    Each token stands for 2^``shift`` ones. The divergence comes without the label's own entropy, which does
+    not depend on the drafter.
     """
-    probability, log_total = _softmax2(logits)
+    probability, log_total = _softmax2(logits + shift)
     if loss == "kl":
         return (log_total[..., 0] - (label * logits).sum(axis=-1)) / LOG2_E, probability - label
     less = (probability < label).astype(probability.dtype)
@@ -292,7 +357,7 @@ def _compare(
     """Summed losses [L], and where the drafter's first choice is the token that came [L, n, S]."""
     length, _, positions, _ = x.shape
     losses, right = mx.zeros(length), []
-    for cut in _cuts(x, rows, head, objective):
+    for cut in _cuts(x, head, objective):
         labels = _labels(batch, cut, head, objective, [losses])
         sums, firsts = [], []
         for depth in range(length):

@@ -54,7 +54,7 @@ from .features import Features, extract, read_features, select, write_features
 from .loss import Score
 from .selfgen import Recipe, check, generate
 from .streams import Workers
-from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of
+from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of, with_vocabulary
 
 SHARD_ROWS = 16
 HELD_OUT = 24  # of so many shards, one is held out
@@ -83,7 +83,7 @@ class Request:
             are given, else as many as the time allows, or ``DEFAULT_TOKENS``.
         recipe: how it writes them.
         settings: of training; its ``epochs`` give way to ``seconds``.
-        draft_vocab: draft tokens; None chooses by coverage, 0 takes all.
+        draft_vocab: draft tokens; None keeps those of ``start_from`` or chooses by coverage, 0 takes all.
         exit_dim: None is H.
         blocks: residual blocks of the head.
         cell: simple, gru or none.
@@ -209,10 +209,11 @@ def train(
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
     start = _start(request, model)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
-    given = Given() if work.facts.get("data_done") else read_all(request, tokenizer)
+    given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
     work.begin(command)  # from here on, a mistake in the command line would be in the way of its correction
     workers = Workers(request.workers)
     set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
+    keep_given(work, given, dropped)
     make_data(work, target, tokenizer, request, given, workers)
     data = make_features(work, target, request, workers)
     trainer = fit(work, target, data, request, workers, start)
@@ -248,8 +249,8 @@ def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
 # --- Data ------------------------------------------------------------------------------------------------
 
 
-def read_all(request: Request, tokenizer: TokenizerWrapper) -> Given:
-    """What all the files hold that the user gave.
+def read_all(request: Request, tokenizer: TokenizerWrapper) -> tuple[Given, Dropped]:
+    """What all the files hold that the user gave, cleaned.
 
     Raises:
         ValueError: one of them cannot be used, or the model cannot write what is wanted besides.
@@ -260,9 +261,13 @@ def read_all(request: Request, tokenizer: TokenizerWrapper) -> Given:
         whole.conversations += given.conversations
         whole.prompts += given.prompts
         whole.unusable += given.unusable
-    if _wanted(request, whole):
+    wanted = _wanted(request, whole)
+    whole.conversations, dropped = clean(whole.conversations)
+    if wanted:
         check(tokenizer, request.recipe, whole.prompts)
-    return whole
+    elif len(whole.conversations) < 2:
+        raise ValueError(f"too few conversations to train on ({dropped}): give or generate more of them.")
+    return whole, dropped
 
 
 def _wanted(request: Request, given: Given) -> int:
@@ -285,18 +290,17 @@ def make_data(
     """Fill ``data/`` (and ``features/`` with what generating computed anyway)."""
     if work.facts.get("data_done"):
         return
-    _keep_given(work, given)
     _self_generate(work, target, tokenizer, request, given.prompts, _wanted(request, given), workers)
     if len(work.shards()) < 2:
         raise ValueError("there are too few conversations to train on: give or generate more of them.")
     work.note(data_done=True)
 
 
-def _keep_given(work: Work, given: Given) -> None:
+def keep_given(work: Work, given: Given, found: Dropped) -> None:
     """Write given conversations as shards, once."""
-    if not given.conversations or "given" in work.facts:
+    kept = given.conversations
+    if not kept or "given" in work.facts:
         return
-    kept, found = clean(given.conversations)
     rows = max(1, min(SHARD_ROWS, len(kept) // 2))
     for number, start in enumerate(range(0, len(kept), rows)):
         write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
@@ -490,9 +494,11 @@ def fit(
     """Train ``start`` or a new drafter, or go on training, until the last step."""
     if start is None:
         drafter = _new_drafter(target, data, request)
-    else:
+    elif request.draft_vocab is None:
         drafter, ids = start, start.to_target(mx.arange(start.config.head_outputs))
         data = replace(data, draft_to_target=np.array(ids, np.int32))
+    else:
+        drafter = with_vocabulary(start, target, _some(data, start.config.vocab_size), request.settings.seed)
     settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, workers))
     trainer = Trainer(target, drafter, data, settings, workers)
     checkpoint = work.folder / "checkpoint.safetensors"
@@ -505,19 +511,23 @@ def fit(
 
 def _new_drafter(target: Target, data: Data, request: Request) -> Drafter:
     vocabulary, hidden = target.embed.weight.shape[0], target.embed(mx.array([0])).shape[-1]
-    whole = len(data.draft_to_target) == vocabulary
+    some = _some(data, vocabulary)
     config = DrafterConfig(
         hidden_size=hidden,
         vocab_size=int(vocabulary),
         exit_dim=request.exit_dim or hidden,
         num_draft_layers=request.blocks,
         rnn=request.cell != "none",
-        draft_vocab_size=None if whole else len(data.draft_to_target),
+        draft_vocab_size=None if some is None else len(some),
         context_layers=target.layers_read,
         cell="simple" if request.cell == "none" else request.cell,
     )
-    ids_or_none = None if whole else data.draft_to_target
-    return initial_drafter(target, config, ids_or_none, request.settings.seed)
+    return initial_drafter(target, config, some, request.settings.seed)
+
+
+def _some(data: Data, vocabulary: int) -> np.ndarray[Any, Any] | None:
+    """The draft tokens; None if they are all."""
+    return None if len(data.draft_to_target) == vocabulary else data.draft_to_target
 
 
 def _epochs(

@@ -22,7 +22,18 @@ from ..drafter import Drafter, DrafterConfig
 from ..files import atomic_file
 from ..target import Target
 from .features import Features, join
-from .loss import SEGMENT, Batch, LabelHead, Objective, Score, gradients, make_batch, score
+from .loss import (
+    SEGMENT,
+    Batch,
+    LabelHead,
+    Objective,
+    Score,
+    draw,
+    gradients,
+    make_batch,
+    score,
+    segments_at_once,
+)
 from .streams import Workers
 
 GROUP = 16  # shards that are shuffled together
@@ -115,6 +126,24 @@ def initial_drafter(
         drafter.rnn_w.weight = drafter.rnn_w.weight / mx.clip(size, 1e-3, 1.0)
     mx.eval(drafter.parameters())
     return drafter
+
+
+def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] | None, seed: int) -> Drafter:
+    """The same network for the draft tokens ``ids`` (None: all); rows of new ones are the base model's."""
+    size = drafter.config.vocab_size if ids is None else len(ids)
+    config = replace(drafter.config, draft_vocab_size=None if ids is None else size)
+    other = initial_drafter(target, config, ids, seed)
+    place = np.full(config.vocab_size, -1)
+    place[np.array(drafter.to_target(mx.arange(drafter.config.head_outputs)))] = np.arange(
+        drafter.config.head_outputs
+    )
+    old = mx.array(place if ids is None else place[ids])  # [Vd]
+    head = other.lm_head[-1].weight
+    other.update(drafter.parameters())
+    rows = drafter.lm_head[-1].weight[mx.maximum(old, 0)]
+    other.lm_head[-1].weight = mx.where((old >= 0)[:, None], rows, head)
+    mx.eval(other.parameters())
+    return other
 
 
 def _principal(rows: mx.array, width: int) -> mx.array:
@@ -248,17 +277,23 @@ class Trainer:
     def _step(self, features: Features, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         parameters = self._cast(self.parameters)
         mx.eval(parameters)
-        parts = [part for part in np.array_split(starts, self.workers.count) if len(part)]
+        objective = self.settings.objective
+        count = self.workers.count
+        if objective.negatives < 1:  # drawing holds the logits of a part at once
+            count = max(count, math.ceil(len(starts) / segments_at_once(self.head, objective)))
+        parts = [part for part in np.array_split(starts, count) if len(part)]
 
         def part(index: int) -> tuple[mx.array, Any]:
+            batch, drawn = self._batch(features, parts[index]), None
+            if objective.negatives < 1:
+                random = np.random.default_rng([self.settings.seed, self.progress.step, index])
+                drawn = draw(self.head, objective, batch, random)
             with self._lock:  # while the graph is built, the drafter's weights are placeholders
-                batch = self._batch(features, parts[index])
-                objective = self.settings.objective
-                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch)
+                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch, drawn)
             mx.eval(found)
             return found
 
-        found = self.workers.map(part, len(parts))
+        found = [result for _, result in sorted(self.workers.each(part, len(parts)), key=itemgetter(0))]
         stats = sum(np.array(stats, np.float64) for stats, _ in found)
         total = tree_map(lambda *xs: sum(x.astype(mx.float32) for x in xs), *(grads for _, grads in found))
         self._update(total, 1.0 / max(float(stats[0, 1]), 1.0))  # type: ignore[index]
