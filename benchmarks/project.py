@@ -28,7 +28,7 @@ from mlx_redrafter.drafter import DrafterConfig, Quantization
 
 LABEL = "PROJECTION from published kernel timings and acceptance measured on a small model; no Mac was used."
 PLAIN = DraftShape(0, 0)
-SIMULATED = 2000  # steps of the policy
+SIMULATED = 3000  # steps of the policy
 # chip, bits per weight, curves: the published one, and others that tell another story
 SCENARIOS = (
     ("M1 Max", 16, ("m1-m2-fp16", "m1-pro-fp16")),

@@ -52,7 +52,7 @@ def test_the_policy_picks_what_is_best_or_nearly() -> None:
     report = project.project(project.with_shorter(FOUND))
     assert {row["model"] for row in report["projections"]} == {"1B", "8B", "27B"}
     for row in report["projections"]:
-        assert row["policy_of_best"] >= 0.95, row
+        assert row["policy_of_best"] >= 0.94, row
     assert "PROJECTION" in report["label"] and "PROJECTION" in project.table(report["projections"])
     json.dumps(report)
 
