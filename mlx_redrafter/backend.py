@@ -7,6 +7,8 @@ import mlx.core as mx
 
 from .decoding.step import DraftShape
 
+PLAIN = DraftShape(0, 0)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -15,20 +17,69 @@ class Backend:
     Attributes:
         name: metal, cuda or cpu.
         dtype: the type that weights are given at load, dequantized if need be; None keeps them.
-        shape: how much is drafted. Metal: verifying up to 4 rows costs little on every Apple GPU,
-            more costs 2x and up on 4-bit models. CUDA: 32 rows cost about what one does. CPU: 8 rows
-            cost less than 6 in OpenBLAS. Only the CPU's was measured by this project.
+        shapes: what the automatic choice chooses from, plain decoding first. Which of them pays is
+            measured on the machine; here stands what its kernels are made for.
+        grain: rows by which buffers grow, and attention's view of them, while they are short.
+        compiled: whether steps are compiled.
     """
 
     name: str
     dtype: str | None
-    shape: DraftShape
+    shapes: tuple[DraftShape, ...]
+    grain: int
+    compiled: bool
 
 
-METAL = Backend("metal", None, DraftShape(1, 3))
-CUDA = Backend("cuda", None, DraftShape(4, 5))
-# Half-precision and quantized products do not use the BLAS on a CPU and cost a multiple of float32.
-CPU = Backend("cpu", "float32", DraftShape(3, 3, 8))
+# Up to 5 rows cost little with 4-bit weights on every Apple GPU, more than that fill one tile of 32 rows;
+# attention has its vector kernel up to 8 rows (if rows x heads per key head <= 32).
+METAL = Backend(
+    "metal",
+    None,
+    (
+        PLAIN,
+        DraftShape(0, 0, None, 3),
+        DraftShape(1, 2, 3, 2),
+        DraftShape(1, 3, 4, 3),
+        DraftShape(2, 3, 5, 4),
+        DraftShape(3, 4, 8, 4),
+        DraftShape(4, 5, 16, 5),
+        DraftShape(8, 5, 32, 6),
+    ),
+    grain=256,
+    compiled=True,
+)
+# Tensor cores take over at 8 rows; up to 64 rows cost about what one does in half precision.
+CUDA = Backend(
+    "cuda",
+    None,
+    (
+        PLAIN,
+        DraftShape(0, 0, None, 7),
+        DraftShape(2, 4, 8, 4),
+        DraftShape(4, 5, 16, 5),
+        DraftShape(8, 5, 32, 6),
+        DraftShape(16, 5, 64, 8),
+    ),
+    grain=256,
+    compiled=True,
+)
+# Half-precision and quantized products do not use the BLAS on a CPU and cost a multiple of float32. In
+# OpenBLAS, 8 rows cost less than 6 and 16 no more than 12. Compiling would call a C++ compiler.
+CPU = Backend(
+    "cpu",
+    "float32",
+    (
+        PLAIN,
+        DraftShape(0, 0, None, 3),
+        DraftShape(0, 0, None, 7),
+        DraftShape(1, 2, 4, 3),
+        DraftShape(2, 3, 8, 4),
+        DraftShape(3, 3, 8, 4),
+        DraftShape(4, 4, 16, 5),
+    ),
+    grain=64,
+    compiled=False,
+)
 
 
 def current() -> Backend:

@@ -26,11 +26,11 @@ from .stream import (
     Response,
     Sampler,
     check_shape,
-    default_shape,
     statistics,
     stream_generate,
 )
 
+USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"
 GREEN, PLAIN = "\033[32m", "\033[0m"
 
@@ -79,9 +79,19 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--drafter", default="auto", help="folder, shipped name or repository; auto: the one that ships; none"
     )
-    add("--beam-width", type=int, help="beams of the draft (default: depends on the device)")
+    add(
+        "--beam-width",
+        type=_beam_width,
+        default="auto",
+        help="beams of the draft; auto (default): the draft shape that is fastest here for this text",
+    )
     add("--beam-length", type=int, help="tokens drafted per step, the guaranteed one not counted")
     add("--max-nodes", type=int, help="tree nodes to verify, the root included")
+    add(
+        "--lookup",
+        type=int,
+        help="tokens to copy from the text itself per step, where it repeats (default: part of auto, else 0)",
+    )
     add(
         "--dtype",
         choices=DTYPES,
@@ -113,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer,
             ids,
             shape=shape,
+            lookup=args.lookup,
             prompt_progress_callback=_progress(len(ids), args.prefill_step_size),
             prompt_cache=cache.layers if cache else None,
             **decoding_options(args, tokenizer),
@@ -221,18 +232,14 @@ def record(
     """The JSON record of a finished generation."""
     last = received[-1]
     drafted = last.steps > 0
-    if model.drafter is not None and shape is None:
-        shape = default_shape(model.drafter.config.head_outputs)
-    shape = shape or backend.current().shape
     settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "json")}
     settings |= {
         "model": args.model or DEFAULT_MODEL,
         "prompt_cache_file": args.prompt_cache_file and str(args.prompt_cache_file),
         "drafting": model.drafter is not None and not args.no_draft,
-        "beam_width": shape.width,
-        "beam_length": shape.length,
-        "max_nodes": shape.size,
     }
+    if shape is not None:
+        settings |= describe_shape(shape)
     return {
         "text": "".join(response.text for response in received),
         "tokens": [response.token for response in received],
@@ -243,6 +250,8 @@ def record(
         "steps": last.steps if drafted else last.generation_tokens,
         "tokens_per_step": last.tokens_per_step if drafted else 1.0,
         "acceptance": list(last.acceptance),
+        "copied_tokens": last.copied,
+        "shapes": [{**describe_shape(shape), "steps": steps} for shape, steps in last.shapes.items()],
         "peak_memory_gb": last.peak_memory,
         "finish_reason": last.finish_reason,
         "settings": settings,
@@ -251,14 +260,31 @@ def record(
     }
 
 
+def describe_shape(shape: DraftShape) -> dict[str, int]:
+    """A draft shape in the words of the flags."""
+    return {
+        "beam_width": shape.width,
+        "beam_length": shape.length,
+        "max_nodes": shape.size,
+        "lookup": shape.lookup,
+    }
+
+
+def _beam_width(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _shape(args: argparse.Namespace) -> DraftShape | None:
-    """The draft shape the flags ask for; None leaves it to the device."""
-    if args.beam_width is None and args.beam_length is None and args.max_nodes is None:
+    """The draft shape the flags ask for; None for the automatic one."""
+    if args.lookup is not None and args.lookup < 0:
+        raise ValueError(f"--lookup {args.lookup} is not usable: give 0 or more.")
+    if args.beam_width == "auto" and args.beam_length is None and args.max_nodes is None:
         return None
-    usual = backend.current().shape
-    width = usual.width if args.beam_width is None else args.beam_width
-    length = usual.length if args.beam_length is None else args.beam_length
-    return DraftShape(width, length, args.max_nodes)
+    width = USUAL.width if args.beam_width == "auto" else args.beam_width
+    length = args.beam_length
+    if length is None:
+        length = USUAL.length if width else 0
+    return DraftShape(width, length, args.max_nodes, args.lookup or 0)
 
 
 def _find_drafter(name: str, shape: DraftShape | None) -> Path:

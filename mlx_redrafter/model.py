@@ -1,5 +1,6 @@
 """Find a model and its drafter, and load both."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,6 +19,10 @@ from . import backend
 from .base import LOAD_ERRORS, convert_base, load_base
 from .blas import packaged
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
+from .decoding.loop import Policy
+from .decoding.runner import Runner
+from .decoding.sampling import Sampling
+from .decoding.step import Pick
 from .drafter import Drafter
 from .target import Target
 from .tokenizers import load_tokenizer
@@ -33,8 +38,8 @@ class SpeculativeModel:
 
     Attributes:
         model: the mlx-lm model.
-        drafter: None where there is none; decoding is plain then.
-        target: the model as the drafter's verifier; None without a drafter.
+        drafter: None where there is none; then tokens are only copied from the text itself.
+        target: the model as the verifier of drafts; None if it cannot be one: decoding is plain then.
         vocabulary: rows of the token embedding; None where there is no such thing.
         context_length: tokens the model was made for, or None if its config does not say.
     """
@@ -42,10 +47,42 @@ class SpeculativeModel:
     def __init__(self, model: nn.Module, drafter: Drafter | None, context_length: int | None = None) -> None:
         self.model = model
         self.drafter = drafter
-        self.target = Target(model, drafter.config.context_layers) if drafter is not None else None
+        self.target: Target | None = None
+        if drafter is not None:
+            self.target = Target(model, drafter.config.context_layers)
+        self._policies: dict[int | None, Policy] = {}
+        self._runners: dict[Sampling, Runner] = {}
         embedding = token_embedding(model)
         self.vocabulary = None if embedding is None else int(embedding.weight.shape[0])
         self.context_length = context_length
+
+    def verifiable(self) -> "SpeculativeModel":
+        """The model itself; has a target now, if it can be one without a drafter."""
+        if self.target is None:
+            with contextlib.suppress(ValueError):
+                target = Target(self.model)
+                target.check()
+                self.target = target
+        return self
+
+    def policy(self, lookup: int | None = None) -> Policy:
+        """Chooses draft shapes that copy at most ``lookup`` tokens; remembers how drafts have fared."""
+        if lookup not in self._policies:
+            from .calibrate import make_policy
+
+            self._policies[lookup] = make_policy(self, lookup)
+        return self._policies[lookup]
+
+    def runner(self, sampling: Sampling) -> Runner:
+        """Runs steps with this sampling; kept, since compiled steps are."""
+        if sampling not in self._runners:
+            self._runners[sampling] = self.new_runner(sampling.pick, backend.current().compiled)
+        return self._runners[sampling]
+
+    def new_runner(self, pick: Pick, compiled: bool = False) -> Runner:
+        """Runs steps that pick tokens in any way."""
+        assert self.target is not None
+        return Runner(self.target, self.drafter, pick, compiled)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -108,7 +145,7 @@ def load(
     speculative = SpeculativeModel(model, loaded, context_length)
     if speculative.target is not None:
         speculative.target.check()
-    return speculative, tokenizer
+    return speculative.verifiable(), tokenizer
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

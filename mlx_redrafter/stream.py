@@ -5,9 +5,9 @@ import operator
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,9 +19,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import backend
 from .decoding.cache import Cache
-from .decoding.loop import Emitted, decode
+from .decoding.loop import Emitted, Fixed, Policy, decode
+from .decoding.runner import Runner
 from .decoding.sampling import Sampling
-from .decoding.step import DraftShape, Pick, State, step
+from .decoding.step import DraftShape, Pick, begin
 from .model import SpeculativeModel
 from .target import Target, from_prompt_cache, to_prompt_cache
 
@@ -31,6 +32,7 @@ PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 PLAIN_ONLY = ("kv_bits", "logits_processors", "input_embeddings", "draft_model")
 # Options that do nothing without another one.
 DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
+PLAIN = DraftShape(0, 0)
 MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
@@ -46,11 +48,17 @@ class Response(GenerationResponse):  # type: ignore[misc]
         steps: verification steps so far.
         tokens_per_step: tokens emitted per step (the first token comes from the prompt, without one).
         acceptance: for each depth, the share of the steps that emitted the token drafted there.
+        copied: tokens that came from the text itself where the drafter had none.
+        waited: seconds in which the device waited for the host to hand over the next step.
+        shapes: how many steps each draft shape was used for (one object for all responses).
     """
 
     steps: int = 0
     tokens_per_step: float = 0.0
     acceptance: tuple[float, ...] = ()
+    copied: int = 0
+    waited: float = 0.0
+    shapes: Mapping[DraftShape, int] = field(default_factory=dict)
 
 
 def stream_generate(
@@ -60,6 +68,7 @@ def stream_generate(
     max_tokens: int = 256,
     *,
     shape: DraftShape | None = None,
+    lookup: int | None = None,
     sampling: Sampling | None = None,
     sampler: Sampler | None = None,
     seed: int | None = None,
@@ -73,15 +82,18 @@ def stream_generate(
 ) -> Iterator[Response]:
     """Generate text; stands in for ``mlx_lm.stream_generate``.
 
-    With a drafter, every token still has exactly the model's own distribution. Without one, with
-    ``draft=False``, or with options that a drafter cannot follow, mlx-lm itself decodes.
+    Tokens are drafted by the drafter, if there is one, and copied from the text itself where it repeats;
+    every one that is emitted has exactly the model's own distribution. With ``draft=False``, with options
+    that drafting cannot follow, and for models not from ``load``, mlx-lm itself decodes.
 
     Args:
         model: from ``load``, or any mlx-lm model.
         tokenizer: from ``load``.
         prompt: text or token ids.
         max_tokens: tokens to generate at most; -1 is no limit.
-        shape: how much to draft at each step; the default depends on the device.
+        shape: how much to draft at each step; by default the shape that is fastest on this machine for
+            this text is used, plain decoding included (``calibrate.py``).
+        lookup: tokens that the automatic shape may copy from the text per step; 0: none.
         sampling: temperature and filters; greedy by default.
         sampler: instead of ``sampling``, a function from log-probabilities [N, V] to tokens [N], such as
             one of mlx-lm's; rows must be sampled independently (XTC's, which share a coin, are not).
@@ -111,13 +123,11 @@ def stream_generate(
         mx.random.seed(seed)
     pick = _picker(sampling, sampler)
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
-        assert model.drafter is not None
-        known = model.drafter.config.head_outputs
-        shape = shape or default_shape(known)
-        check_shape(shape, known)
+        policy = model.policy(lookup) if shape is None else Fixed(_usable(shape, model))
         progress = prompt_progress_callback or (lambda done, total: None)
         request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache)
-        responses = _speculative(model, tokenizer, request, shape, pick)
+        run = model.runner(sampling or Sampling()) if sampler is None else model.new_runner(pick)
+        responses = _speculative(model, tokenizer, request, policy, run)
     else:
         responses = _plain(
             mlx_stream_generate(
@@ -257,24 +267,26 @@ def _check_numbers(max_tokens: int, prefill_step_size: int, seed: int | None) ->
         raise ValueError(f"seed {seed} is not usable: give 0 to {(1 << 64) - 1}.")
 
 
-def default_shape(known: int) -> DraftShape:
-    """The device's draft shape, with no more beams than the ``known`` draft tokens."""
-    usual = backend.current().shape
-    width = min(usual.width, known)
-    return replace(usual, width=width, nodes=usual.nodes and min(usual.nodes, 1 + width * usual.length))
-
-
 def check_shape(shape: DraftShape, known: int | None = None) -> None:
     """Raise ``ValueError`` if a shape drafts too much, or more beams than the ``known`` draft tokens."""
     if known is not None and shape.width > known:
         raise ValueError(
             f"beam width {shape.width} exceeds the drafter's vocabulary of {known} tokens: give fewer."
         )
-    if shape.width * shape.depth > MOST_DRAFTED:
+    drafted = shape.width * min(shape.length, shape.depth) + shape.lookup
+    if drafted > MOST_DRAFTED:
         raise ValueError(
-            f"beam width {shape.width} and length {shape.depth} draft {shape.width * shape.depth} tokens per "
-            f"step: give values whose product is at most {MOST_DRAFTED}."
+            f"beam width {shape.width}, length {shape.length} and lookup {shape.lookup} draft {drafted} "
+            f"tokens per step: give values that draft at most {MOST_DRAFTED}."
         )
+
+
+def _usable(shape: DraftShape, model: SpeculativeModel) -> DraftShape:
+    """The shape, without beams if there is no drafter."""
+    if model.drafter is None and shape.width:
+        shape = DraftShape(0, 0, None, min(shape.lookup, shape.size - 1))
+    check_shape(shape, model.drafter.config.head_outputs if model.drafter else None)
+    return shape
 
 
 def _can_draft(
@@ -285,8 +297,8 @@ def _can_draft(
     prompt_cache: Sequence[Any] | None,
     options: dict[str, Any],
 ) -> bool:
-    """Whether the drafter can do what is asked; warns where it is there but cannot."""
-    if model.drafter is None:
+    """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
+    if model.target is None:
         return False
     unknown = [name for name in options if name not in PLAIN_ONLY]
     reasons = [name for name in PLAIN_ONLY if name in options] or unknown
@@ -298,7 +310,7 @@ def _can_draft(
         reasons.append(f"max_kv_size={max_kv_size}, less than prompt and max tokens together")
     if prompt_cache is not None and not all(type(cache) is KVCache for cache in prompt_cache):
         reasons.append(f"a prompt cache of {type(prompt_cache[0]).__name__}")
-    if reasons:
+    if reasons and model.drafter is not None:
         warnings.warn(f"decoding without the drafter: it cannot follow {', '.join(reasons)}.", stacklevel=3)
     return not reasons
 
@@ -342,20 +354,18 @@ class _Request:
 
 
 def _speculative(
-    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: _Request, shape: DraftShape, pick: Pick
+    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: _Request, policy: Policy, run: Runner
 ) -> Iterator[Response]:
-    target, drafter = model.target, model.drafter
-    assert target is not None and drafter is not None
-    kept = request.prompt_cache
+    target, kept = model.target, request.prompt_cache
+    assert target is not None
     with wired_limit(model.model):
-        writer = Writer(tokenizer, shape.depth, len(request.ids), request.max_tokens)
+        writer = Writer(tokenizer, len(request.ids), request.max_tokens)
         caches = target.make_cache() if kept is None else kept
         logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
         key, first_key = mx.random.split(_new_key())
-        token = pick(logits, first_key)
+        token = run.pick(logits, first_key)
         rows = caches[0].offset
-        state = State(token, context, mx.array([rows], mx.int32), from_prompt_cache(caches), key)
-        run = partial(step, target, drafter, pick, shape)
+        state = begin(token, context, from_prompt_cache(caches), [request.ids], [rows], key)
         limit = (UNLIMITED if request.max_tokens < 0 else request.max_tokens) - 1
 
         def release(cache: Cache, _: int) -> None:  # the caller may have left in the middle of a step
@@ -366,10 +376,11 @@ def _speculative(
         tokens: Any = token.tolist()
         writer.begin()
         try:
-            yield from writer.write(Emitted(tokens, 0, logits))
+            yield from writer.write(Emitted(tokens, 0, logits, PLAIN, []))
             if writer.finished:
                 return
-            steps = decode(run, shape, state, rows, limit, frozenset(tokenizer.eos_token_ids), release)
+            stop, grain = frozenset(tokenizer.eos_token_ids), backend.current().grain
+            steps = decode(run, policy, state, rows, limit, stop, release, grain)
             del state
             with contextlib.closing(steps):
                 for emitted in steps:
@@ -399,11 +410,13 @@ def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
 class Writer:
     """Turns emitted tokens into responses, and keeps the statistics."""
 
-    def __init__(self, tokenizer: TokenizerWrapper, depth: int, prompt_tokens: int, max_tokens: int) -> None:
+    def __init__(self, tokenizer: TokenizerWrapper, prompt_tokens: int, max_tokens: int) -> None:
         self.tokenizer, self.detokenizer = tokenizer, tokenizer.detokenizer
         self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
-        self.accepted = [0] * depth
-        self.tokens = self.steps = self.last = 0
+        self.accepted: list[int] = []  # for each depth, the steps that emitted the token drafted there
+        self.tokens = self.steps = self.last = self.copied = 0
+        self.shapes: Counter[DraftShape] = Counter()
+        self.waited = 0.0
         self.finished = False
         self.start = time.perf_counter()
 
@@ -415,6 +428,10 @@ class Writer:
     def count(self, emitted: Emitted) -> None:
         """Take a step into the statistics."""
         self.steps += 1
+        self.shapes[emitted.shape] += 1
+        self.waited += emitted.waited
+        self.copied += sum(rank < 0 for rank in emitted.ranks)
+        self.accepted += [0] * (emitted.shape.depth - len(self.accepted))
         for depth in range(emitted.drafted):
             self.accepted[depth] += 1
 
@@ -449,4 +466,7 @@ class Writer:
                 steps=self.steps,
                 tokens_per_step=(self.tokens - 1) / self.steps if self.steps else 0.0,
                 acceptance=tuple(hits / self.steps for hits in self.accepted) if self.steps else (),
+                copied=self.copied,
+                waited=self.waited,
+                shapes=self.shapes,
             )

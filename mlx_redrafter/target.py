@@ -114,11 +114,15 @@ class Target:
         rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
         return rows
 
-    def verify(self, tree: Tree, cache: Cache, length: mx.array) -> Verified:
-        """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
+    def verify(self, tree: Tree, cache: Cache, length: mx.array, columns: int | None = None) -> Verified:
+        """One forward pass over the tree's nodes, each at the position ``length`` + its depth.
+
+        Attention sees the first ``columns`` rows of the buffers; None: all.
+        """
         masks: dict[int | None, mx.array] = {}
         layers = zip(cache.keys, cache.values, self.windows, strict=True)
-        caches = [TreeCache(tree, length, masks, *layer) for layer in layers]
+        columns = cache.capacity if columns is None else columns
+        caches = [TreeCache(tree, length, columns, masks, *layer) for layer in layers]
         logits, hidden = self.forward(tree.tokens, caches)
         return Verified(
             logits,
@@ -186,12 +190,14 @@ class TreeCache:
         self,
         tree: Tree,
         length: mx.array,
+        columns: int,
         masks: dict[int | None, mx.array],
         keys: mx.array,
         values: mx.array,
         window: int | None,
     ) -> None:
         self.tree, self.length, self.window = tree, length, window
+        self.columns = columns  # rows of the buffers that attention sees
         self.masks = masks  # by window, shared by all layers
         self.keys, self.values = keys, values
         self.node_keys = self.node_values = mx.array(0)
@@ -200,7 +206,7 @@ class TreeCache:
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         window = window_size or self.window
         if window not in self.masks:
-            mask = visible(self.tree, self.length, self.keys.shape[2], window)  # [B, N, C]
+            mask = visible(self.tree, self.length, self.columns, window)  # [B, N, C]
             self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
         return self.masks[window]
 
@@ -208,7 +214,7 @@ class TreeCache:
         self.node_keys, self.node_values = keys, values
         self.keys = write_rows(self.keys, keys, self.length)
         self.values = write_rows(self.values, values, self.length)
-        return self.keys, self.values
+        return self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
 
 
 class _WindowedCache(KVCache):  # type: ignore[misc]

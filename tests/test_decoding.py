@@ -6,11 +6,12 @@ import pytest
 from models import Unprepared
 
 from mlx_redrafter.decoding.accept import accept
-from mlx_redrafter.decoding.beam import Beam, draft, log_softmax
-from mlx_redrafter.decoding.cache import commit, grow, leave_path, visible, write_rows
+from mlx_redrafter.decoding.beam import LOWEST, Beam, draft, log_softmax
+from mlx_redrafter.decoding.cache import Cache, commit, grow, leave_path, visible, write_rows
+from mlx_redrafter.decoding.lookup import PRIOR, Found, alone, find, first_record, learn, merge, scores
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.decoding.topk import top_k
-from mlx_redrafter.decoding.tree import build_tree, make_tree
+from mlx_redrafter.decoding.tree import build_tree, from_beam, make_tree
 
 
 @pytest.mark.parametrize("size, k", [(1, 1), (7, 7), (128, 3), (1000, 1), (1000, 4), (1024, 8), (5000, 40)])
@@ -98,7 +99,7 @@ def random_beam(rng, batch, width, length):
 def test_every_pruned_tree_holds_its_ancestors(width, length):
     beam = random_beam(np.random.RandomState(length), 3, width, length)
     for nodes in range(2, 2 + width * length):
-        tree = build_tree(mx.array([7, 8, 9]), beam, nodes)
+        tree = build_tree(mx.array([7, 8, 9]), from_beam(beam), nodes, min(length, nodes - 1))
         parents, depths = np.array(tree.parents), np.array(tree.depths)
         for row in range(3):
             assert (parents[row, 1:] < np.arange(1, nodes)).all()
@@ -124,12 +125,13 @@ def test_the_documented_tree():
         mx.array([[[0, 0], [0, 0]]]),
         mx.array([[[-0.1, -2.0], [-0.5, -1.5]]]),
     )
-    tree = build_tree(mx.array([10]), beam, 5)
+    tree = build_tree(mx.array([10]), from_beam(beam), 5, 2)
     assert tree.tokens.tolist() == [[10, 11, 12, 13, 14]]
     assert tree.parents.tolist() == [[0, 0, 0, 1, 1]]
     assert tree.depths.tolist() == [[0, 1, 1, 2, 2]]
     assert tree.ancestors[0, 3].tolist() == [True, True, False, True, False]
-    pruned = build_tree(mx.array([10]), beam, 4)
+    assert tree.ranks.tolist() == [[0, 0, 1, 0, 1]]
+    pruned = build_tree(mx.array([10]), from_beam(beam), 4, 2)
     assert pruned.tokens.tolist() == [[10, 11, 13, 14]]  # 12 is the least likely
     assert pruned.parents.tolist() == [[0, 0, 1, 1]]
 
@@ -160,7 +162,7 @@ def test_the_cache_takes_the_accepted_rows(batch):
     start = mx.array([3, 5, 0][:batch], mx.int32)
     path = mx.array([[0, 2, 4], [0, 1, 0], [0, 3, 4]][:batch], mx.int32)
     written = write_rows(keys, nodes, start)
-    cache = commit(leave_path([written], [written], [nodes], [nodes], path, start))
+    cache = commit(leave_path(Cache([written], [written]), [nodes], [nodes], path, start))
     expected = np.array(keys)
     for row in range(batch):
         at = start[row].item()
@@ -193,8 +195,130 @@ def test_nodes_see_the_text_and_their_ancestors(window):
 
 
 @pytest.mark.parametrize(
-    "values, word", [((0, 1), "width"), ((1, 0), "length"), ((2, 2, 1), "nodes"), ((2, 2, 6), "nodes")]
+    "values, word",
+    [
+        ((0, 1), "width"),
+        ((1, 0), "length"),
+        ((-1, 1), "width"),
+        ((1, 1, None, -1), "lookup"),
+        ((2, 2, 1), "nodes"),
+        ((2, 2, 6), "nodes"),
+        ((2, 2, 9, 3), "nodes"),
+        ((0, 0, 2), "nodes"),
+    ],
 )
 def test_impossible_shapes_are_refused(values, word):
     with pytest.raises(ValueError, match=word):
         DraftShape(*values)
+
+
+def reference_lookup(text, count):
+    """The longest match of the text's end (4 to 2 tokens), of these the latest: (tokens, match)."""
+    for size in range(4, 1, -1):
+        end = text[-size:]
+        places = [p for p in range(size, len(text)) if text[p - size : p] == end and -1 not in end]
+        if len(end) == size and places:
+            period = text[places[-1] :]
+            return [period[i % len(period)] for i in range(count)], size
+    return None, 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_lookup_finds_the_longest_and_latest_repetition(seed):
+    random = np.random.RandomState(seed)
+    texts = [random.randint(0, 2 + seed % 4, random.randint(1, 30)).tolist() for _ in range(5)]
+    texts[0][: len(texts[0]) // 2] = [-1] * (len(texts[0]) // 2)  # not known
+    history = np.full((5, 40), -1, np.int32)
+    history[:, 35:] = random.randint(0, 3, (5, 5))  # what a rejected draft left there
+    for row, text in zip(history, texts, strict=True):
+        row[: len(text)] = text
+    length = mx.array([len(text) - 1 for text in texts])
+    found = find(mx.array(history), length, 6)
+    for row, text in enumerate(texts):
+        tokens, match = reference_lookup(text, 6)
+        assert found.match[row].item() == match
+        if tokens:
+            assert found.tokens[row].tolist() == tokens
+
+
+@pytest.mark.parametrize("width, length, count", [(1, 3, 4), (2, 3, 2), (4, 5, 5), (3, 2, 6)])
+def test_the_copy_shares_its_nodes_with_the_beams(width, length, count):
+    """Every kept node has its parent, no two siblings say the same, and the likeliest paths are kept."""
+    for seed in range(30):
+        random = np.random.RandomState(seed)
+        beam = random_beam(random, 1, width, length)
+        beam.tokens = mx.array(random.permutation(50)[: width * length].reshape(1, length, width), mx.int32)
+        copy = random.randint(50, 99, count)
+        shared, at = random.randint(0, min(length, count) + 1), 0
+        for depth in range(shared):  # the copy follows a path of the beams for a while
+            children = [w for w in range(width) if depth == 0 or beam.parents[0, depth, w].item() == at]
+            if not children:
+                break
+            at = children[-1]
+            copy[depth] = beam.tokens[0, depth, at].item()
+        copied = -np.cumsum(random.choice([0.0, 0.3, 1.0], count)).astype(np.float32)
+        found = Found(mx.array(copy[None], mx.int32), mx.array([3]))
+        candidates = merge(from_beam(beam), found, mx.array(copied[None]))
+        known = paths_of(from_beam(beam))
+        for depth in range(count):
+            path = tuple(copy[: depth + 1].tolist())
+            known[path] = max(known.get(path, -np.inf), copied[depth])
+        for nodes in range(2, 2 + len(known)):
+            tree = build_tree(mx.array([7]), candidates, nodes, max(length, count))
+            kept = [tuple(path) for path in tree_paths(tree)][1:]
+            assert len(set(kept)) == len(kept) == nodes - 1
+            best = sorted(known.values(), reverse=True)[: nodes - 1]
+            np.testing.assert_allclose(sorted((known[path] for path in kept), reverse=True), best)
+            copies = [rank == -1 for rank in tree.ranks[0].tolist()][1:]
+            assert copies == [path not in paths_of(from_beam(beam)) for path in kept]
+
+
+def paths_of(candidates):
+    """The tokens from the root of every candidate, and its score."""
+    tokens, parents = candidates.tokens[0].tolist(), candidates.parents[0].tolist()
+    paths = []
+    for token, parent in zip(tokens, parents, strict=True):
+        paths.append(((*paths[parent], token)) if parent >= 0 else (token,))
+    return dict(zip(paths, candidates.scores[0].tolist(), strict=True))
+
+
+def tree_paths(tree):
+    tokens, parents, paths = tree.tokens[0].tolist(), tree.parents[0].tolist(), [()]
+    for token, parent in zip(tokens[1:], parents[1:], strict=True):
+        paths.append((*paths[parent], token))
+    return paths
+
+
+def test_a_copy_alone_is_a_chain():
+    found = Found(mx.array([[5, 6, 7]]), mx.array([2]))
+    candidates = alone(found, scores(found, first_record(1)))
+    assert [path for path in paths_of(candidates)] == [(5,), (5, 6), (5, 6, 7)]
+    expected = np.log(PRIOR[0][0] / PRIOR[0][1]) + np.arange(3) * np.log(PRIOR[3][0] / PRIOR[3][1])
+    np.testing.assert_allclose(candidates.scores[0].tolist(), expected, rtol=1e-5)
+    nothing = Found(found.tokens, mx.array([0]))
+    assert scores(nothing, first_record(1)).tolist() == [[LOWEST] * 3]
+
+
+def test_the_record_counts_hits_and_trials():
+    found = Found(mx.array([[5, 6, 7, 8]] * 5), mx.array([2, 4, 3, 0, 2]))
+    tokens = mx.array([[5, 6, 9, 0], [1, 0, 0, 0], [5, 6, 7, 0], [5, 6, 7, 8], [5, 9, 7, 8]])
+    count = mx.array([3, 1, 3, 4, 4])
+    change = np.array(learn(first_record(5), found, tokens, count)) - np.array(PRIOR)
+    expected = np.zeros((5, 4, 2))
+    expected[0, 0], expected[0, 3] = (1, 1), (1, 2)  # 5 right; of the later ones 6 right, 7 wrong
+    expected[1, 2] = (0, 1)  # wrong at once
+    expected[2, 1], expected[2, 3] = (1, 1), (2, 2)  # 8 was not reached
+    expected[4, 0], expected[4, 3] = (1, 1), (0, 1)
+    np.testing.assert_allclose(change, expected, atol=1e-6)
+
+
+def test_the_record_forgets():
+    found, record = Found(mx.array([[5]]), mx.array([2])), first_record(1)
+    for token in [5] * 60 + [6] * 60:
+        record = learn(record, found, mx.array([[token, 0]]), mx.array([1]))
+        if token == 5:
+            best = record
+    rate = lambda r: (r[0, 0, 0] / r[0, 0, 1]).item()  # noqa: E731
+    assert rate(best) > 0.85
+    assert rate(record) < 0.1
+    np.testing.assert_array_equal(np.array(record[:, 1:]), np.array(first_record(1)[:, 1:]))

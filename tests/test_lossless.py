@@ -1,17 +1,16 @@
 """What is emitted is what the model would have said: greedy decoding against mlx-lm's, token for token."""
 
-from functools import partial
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
-from mlx_redrafter.decoding.cache import Cache, commit, grow
-from mlx_redrafter.decoding.loop import decode
+from mlx_redrafter.decoding.cache import Cache, commit
+from mlx_redrafter.decoding.loop import Fixed, decode
+from mlx_redrafter.decoding.runner import Runner
 from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape, State, step
+from mlx_redrafter.decoding.step import DraftShape, State, begin, step
 from mlx_redrafter.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
@@ -28,16 +27,15 @@ def start(target, prompt=PROMPT):
     caches = target.make_cache()
     logits, context = target.read_prompt(prompt, 4, lambda done, total: None, caches)
     key = mx.random.key(0)
-    length = mx.array([len(prompt)], mx.int32)
-    return State(GREEDY(logits, key), context, length, from_prompt_cache(caches), key)
+    return begin(GREEDY(logits, key), context, from_prompt_cache(caches), [prompt], [len(prompt)], key)
 
 
 def speculative(target, drafter, shape, count, prompt=PROMPT):
     """Tokens, and how many each step emitted."""
     state = start(target, prompt)
     tokens = state.token.tolist()
-    run = partial(step, target, drafter, GREEDY, shape)
-    steps = list(decode(run, shape, state, len(prompt), count - 1, frozenset()))
+    run = Runner(target, drafter, GREEDY)
+    steps = list(decode(run, Fixed(shape), state, len(prompt), count - 1, frozenset()))
     return tokens + [token for s in steps for token in s.tokens], [len(s.tokens) for s in steps]
 
 
@@ -92,7 +90,6 @@ def test_after_every_step_the_cache_equals_a_fresh_prefill(name, values):
     text = PROMPT + plain(model, 40)
     good, bad = ScriptedDrafter(target, text), RandomDrafter(target)
     state = start(target)
-    state.cache = grow(state.cache, 256)
     tokens = PROMPT + state.token.tolist()
     for number in range(8):
         state, output = step(target, bad if number % 3 else good, GREEDY, shape, state)
@@ -138,10 +135,11 @@ def stack(states):
 
     keys = [join(layer) for layer in zip(*[s.cache.keys for s in states], strict=True)]
     values = [join(layer) for layer in zip(*[s.cache.values for s in states], strict=True)]
-    token, context, length = (
-        join(getattr(s, name) for s in states) for name in ("token", "context", "length")
-    )
-    return State(token, context, length, Cache(keys, values), states[0].key)
+    rows = {
+        name: join(getattr(s, name) for s in states)
+        for name in ("token", "context", "length", "history", "record")
+    }
+    return State(**rows, cache=Cache(keys, values), key=states[0].key)
 
 
 @pytest.mark.parametrize("values", [(1, 4), (4, 5, 8)])
@@ -163,7 +161,6 @@ def test_the_whole_step_traces_under_compile(values):
         return flat(after), vars(output)
 
     state = start(target)
-    state.cache = grow(state.cache, 256)
     state, _ = step(target, drafter, pick, shape, state)  # so that there is a path to commit
     eager = state
     for _ in range(5):

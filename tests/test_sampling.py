@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from mlx_redrafter.decoding.cache import grow
 from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape, State, step
+from mlx_redrafter.decoding.step import DraftShape, begin, step
 from mlx_redrafter.target import Target, from_prompt_cache
 
 SIZE = 6  # tokens of the vocabulary
@@ -73,8 +73,7 @@ def sample(target, drafter, shape, sampling, seed):
     repeat = lambda x: mx.repeat(x[:, :, :32] if x.ndim == 4 else x, ROWS, axis=0)  # noqa: E731
     cache = type(cache)([repeat(k) for k in cache.keys], [repeat(v) for v in cache.values])
     token = sampling.pick(repeat(logits), first)
-    length = mx.full((ROWS,), len(PROMPT), mx.int32)
-    state = State(token, repeat(context), length, cache, key)
+    state = begin(token, repeat(context), cache, [PROMPT] * ROWS, [len(PROMPT)] * ROWS, key)
     rows, accepted = [[t] for t in token.tolist()], 0
     for _ in range(2):  # each step emits one token at least
         state, output = step(target, drafter, sampling.pick, shape, state)

@@ -40,25 +40,24 @@ def commit(cache: Cache) -> Cache:
 
 
 def leave_path(
-    keys: list[mx.array],
-    values: list[mx.array],
+    cache: Cache,
     node_keys: Sequence[mx.array],
     node_values: Sequence[mx.array],
     path: mx.array,
     start: mx.array,
 ) -> Cache:
-    """A cache with the buffers as they are and the path's rows to be committed.
+    """The cache with its buffers as they are and the path's rows to be committed.
 
     Args:
-        keys: per layer [B, Hkv, C, D], and so ``values``.
+        cache: its buffers hold the nodes' rows.
         node_keys: per layer [B, Hkv, N, D], rows of the verified nodes, and so ``node_values``.
         path: [B, D+1], the accepted nodes.
         start: [B], where the root's row belongs.
     """
     index = path[:, None, :, None]  # [B, 1, D+1, 1]
     return Cache(
-        keys,
-        values,
+        cache.keys,
+        cache.values,
         [mx.take_along_axis(rows, index, axis=2) for rows in node_keys],
         [mx.take_along_axis(rows, index, axis=2) for rows in node_values],
         start,
@@ -74,14 +73,29 @@ def write_rows(buffer: mx.array, rows: mx.array, start: mx.array) -> mx.array:
     return mx.put_along_axis(buffer, mx.broadcast_to(place[:, None, :, None], rows.shape), rows, axis=2)
 
 
+def write_tokens(history: mx.array, tokens: mx.array, start: mx.array) -> mx.array:
+    """``history`` [B, C] with ``tokens`` [B, n] at ``start`` [B] of each row."""
+    tokens = tokens.astype(history.dtype)
+    if history.shape[0] == 1:
+        return mx.slice_update(history, tokens, start, axes=(1,))
+    return mx.put_along_axis(history, start[:, None] + mx.arange(tokens.shape[1]), tokens, axis=1)
+
+
 def grow(cache: Cache, capacity: int) -> Cache:
-    """The committed cache with room for ``capacity`` rows."""
-    cache = commit(cache)
-    missing = capacity - cache.capacity
-    if missing <= 0:
-        return cache
-    pad = [(0, 0), (0, 0), (0, missing), (0, 0)]
-    return Cache([mx.pad(k, pad) for k in cache.keys], [mx.pad(v, pad) for v in cache.values])
+    """The committed cache with room for ``capacity`` rows.
+
+    Layer by layer, and in ``cache``'s own lists, so that no two caches are in memory at once.
+    """
+    if capacity <= cache.capacity:
+        return commit(cache)
+    padding = [(0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)]
+    for buffers, path in ((cache.keys, cache.path_keys), (cache.values, cache.path_values)):
+        for i in range(len(buffers)):
+            if cache.path_start is not None:
+                buffers[i] = write_rows(buffers[i], path[i], cache.path_start)
+            buffers[i] = mx.pad(buffers[i], padding)
+            mx.eval(buffers[i])
+    return Cache(cache.keys, cache.values)
 
 
 def visible(tree: Tree, length: mx.array, capacity: int, window: int | None = None) -> mx.array:

@@ -1,17 +1,44 @@
-"""The host's side of decoding: keep the device busy, grow the buffers, stop."""
+"""The host's side of decoding: keep the device busy, choose the shape, grow the buffers, stop."""
 
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .cache import Cache, commit, grow
 from .step import DraftShape, Output, State
 
-BUCKET = 256  # rows by which buffers grow
+GRAIN = 256  # rows: the smallest unit of buffers
 
-Step = Callable[[State], tuple[State, Output]]
+Step = Callable[[DraftShape, State, int], tuple[State, Output]]  # shape, state, columns
+
+
+class Policy(Protocol):
+    """Which draft shape to use next."""
+
+    def choose(self) -> DraftShape:
+        """The next step's shape; asked before the step that runs is known."""
+        ...
+
+    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
+        """A step came out: for each drafted token that it emitted, its beam, or -1 (copied)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The policy that always uses one shape."""
+
+    shape: DraftShape
+
+    def choose(self) -> DraftShape:
+        """The shape."""
+        return self.shape
+
+    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
+        """Nothing to learn."""
 
 
 @dataclass
@@ -21,16 +48,20 @@ class Emitted:
     tokens: list[int]
     drafted: int  # how many of `tokens`, from the first, were drafted
     logits: mx.array  # [D+1, V], lazy: the target's logits from which the tokens were picked
+    shape: DraftShape
+    ranks: list[int]  # of the drafted tokens: the beam each came from, -1: copied from the text
+    waited: float = 0.0  # seconds between the step before and handing this one over
 
 
 def decode(
     step: Step,
-    shape: DraftShape,
+    policy: Policy,
     state: State,
     rows: int,
     limit: int,
     stop: frozenset[int],
     release: Callable[[Cache, int], None] = lambda cache, rows: None,
+    grain: int = GRAIN,
 ) -> Generator[Emitted, None, None]:
     """Run steps until ``limit`` tokens or one of the ``stop`` tokens (which is emitted) has come.
 
@@ -39,28 +70,42 @@ def decode(
 
     Args:
         step: one decoding step, for a batch of one.
-        shape: the draft shape of ``step``.
+        policy: chooses each step's draft shape.
         state: its cache holds all tokens so far except the last; the caller must not keep it.
         rows: how many these are.
         limit: tokens to emit at most, 1 or more.
         stop: token ids that end the text.
         release: gets the cache in the end, and how many rows belong to what was emitted.
+        grain: rows by which buffers grow, and attention's view of them, while they are short.
     """
-    state, output = step(with_room(state, rows, shape))
+    shape = policy.choose()
+    state = with_room(state, rows, shape, grain)
+    state, output = step(shape, state, view(state, rows, shape, grain))
+    waited = 0.0
     try:
         enqueue(state, output)
         while True:
-            following = step(with_room(state, rows + shape.depth + 1, shape))
-            emitted, count = _read(output, limit, stop)
+            following = policy.choose()
+            most = rows + shape.depth + 1
+            ahead = None
+            if has_room(state, most, following):
+                ahead = step(following, state, view(state, most, following, grain))
+            emitted, count = _read(output, limit, stop, shape)
+            emitted.waited, arrived = waited, time.perf_counter()
             limit -= len(emitted.tokens)
             rows += len(emitted.tokens)
             if limit == 0 or emitted.tokens[-1] in stop:
                 yield emitted
                 return
             assert len(emitted.tokens) == count
-            state, output = following
-            del following
+            if ahead is None:
+                state = with_room(state, rows, following, grain)
+                ahead = step(following, state, view(state, rows, following, grain))
+            shape, (state, output) = following, ahead
+            del ahead
+            waited = time.perf_counter() - arrived
             enqueue(state, output)
+            policy.observe(emitted.shape, emitted.ranks)
             yield emitted
     finally:
         release(commit(state.cache), rows)
@@ -68,24 +113,51 @@ def decode(
 
 def enqueue(state: State, output: Output) -> None:
     """Hand a step over to the device."""
-    cache = vars(state.cache)
-    mx.async_eval(output.tokens, output.count, state.token, state.context, state.length, state.key, cache)
+    parts = {**vars(state), "cache": vars(state.cache)}
+    mx.async_eval(output.tokens, output.count, output.ranks, parts)
 
 
-def with_room(state: State, rows: int, shape: DraftShape) -> State:
+def bucket(rows: int, grain: int = GRAIN) -> int:
+    """The next larger of the sizes in use: eight for each doubling, multiples of ``grain``.
+
+    So a text of T tokens meets few of them, about 8 * log2(T / grain), and wastes at most an eighth.
+    """
+    unit = max(grain, 1 << max(rows.bit_length() - 4, 0))
+    return -(-rows // unit) * unit
+
+
+def view(state: State, rows: int, shape: DraftShape, grain: int = GRAIN) -> int:
+    """Rows of the buffers that attention is shown in a step behind ``rows``."""
+    return min(bucket(rows + shape.size, grain), state.cache.capacity)
+
+
+def has_room(state: State, rows: int, shape: DraftShape) -> bool:
+    """Whether the buffers hold ``rows`` and what a step writes behind them."""
+    return _needed(rows, shape) <= state.cache.capacity
+
+
+def with_room(state: State, rows: int, shape: DraftShape, grain: int = GRAIN) -> State:
     """The state with buffers large enough for ``rows`` and what a step writes behind them."""
-    needed = rows + max(shape.size, shape.depth + 1)
-    if needed <= state.cache.capacity:
+    if has_room(state, rows, shape):
         return state
-    return replace(state, cache=grow(state.cache, -(-needed // BUCKET) * BUCKET))
+    capacity = bucket(_needed(rows, shape), grain)
+    missing = capacity - state.history.shape[1]
+    history = mx.pad(state.history, [(0, 0), (0, missing)], constant_values=-1)
+    return replace(state, cache=grow(state.cache, capacity), history=history)
 
 
-def _read(output: Output, limit: int, stop: frozenset[int]) -> tuple[Emitted, int]:
+def _needed(rows: int, shape: DraftShape) -> int:
+    return rows + max(shape.size, shape.depth + 2)
+
+
+def _read(output: Output, limit: int, stop: frozenset[int], shape: DraftShape) -> tuple[Emitted, int]:
     """What the user gets of a step, and how many tokens it had: the only wait for the device."""
     row: Any = output.tokens[0].tolist()
     count: Any = output.count[0].tolist()
+    ranks: Any = output.ranks[0].tolist()
     tokens = until_end(row[:count], limit, stop)
-    return Emitted(tokens, min(len(tokens), count - 1), output.logits[0]), count
+    drafted = min(len(tokens), count - 1)
+    return Emitted(tokens, drafted, output.logits[0], shape, ranks[1 : 1 + drafted]), count
 
 
 def until_end(tokens: list[int], limit: int, stop: frozenset[int]) -> list[int]:

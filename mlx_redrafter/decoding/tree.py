@@ -17,6 +17,16 @@ from .beam import Beam
 
 
 @dataclass
+class Candidates:
+    """M nodes to choose from. A parent comes before its children and never scores below them."""
+
+    tokens: mx.array  # [B, M] the target's token ids
+    parents: mx.array  # [B, M] the parent's place among the candidates; -1: the last token emitted
+    scores: mx.array  # [B, M] log-probability of the path from the root
+    ranks: list[int]  # [M] which beam of its depth it is, the likeliest 0; -1: copied from the text
+
+
+@dataclass
 class Tree:
     """N nodes; node 0 is the last token emitted, parents come before their children."""
 
@@ -24,37 +34,57 @@ class Tree:
     parents: mx.array  # [B, N], 0 for the root itself
     depths: mx.array  # [B, N], 0 for the root
     ancestors: mx.array  # [B, N, N] bool: column is the row's node itself or an ancestor of it
+    ranks: mx.array  # [B, N] as in ``Candidates``, 0 for the root
 
 
-def build_tree(token: mx.array, beam: Beam, nodes: int) -> Tree:
-    """The root and the ``nodes - 1`` likeliest survivors of the beam search.
+def from_beam(beam: Beam) -> Candidates:
+    """The survivors of all depths, M = L * W."""
+    batch, length, width = beam.tokens.shape
+    place = mx.arange(length * width)
+    depth_before = (place // width - 1) * width  # where the depth before starts; -W for the first
+    parents = beam.parents.reshape(batch, length * width) + depth_before
+    return Candidates(
+        beam.tokens.reshape(batch, length * width),
+        mx.maximum(parents, -1),
+        beam.scores.reshape(batch, length * width),
+        [*range(width)] * length,
+    )
 
-    A child never scores above its parent and ties go to the smaller depth, so whatever is kept, its
+
+def build_tree(token: mx.array, candidates: Candidates, nodes: int, depth: int) -> Tree:
+    """The root and the ``nodes - 1`` likeliest candidates.
+
+    A child never scores above its parent and ties go to the first place, so whatever is kept, its
     ancestors are kept too.
 
     Args:
         token: [B], the last token emitted.
-        beam: the survivors, W at each of L depths.
-        nodes: N, between 2 and 1 + W * L.
+        candidates: M nodes to choose from.
+        nodes: N, between 1 and 1 + M.
+        depth: levels below the root that the tree can have.
     """
-    batch, length, width = beam.tokens.shape
-    survivors = length * width
-    kept = _likeliest(beam.scores.reshape(batch, survivors), nodes - 1)  # [B, N-1], ascending
-    place = mx.arange(survivors)
-    depth_before = (place // width - 1) * width  # where the depth before starts; -W for the first
-    parents = beam.parents.reshape(batch, survivors) + depth_before  # [B, L*W], negative: the root
-    parents = mx.take_along_axis(parents, kept, axis=1)  # [B, N-1]
+    batch = token.shape[0]
+    kept = _likeliest(candidates.scores, nodes - 1)  # [B, N-1], ascending
+    parents = mx.take_along_axis(candidates.parents, kept, axis=1)  # [B, N-1]
     before = (kept[:, None] <= parents[..., None]).sum(axis=-1)  # [B, N-1]: node number of the parent
     parents = mx.concatenate([mx.zeros((batch, 1), mx.int32), before.astype(mx.int32)], axis=1)
-    tokens = mx.take_along_axis(beam.tokens.reshape(batch, survivors), kept, axis=1)
+    tokens = mx.take_along_axis(candidates.tokens, kept, axis=1)
     tokens = mx.concatenate([token[:, None].astype(tokens.dtype), tokens], axis=1)  # [B, N]
-    return make_tree(tokens, parents, min(length, nodes - 1))
+    ranks = mx.array([0, *candidates.ranks], mx.int32)[mx.pad(kept + 1, [(0, 0), (1, 0)])]  # [B, N]
+    return make_tree(tokens, parents, depth, ranks)
 
 
-def make_tree(tokens: mx.array, parents: mx.array, depth: int) -> Tree:
+def root_only(token: mx.array) -> Tree:
+    """The tree of plain decoding."""
+    root = mx.zeros((token.shape[0], 1), mx.int32)
+    return Tree(token[:, None], root, root, mx.ones((token.shape[0], 1, 1), mx.bool_), root)
+
+
+def make_tree(tokens: mx.array, parents: mx.array, depth: int, ranks: mx.array | None = None) -> Tree:
     """A tree of at most ``depth`` levels below the root from its nodes' tokens and parents [B, N]."""
     ancestors = ancestor_mask(parents, depth)
-    return Tree(tokens, parents, ancestors.sum(axis=-1).astype(mx.int32) - 1, ancestors)
+    depths = ancestors.sum(axis=-1).astype(mx.int32) - 1
+    return Tree(tokens, parents, depths, ancestors, mx.zeros_like(parents) if ranks is None else ranks)
 
 
 def _likeliest(scores: mx.array, count: int) -> mx.array:

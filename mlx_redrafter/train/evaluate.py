@@ -9,7 +9,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -21,9 +20,10 @@ from tqdm import tqdm
 
 from ..decoding.beam import Drafter
 from ..decoding.cache import Cache, commit
-from ..decoding.loop import BUCKET, Step, enqueue, until_end, with_room
+from ..decoding.loop import GRAIN, Step, enqueue, until_end, view, with_room
+from ..decoding.runner import Runner
 from ..decoding.sampling import Sampling
-from ..decoding.step import DraftShape, Pick, State, step
+from ..decoding.step import DraftShape, Pick, State, begin
 from ..model import SpeculativeModel
 from ..prompts import Prompt, encode
 from ..stream import PREFILL_STEP_SIZE, check_shape
@@ -249,7 +249,7 @@ def decode_batch(
         key: for random numbers.
         cancelled: asked before each step; True ends decoding early.
     """
-    run = partial(step, target, drafter, pick, shape)
+    run = Runner(target, drafter, pick)
     group = _Group(run, shape, max_tokens, stop, _prefill(target, pick, prompts, key))
     rows = group.rows
     while group.rows and not cancelled():
@@ -281,7 +281,9 @@ class _Group:
         self._drop_ended()
         if not self.rows:
             return
-        self.state, output = self.step(with_room(self.state, max(self.lengths), self.shape))
+        most = max(self.lengths)
+        self.state = with_room(self.state, most, self.shape)
+        self.state, output = self.step(self.shape, self.state, view(self.state, most, self.shape))
         enqueue(self.state, output)
         tokens: Any = output.tokens.tolist()
         counts: Any = output.count.tolist()
@@ -324,7 +326,7 @@ def _prefill(target: Target, pick: Pick, prompts: Sequence[list[int]], key: mx.a
     lengths = [len(prompt) for prompt in prompts]
     token = pick(mx.concatenate(logits), first_key)  # [B]
     stacked = stack_caches(caches, lengths)
-    state = State(token, mx.concatenate(contexts), mx.array(lengths, mx.int32), stacked, key)
+    state = begin(token, mx.concatenate(contexts), stacked, prompts, lengths, key)
     first: Any = token.tolist()
     mx.eval(vars(stacked), state.context)
     return _Start(state, lengths, first)
@@ -332,7 +334,7 @@ def _prefill(target: Target, pick: Pick, prompts: Sequence[list[int]], key: mx.a
 
 def stack_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> Cache:
     """One cache of B rows from B caches of one row, whose first ``lengths`` [B] places are filled."""
-    capacity = math.ceil(max(lengths) / BUCKET) * BUCKET
+    capacity = math.ceil(max(lengths) / GRAIN) * GRAIN
 
     def stack(buffers: Sequence[mx.array]) -> mx.array:  # B times [1, Hkv, C, D]
         filled = [buffer[:, :, :n] for buffer, n in zip(buffers, lengths, strict=True)]
@@ -348,7 +350,8 @@ def _gather(state: State, keep: mx.array) -> State:
     """The rows ``keep`` of a state."""
     cache = commit(state.cache)
     cache = Cache([k[keep] for k in cache.keys], [v[keep] for v in cache.values])
-    return State(state.token[keep], state.context[keep], state.length[keep], cache, state.key)
+    rows = {name: getattr(state, name)[keep] for name in ("token", "context", "length", "history", "record")}
+    return State(**rows, cache=cache, key=state.key)
 
 
 def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> tuple[Target, Drafter]:

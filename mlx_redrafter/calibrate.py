@@ -1,0 +1,218 @@
+"""Which draft shapes a model may use, and how long a step takes with each on this machine.
+
+Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
+is the chip, the weights (and how they are quantized) and the versions. A damaged file is measured anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.generate import wired_limit
+
+from . import backend
+from .blas import load_blas
+from .bundle import identity_of
+from .decoding import policy
+from .decoding.loop import Fixed, Policy, decode
+from .decoding.sampling import Sampling
+from .decoding.step import DraftShape, begin
+from .files import atomic_file
+from .target import from_prompt_cache
+
+if TYPE_CHECKING:
+    from .model import SpeculativeModel
+
+SECONDS = 2.0  # that a calibration takes, about
+LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # in which every shape has its turn
+TEXT = 48  # tokens of the text behind which steps are timed
+UNLIMITED = 1 << 40  # tokens
+
+
+def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
+    """The policy for a model on this machine; copies at most ``lookup`` tokens per step."""
+    shapes = candidates(model, lookup)
+    if len(shapes) == 1:
+        return Fixed(shapes[0])
+    return policy.Policy(shapes, step_seconds(model, shapes))
+
+
+def candidates(model: SpeculativeModel, lookup: int | None = None) -> list[DraftShape]:
+    """The device's shapes that the model can use, plain decoding first.
+
+    Args:
+        model: without a drafter, shapes with beams are left out.
+        lookup: tokens to be copied from the text per step at most; None: as the device's shapes say.
+    """
+    known = model.drafter.config.head_outputs if model.drafter else 0
+    shapes = [_fit(shape, known, lookup) for shape in backend.current().shapes]
+    return list(dict.fromkeys(shape for shape in shapes if shape is not None))
+
+
+def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None:
+    """The shape with at most ``known`` beams and ``lookup`` copied tokens; None if it may have no beams."""
+    if shape.width and not known:
+        return None
+    width = min(shape.width, known)
+    copied = shape.lookup if lookup is None else min(shape.lookup, lookup)
+    nodes = shape.nodes and min(shape.nodes, 1 + width * shape.length + copied)
+    return replace(shape, width=width, lookup=copied, nodes=nodes)
+
+
+def step_seconds(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> list[float]:
+    """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
+    file = _file(model, shapes)
+    found = _read(file, len(shapes))
+    if found is None:
+        found = measure(model, shapes).seconds
+        keep(model, shapes, found)
+    return found
+
+
+def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: Sequence[float]) -> Path | None:
+    """Write step times to the cache folder; return the file, or None if it cannot be written."""
+    file = _file(model, shapes)
+    report = {"conditions": conditions(model, shapes), "seconds": list(seconds)}
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        return file
+    return None
+
+
+@dataclass
+class Measured:
+    """Step times of a calibration.
+
+    Attributes:
+        seconds: the median for each shape.
+        rounds: for each shape, what was timed.
+    """
+
+    seconds: list[float]
+    rounds: list[list[float]]
+
+
+def measure(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS) -> Measured:
+    """Time steps of every shape in turn, as the decoding loop runs them.
+
+    Args:
+        model: has a target.
+        shapes: to be timed; the same number of rounds for each.
+        seconds: to spend, about; a few rounds are made in any case.
+    """
+    target = model.target
+    assert target is not None
+    watch = _Stopwatch(list(shapes), time.perf_counter() + seconds)
+    with wired_limit(model.model):
+        size = target.embed.weight.shape[0]
+        ids = [(7919 * i + 13) % size for i in range(TEXT)]
+        caches = target.make_cache()
+        logits, context = target.read_prompt(ids, TEXT, lambda done, total: None, caches)
+        token = mx.argmax(logits, axis=-1).astype(mx.int32)
+        state = begin(token, context, from_prompt_cache(caches), [ids], [TEXT], mx.random.key(0))
+        del caches, context, logits
+        run, grain = model.runner(Sampling()), max(backend.current().grain, 4 * TEXT)
+        steps = decode(run, watch, state, TEXT, UNLIMITED, frozenset(), grain=grain)
+        del state
+        with contextlib.closing(steps):
+            while not watch.finished:
+                next(steps)
+    times = [watch.times[shape] for shape in shapes]
+    return Measured([median(values) for values in times], times)
+
+
+@dataclass
+class _Stopwatch:
+    """A policy that gives every shape its turn, and times the second of its two steps.
+
+    The first step after a change is not timed: something may have to be compiled or moved for it. Every
+    other round goes backwards, so that a drift of the machine's speed cancels.
+    """
+
+    shapes: list[DraftShape]
+    end: float
+    times: dict[DraftShape, list[float]] = field(default_factory=dict)
+    finished: bool = False
+    _chosen: int = 0
+    _observed: int = 0
+    _last: float = 0.0
+
+    def choose(self) -> DraftShape:
+        self._chosen += 1
+        return self._turn(self._chosen - 1)
+
+    def observe(self, shape: DraftShape, ranks: Sequence[int]) -> None:
+        now = time.perf_counter()
+        per_round = 2 * len(self.shapes)
+        if self._observed % 2 and self._observed > per_round:  # the first round warms up
+            self.times.setdefault(shape, []).append(now - self._last)
+        self._last = now
+        self._observed += 1
+        rounds = self._observed // per_round - 1
+        if self._observed % per_round == 0:
+            self.finished = rounds >= LEAST_ROUNDS and (now > self.end or rounds >= MOST_ROUNDS)
+
+    def _turn(self, step: int) -> DraftShape:
+        turn, place = divmod(step // 2, len(self.shapes))
+        return self.shapes[place if turn % 2 else -1 - place]
+
+
+def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[str, Any]:
+    """All that step times depend on, as JSON."""
+    blas = load_blas()
+    return {
+        "chip": backend.chip(),
+        "backend": backend.current().name,
+        "cores": os.cpu_count(),
+        "blas": blas and Path(blas).name,
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "model": identity_of(model.model).embedding_digest,
+        "weights": _weights(model.model.parameters()),
+        "drafter": None if model.drafter is None else model.drafter.config.to_dict(),
+        "drafter_weights": None if model.drafter is None else _weights(model.drafter.weights()),
+        "shapes": [list(astuple(shape)) for shape in shapes],
+        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")},
+    }
+
+
+def _weights(parameters: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the weights by their type, which tells quantizations apart."""
+    count: Counter[str] = Counter()
+    named: Any = tree_flatten(parameters)
+    for _, value in named:
+        count[str(value.dtype)] += value.nbytes
+    return dict(sorted(count.items()))
+
+
+def _file(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Path:
+    from .model import cache_folder
+
+    text = json.dumps(conditions(model, shapes), sort_keys=True)
+    return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _read(file: Path, count: int) -> list[float] | None:
+    """The step times in a file; None if there are none, or not what they should be."""
+    try:
+        seconds = json.loads(file.read_text())["seconds"]
+        if len(seconds) == count and all(math.isfinite(x) and x > 0 for x in seconds):
+            return [float(x) for x in seconds]
+    except (OSError, ValueError, TypeError, LookupError):
+        pass
+    return None

@@ -1,0 +1,67 @@
+"""Steps of every draft shape for one model, compiled once each."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from .beam import Drafter
+from .cache import Cache, commit
+from .step import DraftShape, Output, Pick, State, Target, step
+
+Arrays = dict[str, Any]
+
+
+class Runner:
+    """Runs steps of one model with one way of picking tokens.
+
+    Args:
+        target: the language model. Its weights, and the drafter's, must stay as they are: compiled
+            steps have them built in.
+        drafter: None if no shape has beams.
+        pick: how the target picks a token; compiled, it may use no other random numbers than its key's.
+        compiled: trace each combination of a shape and the number of columns once, instead of
+            building every step's graph anew.
+
+    Attributes:
+        traces: how many times a step's graph was built; grows with each new combination if compiled.
+    """
+
+    def __init__(self, target: Target, drafter: Drafter | None, pick: Pick, compiled: bool = False) -> None:
+        self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
+        self.traces = 0
+        self._steps: dict[tuple[DraftShape, int], Callable[[Arrays], tuple[Arrays, Arrays]]] = {}
+
+    def __call__(self, shape: DraftShape, state: State, columns: int) -> tuple[State, Output]:
+        """One step (``step.py``), whose attention sees the first ``columns`` rows of the buffers."""
+        if not self.compiled:
+            return self._step(shape, state, columns)
+        cache = state.cache
+        if cache.path_start is not None and cache.path_keys[0].shape[2] != shape.depth + 1:
+            state = replace(state, cache=commit(cache))  # so that traces know paths of one length only
+        if (shape, columns) not in self._steps:
+            self._steps[shape, columns] = mx.compile(self._flat_step(shape, columns))
+        after, output = self._steps[shape, columns](_flatten(state))
+        return _unflatten(after), Output(**output)
+
+    def _step(self, shape: DraftShape, state: State, columns: int) -> tuple[State, Output]:
+        self.traces += 1
+        return step(self.target, self.drafter, self.pick, shape, state, columns)
+
+    def _flat_step(self, shape: DraftShape, columns: int) -> Callable[[Arrays], tuple[Arrays, Arrays]]:
+        def run(arrays: Arrays) -> tuple[Arrays, Arrays]:
+            after, output = self._step(shape, _unflatten(arrays), columns)
+            return _flatten(after), dict(vars(output))
+
+        return run
+
+
+def _flatten(state: State) -> Arrays:
+    """Arrays only, as ``mx.compile`` wants it: what is not there is left out."""
+    cache = {name: value for name, value in vars(state.cache).items() if value is not None}
+    return {**vars(state), "cache": cache}
+
+
+def _unflatten(arrays: Arrays) -> State:
+    return State(**{**arrays, "cache": Cache(**arrays["cache"])})
