@@ -248,17 +248,18 @@ def test_score_counts_agreement_with_the_text(target, features):
     assert found.tokens_per_step == pytest.approx(1 + np.mean(lengths))
 
 
-def test_memory_does_not_grow_with_the_vocabulary():
+@pytest.mark.parametrize("negatives", [1.0, 0.15])
+def test_memory_does_not_grow_with_the_vocabulary(negatives):
     """The vocabulary's share is the weights' and their optimizer's; what is computed with stays the same."""
-    peaks = [peak_memory(vocabulary) for vocabulary in (8192, 16384)]
+    peaks = [peak_memory(vocabulary, negatives) for vocabulary in (8192, 16384)]
     assert peaks[1] < 1.5 * peaks[0]
 
 
-def peak_memory(vocabulary):
+def peak_memory(vocabulary, negatives):
     model = make_model("llama", vocab_size=vocabulary, tie_word_embeddings=True)
     target = Target(model)
     data = a_data(target, vocabulary=vocabulary, draft=vocabulary)
-    objective = Objective(5, chunk=1 << 20)
+    objective = Objective(5, chunk=1 << 20, negatives=negatives)
     config = DrafterConfig(H, vocabulary, H, 1, True)
     drafter = initial_drafter(target, config, None, 0)
     trainer = Trainer(target, drafter, data, Settings(objective, batch=1024), ONE)

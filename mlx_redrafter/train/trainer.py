@@ -277,27 +277,32 @@ class Trainer:
     def _step(self, features: Features, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         parameters = self._cast(self.parameters)
         mx.eval(parameters)
-        objective = self.settings.objective
-        count = self.workers.count
-        if objective.negatives < 1:  # drawing holds the logits of a part at once
-            count = max(count, math.ceil(len(starts) / segments_at_once(self.head, objective)))
-        parts = [part for part in np.array_split(starts, count) if len(part)]
-
-        def part(index: int) -> tuple[mx.array, Any]:
-            batch, drawn = self._batch(features, parts[index]), None
-            if objective.negatives < 1:
-                random = np.random.default_rng([self.settings.seed, self.progress.step, index])
-                drawn = draw(self.head, objective, batch, random)
-            with self._lock:  # while the graph is built, the drafter's weights are placeholders
-                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch, drawn)
-            mx.eval(found)
-            return found
-
-        found = [result for _, result in sorted(self.workers.each(part, len(parts)), key=itemgetter(0))]
+        parts = [part for part in np.array_split(starts, self.workers.count) if len(part)]
+        found = self.workers.map(
+            lambda part: self._gradients(features, parts[part], parameters, part), len(parts)
+        )
         stats = sum(np.array(stats, np.float64) for stats, _ in found)
         total = tree_map(lambda *xs: sum(x.astype(mx.float32) for x in xs), *(grads for _, grads in found))
         self._update(total, 1.0 / max(float(stats[0, 1]), 1.0))  # type: ignore[index]
         return stats  # type: ignore[return-value]
+
+    def _gradients(
+        self, features: Features, starts: np.ndarray[Any, Any], parameters: Any, part: int
+    ) -> tuple[mx.array, Any]:
+        """Losses and gradients of a part of a batch, summed."""
+        objective, pieces = self.settings.objective, 1
+        random = np.random.default_rng([self.settings.seed, self.progress.step, part])
+        if objective.negatives < 1:  # drawing holds the logits of a piece at once
+            pieces = math.ceil(len(starts) / segments_at_once(self.head, objective))
+        total = None
+        for piece in np.array_split(starts, pieces):
+            batch = self._batch(features, piece)
+            drawn = draw(self.head, objective, batch, random) if objective.negatives < 1 else None
+            with self._lock:  # while the graph is built, the drafter's weights are placeholders
+                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch, drawn)
+            total = found if total is None else tree_map(mx.add, total, found)
+            mx.eval(total)
+        return total  # type: ignore[return-value]
 
     def _update(self, gradients: Any, scale: float) -> None:
         """Clip, and take one step of AdamW with weight decay on matrices only."""
