@@ -1,0 +1,1 @@
+"""Measurements on the user's machine. Never imported when generating."""

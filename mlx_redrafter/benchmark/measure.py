@@ -1,0 +1,257 @@
+"""Contenders answer the same prompts in turn, each answer timed from its first token on."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, zip_longest
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+
+from ..decoding.step import DraftShape
+from ..prompts import Message, Prompt
+
+Answer = Callable[[list[int], int], Iterator[Any]]  # token ids, tokens at most -> responses like mlx-lm's
+
+
+class Meter(Protocol):
+    """Measures energy."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> float | None:
+        """Joules since ``begin``; None where the machine cannot say."""
+        ...
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to decode."""
+
+    name: str
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed answer.
+
+    Attributes:
+        tokens: what was said, a stop token included.
+        text: the same as text.
+        prompt_tokens: how many were read.
+        first: seconds until the first token.
+        seconds: from the first token to the last.
+        peak_memory: GB.
+        steps: verification steps; 0 where nothing was drafted.
+        accepted: for each depth, the steps that emitted the token drafted there.
+        joules: used from the first token to the last; None where the machine cannot say.
+        waited: seconds of these in which the device waited for the host; None where that is not known.
+        copied: tokens that came from the text itself where the drafter had none.
+        shapes: how many steps used each draft shape.
+    """
+
+    tokens: list[int]
+    text: str
+    prompt_tokens: int
+    first: float
+    seconds: float
+    peak_memory: float = 0.0
+    steps: int = 0
+    accepted: tuple[float, ...] = ()
+    joules: float | None = None
+    waited: float | None = None
+    copied: int = 0
+    shapes: Mapping[DraftShape, int] = field(default_factory=dict)
+
+    @property
+    def generated(self) -> int:
+        """Tokens that ``seconds`` were spent on."""
+        return len(self.tokens) - 1
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where an answer first differs from the baseline's.
+
+    Attributes:
+        place: tokens that are the same before.
+        gap: by how much the baseline's logit of its own token is above that of the other one; None if
+            one of the answers ends there.
+    """
+
+    place: int
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """One contender's answer to one turn."""
+
+    turn: int
+    trial: int
+    contender: str
+    run: Run
+    divergence: Divergence | None = None
+
+
+@dataclass
+class Asked:
+    """A prompt and all answers to it."""
+
+    number: int
+    prompt: Prompt
+    repeats: list[Repeat] = field(default_factory=list)
+
+    def runs(self, contender: str, trial: int | None = None) -> list[Run]:
+        """The answers of a contender, of all trials or one."""
+        return [
+            r.run for r in self.repeats if r.contender == contender and (trial is None or r.trial == trial)
+        ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How prompts are asked.
+
+    Attributes:
+        contenders: the first one is the baseline.
+        encode: a conversation's token ids, up to where the model goes on.
+        max_tokens: per answer; -1 is no limit.
+        turns: of each prompt at most; None asks all.
+        trials: how often each turn is answered.
+        exact: whether all have to say what the baseline says.
+        longest: tokens that a prompt may have; None: any number. Later turns beyond that are left out.
+    """
+
+    contenders: Sequence[Contender]
+    encode: Callable[[list[Message]], list[int]]
+    max_tokens: int
+    turns: int | None = None
+    trials: int = 1
+    exact: bool = True
+    longest: int | None = None
+
+    @property
+    def runs_per_turn(self) -> int:
+        """Answers timed for each turn."""
+        return len(self.contenders) * self.trials
+
+
+def measure(
+    plan: Plan, prompts: Sequence[Prompt], meter: Meter, tick: Callable[[], None] = lambda: None
+) -> Iterator[Asked]:
+    """Ask every prompt; yield each when it is finished.
+
+    Contenders take turns, in the order A B C, then C B A, so that a drift of the machine's speed cancels.
+    Every contender gets the same conversation, whose history are the baseline's answers.
+
+    Args:
+        tick: called after each answer.
+    """
+    rounds = count()
+    for number, prompt in enumerate(prompts):
+        asked = Asked(number, prompt)
+        history: list[Message] = []
+        for turn, messages in enumerate(turns_of(prompt)[: plan.turns]):
+            history += messages
+            ids = plan.encode(history)
+            if turn and plan.longest is not None and len(ids) > plan.longest:
+                break
+            for trial in range(plan.trials):
+                asked.repeats += _compete(plan, ids, turn, trial, next(rounds), meter, tick)
+            answer = next(
+                r.run.text for r in reversed(asked.repeats) if r.contender == plan.contenders[0].name
+            )
+            history.append({"role": "assistant", "content": answer})
+        yield asked
+
+
+def turns_of(prompt: Prompt) -> list[list[Message]]:
+    """What is added to the conversation before each answer; given ``messages`` are one turn."""
+    if prompt.messages is not None:
+        return [prompt.messages]
+    return [[{"role": "user", "content": text}] for text in prompt.turns]
+
+
+def warm_up(plan: Plan, ids: list[int], tokens: int) -> None:
+    """Let every contender decode a little, so that what happens once is over."""
+    for contender in plan.contenders:
+        for _ in contender.answer(ids, tokens):
+            pass
+    settle()
+
+
+def time_answer(contender: Contender, ids: list[int], max_tokens: int, meter: Meter) -> Run:
+    """Time one answer."""
+    settle()
+    mx.reset_peak_memory()
+    start = time.perf_counter()
+    with contextlib.closing(contender.answer(ids, max_tokens)) as responses:  # type: ignore[type-var]
+        last = next(responses)
+        first = time.perf_counter()
+        meter.begin()
+        tokens, texts = [last.token], [last.text]
+        drafted = int(last.from_draft)
+        for last in responses:
+            tokens.append(last.token)
+            texts.append(last.text)
+            drafted += last.from_draft
+        end = time.perf_counter()
+        joules = meter.end()
+    steps = getattr(last, "steps", len(tokens) - drafted if drafted else 0)
+    return Run(
+        tokens,
+        "".join(texts),
+        len(ids),
+        first - start,
+        end - first,
+        mx.get_peak_memory() / 1e9,
+        steps,
+        tuple(share * steps for share in getattr(last, "acceptance", ())),
+        joules,
+        getattr(last, "waited", None) if steps else None,
+        getattr(last, "copied", 0),
+        dict(getattr(last, "shapes", {})),
+    )
+
+
+def settle() -> None:
+    """Wait for what is still being computed (mlx-lm is always a token ahead), and forget free buffers."""
+    mx.synchronize()
+    mx.synchronize(generation_stream)
+    mx.clear_cache()
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first place where two token sequences differ; None if they do not."""
+    pairs = enumerate(zip_longest(a, b))
+    return next((place for place, (x, y) in pairs if x != y), None)
+
+
+def _compete(
+    plan: Plan, ids: list[int], turn: int, trial: int, number: int, meter: Meter, tick: Callable[[], None]
+) -> list[Repeat]:
+    """One answer of each contender."""
+    runs: dict[str, Run] = {}
+    for contender in plan.contenders if number % 2 == 0 else reversed(plan.contenders):
+        runs[contender.name] = time_answer(contender, ids, plan.max_tokens, meter)
+        tick()
+    baseline = plan.contenders[0]
+    return [
+        Repeat(turn, trial, name, run, _diverged(baseline, ids, runs[baseline.name], run, plan.exact))
+        for name, run in runs.items()
+    ]
+
+
+def _diverged(baseline: Contender, ids: list[int], wanted: Run, found: Run, exact: bool) -> Divergence | None:
+    place = first_difference(wanted.tokens, found.tokens) if exact else None
+    if place is None:
+        return None
+    if place >= min(len(wanted.tokens), len(found.tokens)):
+        return Divergence(place, None)
+    *_, last = baseline.answer(ids, place + 1)  # again, for the logits that were not kept
+    logits = last.logprobs.astype(mx.float32)
+    return Divergence(place, float(logits[wanted.tokens[place]] - logits[found.tokens[place]]))

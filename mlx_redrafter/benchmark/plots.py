@@ -1,0 +1,127 @@
+"""Pictures of a report, as PNG files."""
+
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_file
+
+
+def draw(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw what the report has; the files that were written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_save(plot(report), folder / file) for key, file, plot in PLOTS if report.get(key)]
+
+
+def speedup(report: dict[str, Any]) -> Any:
+    """Speed-up of each category with its interval."""
+    groups = {**report["categories"], "overall": report["overall"]}
+    found = {
+        name: group["speedup"] for name, group in groups.items() if group["speedup"]["median"] is not None
+    }
+    figure, [axes] = _figure(7, 1.2 + 0.35 * len(found))
+    names, values = list(found), list(found.values())
+    medians = [x["median"] for x in values]
+    errors = [[x["median"] - x["low"] for x in values], [x["high"] - x["median"] for x in values]]
+    colours = ["C1" if name == "overall" else "C0" for name in names]
+    axes.barh(names, medians, xerr=errors, color=colours, capsize=3)
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("speed-up over plain decoding by mlx-lm (median, 95 % interval)")
+    axes.set_title(_title(report))
+    return figure
+
+
+def heat_map(report: dict[str, Any]) -> Any:
+    """Speed-up by width and length, one map for each budget of nodes."""
+    found = report["sweep"]
+    budgets = found["budgets"]
+    figure, all_axes = _figure(1 + 3.2 * len(budgets), 4.2, columns=len(budgets))
+    values = [row["speedup"]["median"] for row in found["rows"] if row["speedup"]["median"] is not None]
+    for axes, budget in zip(all_axes, budgets, strict=True):
+        image = _map(axes, found, budget, min(values, default=0), max(values, default=1))
+    figure.colorbar(image, ax=all_axes, label="speed-up over plain decoding")
+    figure.suptitle(f"{_title(report)}\n★ best, ▢ what the automatic choice picks")
+    return figure
+
+
+def cost_curve(report: dict[str, Any]) -> Any:
+    """Time of a verification relative to that of one token."""
+    rows = report["cost_curve"]["rows"]
+    figure, [axes] = _figure(7, 4.5)
+    axes.plot([r["tokens"] for r in rows], [r["relative"] for r in rows], marker="o", label="measured")
+    axes.plot([1, rows[-1]["tokens"]], [1, rows[-1]["tokens"]], "--", color="grey", label="one after another")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= rows[-1]["tokens"]]
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.set_yticks(ticks, [str(n) for n in ticks])
+    axes.set_xlabel("tokens verified at once")
+    axes.set_ylabel(f"time, relative to one token ({1000 * rows[0]['seconds']:.3g} ms)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(_title(report))
+    return figure
+
+
+PLOTS = (
+    ("overall", "speedup.png", speedup),
+    ("sweep", "sweep.png", heat_map),
+    ("cost_curve", "cost-curve.png", cost_curve),
+)
+
+
+def _map(axes: Any, found: dict[str, Any], budget: int | None, low: float, high: float) -> Any:
+    widths, lengths = found["widths"], found["lengths"]
+    rows = {_key(row): row for row in found["rows"]}
+
+    def cell(width: int, length: int) -> dict[str, Any] | None:
+        most = 1 + width * length + found["lookup"]
+        return rows.get((width, length, most if budget is None else min(budget, most)))
+
+    grid = [[cell(width, length) for length in lengths] for width in widths]
+    medians = [[float("nan") if x is None else x["speedup"]["median"] for x in row] for row in grid]
+    image = axes.imshow(medians, cmap="viridis", vmin=low, vmax=high, aspect="auto")
+    for i, row in enumerate(grid):
+        for j, x in enumerate(row):
+            if x is None or x["speedup"]["median"] is None:
+                continue
+            star = "★" if x is rows.get(_key(found["best"])) else ""
+            axes.text(j, i, f"{star}{x['speedup']['median']:.2f}", ha="center", va="center", color="white")
+            if x is rows.get(_key(found["automatic"])):
+                axes.add_patch(_frame(j, i))
+    axes.set_xticks(range(len(lengths)), lengths)
+    axes.set_yticks(range(len(widths)), widths)
+    axes.set_xlabel("length")
+    axes.set_ylabel("width")
+    axes.set_title("all nodes" if budget is None else f"at most {budget} nodes", fontsize=10)
+    return image
+
+
+def _key(shape: dict[str, Any] | None) -> tuple[Any, ...]:
+    return () if shape is None else tuple(shape[key] for key in ("beam_width", "beam_length", "max_nodes"))
+
+
+def _frame(column: int, row: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
+    return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+
+
+def _title(report: dict[str, Any]) -> str:
+    model = str(report["settings"]["model"]).rstrip("/").rsplit("/", 1)[-1]
+    return f"{model}, {report['settings']['weights']}, {report['machine']['chip']}"
+
+
+def _save(figure: Any, path: Path) -> Path:
+    with atomic_file(path) as new:
+        figure.savefig(new, dpi=150)
+    return path

@@ -1,0 +1,250 @@
+"""One benchmark from its flags to its report; the report is there for whatever was finished."""
+
+import argparse
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from ..decoding.sampling import Sampling
+from ..decoding.step import DraftShape, Pick
+from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model
+from ..model import DEFAULT_MODEL
+from ..stream import check_shape
+from . import phases, report, sweep
+from .contenders import mlx_lm_contender, our_contender
+from .energy import find_meter
+from .machine import describe
+from .measure import Asked, Contender, Plan, measure, settle, turns_of, warm_up
+from .sources import encode_conversation, load_prompts, sample
+from .statistics import shapes_used
+
+NOT_SETTINGS = ("run", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
+SAVE_EVERY = 30.0  # seconds
+
+
+class Session:
+    """Measures what the flags ask for.
+
+    Attributes:
+        report: what was finished; empty before the first prompt was.
+        finished: prompts.
+        interrupted: whether this is all because of an interrupt.
+
+    Raises:
+        ValueError: a flag, a file or a model is not usable.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.grid = sweep.Grid(args.sweep_widths, args.sweep_lengths, args.sweep_nodes, args.lookup or 0)
+        self.shape = check_decoding(args)
+        self.prompts = sample(load_prompts(args.prompts), args.limit)
+        self.drafter = choose_drafter(args, self.shape)
+        self.report: dict[str, Any] = {}
+        self.asked: list[Asked] = []
+        self.interrupted = False
+
+    @property
+    def finished(self) -> int:
+        """Prompts whose answers were all timed."""
+        return len(self.asked)
+
+    def measure(self) -> None:
+        """Load the model, and make all passes."""
+        self.machine = describe()
+        _warn_if_busy(self.machine)
+        self.model, self.tokenizer = load_model(self.args, self.drafter)
+        self.meter, self.energy = find_meter(self.machine["backend"])
+        self.encode = partial(encode_conversation, tokenizer=self.tokenizer, args=self.args)
+        self.first_turns = [self.encode(turns_of(prompt)[0]) for prompt in self.prompts]
+        self._check_lengths()
+        self._check_shapes()
+        self.plan = self._plan()
+        self._main_pass()
+        if self.args.profile:
+            self._profile()
+        if self.args.sweep:
+            self._sweep()
+        if self.args.cost_curve:
+            self._cost_curve()
+
+    def wait(self) -> None:
+        """Until nothing is being computed any more: ending sooner aborts the process."""
+        settle()
+
+    def _plan(self) -> Plan:
+        args = self.args
+        contenders = [self._plain(), self._ours(self.shape)]
+        if args.draft_model is not None:
+            contenders.append(self._plain(draft_model=True))
+        return Plan(
+            contenders,
+            self.encode,
+            args.max_tokens,
+            args.turns,
+            args.trials,
+            exact=args.temp == 0,
+            longest=self.model.context_length,
+        )
+
+    def _plain(self, draft_model: bool = False) -> Contender:
+        return mlx_lm_contender(self.model, self.tokenizer, self.args, draft_model)
+
+    def _ours(self, shape: DraftShape | None) -> Contender:
+        return our_contender(self.model, self.tokenizer, self.args, shape)
+
+    def _main_pass(self) -> None:
+        turns = sum(len(turns_of(prompt)[: self.args.turns]) for prompt in self.prompts)
+        warm_up(self.plan, self.first_turns[0], self.args.warm_up)
+        saved = time.monotonic()
+        try:
+            with _bar("Measuring", turns * self.plan.runs_per_turn) as tick:
+                for asked in measure(self.plan, self.prompts, self.meter, tick):
+                    self.asked.append(asked)
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        self._save()
+                        saved = time.monotonic()
+        finally:
+            self._summarise()
+
+    def _summarise(self) -> None:
+        if self.asked:
+            settings = _settings(self.args, self.shape, self.model.model, self.energy)
+            self.report |= report.build(self.plan, self.asked, self.machine, settings, len(self.prompts))
+
+    def _save(self) -> None:
+        """Write what there is, in case this process is killed."""
+        if self.args.json not in (None, "-"):
+            self._summarise()
+            report.write(self.report, Path(self.args.json))
+
+    def _profile(self) -> None:
+        shape = self.shape or self._usual_shape()
+        if shape is None or self.model.target is None:
+            return
+        prompts = sample(self.first_turns, self.args.profile)
+        most = self.args.max_tokens if self.args.max_tokens > 0 else 256
+        pick = self._pick()
+        with _bar("Profiling", len(prompts), "prompt") as tick:
+            times = phases.profile(
+                self.model.target,
+                self.model.drafter,
+                pick,
+                shape,
+                prompts,
+                most,
+                frozenset(self.tokenizer.eos_token_ids),
+                self.args.prefill_step_size,
+                tick,
+            )
+        if found := phases.summarise(times, describe_shape(shape)):
+            self.report["phases"] = found
+
+    def _sweep(self) -> None:
+        prompts = sample(self.first_turns, self.args.sweep_limit)
+        shapes = [None, *self.grid.shapes()]
+        found: list[sweep.Swept] = []
+        try:
+            with _bar("Sweep", len(prompts) * len(shapes)) as tick:
+                for swept in sweep.sweep(
+                    self._plain(), self._ours, shapes, prompts, self.args.max_tokens, self.meter, tick
+                ):
+                    found.append(swept)
+        finally:
+            if found:
+                self.report["sweep"] = sweep.summarise(self.grid, found)
+
+    def _cost_curve(self) -> None:
+        from ..target import Target
+
+        target = self.model.target or Target(self.model.model)
+        with _bar("Cost curve", sweep.ROUNDS + 1, "round") as tick:
+            self.report["cost_curve"] = sweep.cost_curve(target, tick=tick)
+
+    def _pick(self) -> Pick:
+        return Sampling(self.args.temp, self.args.top_p, self.args.top_k, self.args.min_p).pick
+
+    def _usual_shape(self) -> DraftShape | None:
+        """The shape that the automatic choice used most, but for plain decoding; None if there is none."""
+        runs = [run for asked in self.asked for run in asked.runs(report.OURS)]
+        used = Counter({shape: steps for shape, steps in shapes_used(runs).items() if shape.size > 1})
+        return used.most_common(1)[0][0] if used else None
+
+    def _check_shapes(self) -> None:
+        """Refuse a sweep that the drafter cannot do, before anything is measured."""
+        if not self.args.sweep:
+            return
+        if self.model.drafter is None:
+            raise ValueError("--sweep tries shapes of a drafter, and there is none: name one with --drafter.")
+        for shape in self.grid.shapes():
+            check_shape(shape, self.model.drafter.config.head_outputs)
+
+    def _check_lengths(self) -> None:
+        """Refuse first turns that the model cannot read, before anything is measured."""
+        longest, known = self.model.context_length, self.model.vocabulary
+        for number, ids in enumerate(self.first_turns, 1):
+            if longest is not None and len(ids) > longest:
+                raise ValueError(
+                    f"prompt {number} has {len(ids)} tokens, more than the model's context of {longest}: "
+                    "shorten it or leave it out."
+                )
+            if known is not None and max(ids) >= known:
+                raise ValueError(
+                    f"prompt {number} has token {max(ids)}, but the model knows {known} tokens: "
+                    "use its own tokenizer."
+                )
+
+
+def _settings(
+    args: argparse.Namespace, shape: DraftShape | None, model: nn.Module, energy: str
+) -> dict[str, Any]:
+    """The flags, as JSON, and what they came to."""
+    given = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
+    return {
+        **given,
+        "model": args.model or DEFAULT_MODEL,
+        "prompts": args.prompts if args.prompts == "-" else Path(args.prompts).name,
+        "weights": weights(model),
+        "shape": "automatic" if shape is None else sweep.shape_name(describe_shape(shape)),
+        "energy": energy,
+    }
+
+
+def weights(model: nn.Module) -> str:
+    """The precision of a model's weights, such as "float32" or "4 bits, bfloat16"."""
+    bits = {layer.bits for layer in model.modules() if hasattr(layer, "bits")}
+    flat: Any = tree_flatten(model.parameters())
+    types = {x.dtype for _, x in flat if mx.issubdtype(x.dtype, mx.floating)}
+    return ", ".join(
+        [*(f"{n} bits" for n in sorted(bits)), *sorted(str(t).rpartition(".")[2] for t in types)]
+    )
+
+
+def _warn_if_busy(machine: dict[str, Any]) -> None:
+    if machine["load"] > machine["cores"] / 2:
+        warnings.warn(
+            f"this machine is busy (load {machine['load']} on {machine['cores']} cores): times will scatter.",
+            stacklevel=1,
+        )
+
+
+@contextmanager
+def _bar(what: str, total: int, unit: str = "answer") -> Iterator[Callable[[], None]]:
+    """A progress bar with the time that is left; yields what to call after each."""
+    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
+
+        def tick() -> None:
+            bar.update()
+
+        yield tick

@@ -1,0 +1,111 @@
+"""Where prompts come from: files, standard input, and the two public sets."""
+
+import argparse
+import http.client
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..files import atomic_file
+from ..generate_command import render_messages
+from ..model import cache_folder
+from ..prompts import Message, Prompt, read_prompts
+
+# MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
+MT_BENCH = ("lmsys/mt-bench", "data/mt_bench/question.jsonl")  # a Space and a file of it
+# Spec-Bench is not on the hub; its authors' repository (arXiv 2401.07851) has it.
+SPEC_BENCH_COMMIT = "fd2c1cd7d2201ef71db4c5f4e455008f017967bf"
+SPEC_BENCH = f"https://github.com/hemingkx/Spec-Bench/raw/{SPEC_BENCH_COMMIT}/data/spec_bench/question.jsonl"
+SPEC_BENCH_TASKS = {
+    "translation": "translation",
+    "summarization": "summarization",
+    "qa": "question answering",
+    "math_reasoning": "mathematical reasoning",
+    "rag": "retrieval-augmented generation",
+}
+CONVERSATION = "multi-turn conversation"  # Spec-Bench's first task, made of MT-Bench's categories
+TIMEOUT = 60  # seconds
+
+Item = TypeVar("Item")
+
+
+def load_prompts(source: str) -> list[Prompt]:
+    """The prompts of a JSONL file, of standard input (``-``), of ``mt-bench`` or of ``spec-bench``.
+
+    Raises:
+        ValueError: there are none, or they cannot be had.
+    """
+    if source == "mt-bench":
+        return read_prompts(_hub_file())
+    if source == "spec-bench":
+        prompts = read_prompts(_spec_bench_file())
+        return [replace(p, category=SPEC_BENCH_TASKS.get(p.category, CONVERSATION)) for p in prompts]
+    return read_prompts(source)
+
+
+def sample(prompts: list[Item], limit: int | None) -> list[Item]:
+    """``limit`` evenly spaced prompts, because files are often sorted by category."""
+    if limit is None or limit >= len(prompts):
+        return prompts
+    return [prompts[i * len(prompts) // limit] for i in range(limit)]
+
+
+def encode_conversation(
+    messages: list[Message], tokenizer: TokenizerWrapper, args: argparse.Namespace
+) -> list[int]:
+    """Token ids of a conversation up to where the model answers, as ``generate`` encodes a prompt.
+
+    Raises:
+        ValueError: the chat template refuses the conversation, or nothing is left to say.
+    """
+    if args.ignore_chat_template or not tokenizer.has_chat_template:
+        ids = list(tokenizer.encode("\n".join(message["content"] for message in messages)))
+    else:
+        try:
+            text = render_messages(tokenizer, messages, args, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and may refuse a role or the order of roles
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the chat template refuses messages of {roles} ({error}): "
+                "give other prompts, or --ignore-chat-template."
+            ) from error
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+    if not ids:
+        raise ValueError(f"the prompt {messages[-1]['content']!r} has no tokens: give some text.")
+    return ids
+
+
+def _hub_file() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(*MT_BENCH, repo_type="space"))
+    except (OSError, ValueError) as error:
+        raise ValueError(_unreachable("mt-bench", "the Hugging Face hub", error)) from error
+
+
+def _spec_bench_file() -> Path:
+    """The questions in the cache folder, downloaded if they are not there yet."""
+    path = cache_folder() / "prompts" / f"spec-bench-{SPEC_BENCH_COMMIT[:7]}.jsonl"
+    if path.is_file():
+        return path
+    try:
+        with urllib.request.urlopen(SPEC_BENCH, timeout=TIMEOUT) as response:
+            data = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(_unreachable("spec-bench", "GitHub", error)) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as new:
+        new.write_bytes(data)
+    return path
+
+
+def _unreachable(name: str, where: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    return (
+        f"{name} cannot be downloaded from {where} ({reason}): "
+        "check the network, or give prompts of your own with --prompts FILE."
+    )

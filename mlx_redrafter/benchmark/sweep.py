@@ -1,0 +1,196 @@
+"""Every draft shape of a grid against plain decoding, and what a verification costs."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from ..decoding.cache import Cache, grow
+from ..decoding.step import DraftShape
+from ..decoding.tree import make_tree
+from ..generate_command import describe_shape
+from ..target import Target, from_prompt_cache
+from .measure import Contender, Meter, Run, time_answer
+from .statistics import interval, speed, tokens_per_step
+from .tables import Table, number, speedup
+
+SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 33, 40, 48, 64)  # tokens of the cost curve
+ROUNDS = 9  # of the cost curve
+CONTEXT = 256  # tokens before them
+KEYS = ("beam_width", "beam_length", "max_nodes", "lookup")  # of a shape
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which shapes are tried: every width with every length, all nodes verified or at most a budget."""
+
+    widths: Sequence[int] = (1, 2, 4)
+    lengths: Sequence[int] = (1, 2, 3, 5)
+    nodes: Sequence[int] = (4, 8, 16)
+    lookup: int = 0  # tokens copied from the text besides
+
+    def __post_init__(self) -> None:
+        for name, values, least in (
+            ("width", self.widths, 1),
+            ("length", self.lengths, 1),
+            ("nodes", self.nodes, 2),
+        ):
+            if bad := [value for value in values if value < least]:
+                raise ValueError(f"sweep: {name} {bad[0]} is not usable: give {least} or more.")
+
+    def shapes(self) -> list[DraftShape]:
+        """Every shape once, the ones with few nodes first."""
+        found = {
+            DraftShape(width, length, min(budget, most), self.lookup)
+            for width in self.widths
+            for length in self.lengths
+            if (most := 1 + width * length + self.lookup)
+            for budget in (*self.nodes, most)
+        }
+        return sorted(found, key=lambda shape: (shape.size, shape.width, shape.length))
+
+
+@dataclass
+class Swept:
+    """One prompt's answers: plain ones before and after those of the shapes and of the automatic choice."""
+
+    plain: list[Run] = field(default_factory=list)
+    runs: dict[DraftShape | None, Run] = field(default_factory=dict)  # None: the automatic choice
+
+
+def sweep(
+    baseline: Contender,
+    decode_with: Callable[[DraftShape | None], Contender],
+    shapes: Iterable[DraftShape | None],
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    meter: Meter,
+    tick: Callable[[], None] = lambda: None,
+) -> Iterator[Swept]:
+    """Answer each prompt with every shape, in the opposite order every second time."""
+    order = list(shapes)
+    for number_, ids in enumerate(prompts):
+        found = Swept([time_answer(baseline, ids, max_tokens, meter)])
+        for shape in order if number_ % 2 == 0 else reversed(order):
+            found.runs[shape] = time_answer(decode_with(shape), ids, max_tokens, meter)
+            tick()
+        found.plain.append(time_answer(baseline, ids, max_tokens, meter))
+        yield found
+
+
+def summarise(grid: Grid, found: Sequence[Swept]) -> dict[str, Any]:
+    """What the report says of a sweep: a row for each shape, the best one, and the automatic choice."""
+    rows = [{**describe_shape(shape), **_fared(found, shape)} for shape in grid.shapes()]
+    timed = [row for row in rows if row["speedup"]["median"] is not None]
+    used: Counter[DraftShape] = sum(
+        (Counter(swept.runs[None].shapes) for swept in found if None in swept.runs), Counter()
+    )
+    chosen = used.most_common(1)[0][0] if used else None
+    best = max(timed, key=lambda row: row["speedup"]["median"], default=None)
+    return {
+        "prompts": len(found),
+        "widths": list(grid.widths),
+        "lengths": list(grid.lengths),
+        "budgets": [*sorted(grid.nodes), None],
+        "lookup": grid.lookup,
+        "rows": rows,
+        "best": best and {key: best[key] for key in KEYS},
+        "automatic": chosen and {**describe_shape(chosen), **_fared(found, None)},
+    }
+
+
+def sweep_table(report: dict[str, Any]) -> Table:
+    """All shapes, best first."""
+    found = report["sweep"]
+    rows = sorted(found["rows"], key=lambda row: -(row["speedup"]["median"] or 0))
+    automatic = found["automatic"]
+    cells = []
+    for row in rows:
+        names = ["best"] * _same(row, found["best"]) + ["automatic choice"] * _same(row, automatic)
+        cells.append([", ".join(names), *(str(row[k]) for k in KEYS[:3]), *_figures(row)])
+    if automatic:
+        cells.append(["automatic, as it goes", "", "", "", *_figures(automatic)])
+    notes = [f"{found['prompts']} prompts; plain decoding timed before and after the shapes of each."]
+    if automatic and not any(_same(row, automatic) for row in rows):
+        notes.append(f"The automatic choice used mostly {shape_name(automatic)}, which is not in the table.")
+    header = ["", "width", "length", "nodes", "speed-up (95 %)", "tokens per step"]
+    return Table("Draft shapes against plain decoding", header, cells, notes)
+
+
+def shape_name(shape: dict[str, Any]) -> str:
+    """A shape in words."""
+    if shape["max_nodes"] == 1:
+        return "plain decoding"
+    width, length, nodes, copied = (shape[key] for key in KEYS)
+    copying = f", lookup {copied}" if copied else ""
+    return f"width {width}, length {length}{copying}, {nodes} nodes"
+
+
+def cost_curve(
+    target: Target,
+    sizes: Sequence[int] = SIZES,
+    rounds: int = ROUNDS,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Seconds of one verification of a chain of tokens, by their number; sizes take turns.
+
+    Returns:
+        ``rows`` of ``tokens``, ``seconds`` (median) and ``relative`` (to one); ``context`` tokens before.
+    """
+    caches = target.make_cache()
+    target.forward(mx.ones((1, CONTEXT), mx.int32), caches)
+    cache = grow(from_prompt_cache(caches), CONTEXT + max(sizes))
+    del caches  # or the buffers would be copied
+    length = mx.array([CONTEXT], mx.int32)
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    for number_ in range(rounds + 1):  # the first one warms up
+        for size in sizes if number_ % 2 else reversed(sizes):
+            seconds, cache = _time_verification(target, cache, length, size)
+            times[size] += [seconds] if number_ else []
+        tick()
+    medians = {size: median(found) for size, found in times.items()}
+    one = medians[min(sizes)]
+    rows = [{"tokens": n, "seconds": s, "relative": s / one} for n, s in medians.items()]
+    return {"context": CONTEXT, "rounds": rounds, "rows": rows}
+
+
+def cost_table(report: dict[str, Any]) -> Table:
+    """The cost curve."""
+    found = report["cost_curve"]
+    rows = [[str(r["tokens"]), number(1000 * r["seconds"]), f"{r['relative']:.2f}"] for r in found["rows"]]
+    notes = [f"Medians of {found['rounds']} verifications behind {found['context']} tokens."]
+    return Table("Cost of one verification", ["tokens", "ms", "relative to one token"], rows, notes)
+
+
+def _time_verification(target: Target, cache: Cache, length: mx.array, size: int) -> tuple[float, Cache]:
+    parents = mx.maximum(mx.arange(size, dtype=mx.int32) - 1, 0)[None]
+    tree = make_tree(mx.ones((1, size), mx.int32), parents, size - 1)
+    mx.eval(vars(tree), cache.keys, cache.values)
+    start = time.perf_counter()
+    seen = target.verify(tree, cache, length)
+    cache = Cache(seen.keys, seen.values)
+    mx.eval(seen.logits, cache.keys, cache.values)
+    return time.perf_counter() - start, cache
+
+
+def _fared(found: Sequence[Swept], shape: DraftShape | None) -> dict[str, Any]:
+    runs = [(swept.runs[shape], speed(swept.plain)) for swept in found if shape in swept.runs]
+    ratios = [fast / plain for run, plain in runs if plain and (fast := speed([run]))]
+    mine = [run for run, _ in runs]
+    return {
+        "speedup": asdict(interval(ratios)),
+        "tps": speed(mine),
+        "tokens_per_step": tokens_per_step(mine),
+    }
+
+
+def _same(row: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    return other is not None and all(row[key] == other[key] for key in KEYS)
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [speedup(row["speedup"]), f"{row['tokens_per_step']:.2f}"]

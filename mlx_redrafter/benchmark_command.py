@@ -1,0 +1,143 @@
+"""``mlx-redrafter benchmark``."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+PLOTS = Path("benchmark-plots")
+STDOUT = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags: those of ``generate``, and what to ask, to measure and to write."""
+    from .generate_command import add_decoding_arguments
+
+    add = parser.add_argument
+    add("compare", nargs="*", metavar="compare A B", help="instead: show two results of --json side by side")
+    add("--prompts", default="mt-bench", help="JSONL file, mt-bench, spec-bench, or - (default: %(default)s)")
+    add("--limit", type=int, help="prompts at most: evenly spaced ones")
+    add("--turns", type=int, help="of each prompt at most (default: all)")
+    add("--first-turns", dest="turns", action="store_const", const=1, help="the same as --turns 1")
+    add("--trials", type=int, default=1, help="how often each turn is answered (default: %(default)s)")
+    add("--warm-up", type=int, default=32, help="tokens decoded before measuring (default: %(default)s)")
+    add(
+        "--profile",
+        type=int,
+        default=2,
+        help="prompts for the time per phase; 0: none (default: %(default)s)",
+    )
+    add("--cost-curve", action="store_true", help="time one verification against its number of tokens")
+    add("--sweep", action="store_true", help="try draft shapes: every width, length and number of nodes")
+    add("--sweep-widths", type=int, nargs="+", default=[1, 2, 4], metavar="W", help="(default: 1 2 4)")
+    add("--sweep-lengths", type=int, nargs="+", default=[1, 2, 3, 5], metavar="L", help="(default: 1 2 3 5)")
+    add(
+        "--sweep-nodes",
+        type=int,
+        nargs="*",
+        default=[4, 8, 16],
+        metavar="N",
+        help="(default: 4 8 16, and all)",
+    )
+    add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most (default: %(default)s)")
+    add("--json", nargs="?", const=STDOUT, metavar="FILE", help="write the result; without FILE, print it")
+    add(
+        "--markdown",
+        nargs="?",
+        const=STDOUT,
+        metavar="FILE",
+        help="write the tables; without FILE, print them",
+    )
+    add("--plots", metavar="FOLDER", help=f"draw PNGs there (with --sweep and --cost-curve: {PLOTS})")
+    add_decoding_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure as the command line says, or compare two results."""
+    _require("rich", "tables need")
+    if args.compare:
+        return _compare(args)
+    if args.plots is None and (args.sweep or args.cost_curve):
+        args.plots = str(PLOTS)
+    if args.plots is not None:
+        _require("matplotlib", "plots need")
+    _check(args)
+    from .benchmark.session import Session
+
+    session = Session(args)
+    try:
+        session.measure()
+    except KeyboardInterrupt:
+        session.interrupted = True
+    session.wait()
+    if session.report:
+        _write(args, session.report)
+    if not session.interrupted:
+        return 0
+    print(f"\nInterrupted: {session.finished} of {len(session.prompts)} prompts finished.", file=sys.stderr)
+    return 130
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .benchmark.compare import compare
+    from .benchmark.report import read
+
+    if len(args.compare) != 3 or args.compare[0] != "compare":
+        raise ValueError(f"{' '.join(args.compare)} is not understood: give flags only, or compare A B.")
+    table = compare(*(read(Path(name)) for name in args.compare[1:]))
+    _show(args.markdown, [table], quiet=False)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for flag, least in (
+        ("limit", 1), ("turns", 1), ("trials", 1), ("warm_up", 1), ("profile", 0), ("sweep_limit", 1)
+    ):  # fmt: skip
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} is not usable: give {least} or more.")
+    if args.max_tokens == 1:
+        raise ValueError("--max-tokens 1 leaves nothing to time after the first token: give 2 or more.")
+    for flag in ("json", "markdown"):
+        name = getattr(args, flag)
+        if name not in (None, STDOUT) and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
+            raise ValueError(f"--{flag} {name} cannot be written: name a file in a folder that exists.")
+    if args.plots is not None and Path(args.plots).exists() and not Path(args.plots).is_dir():
+        raise ValueError(f"--plots {args.plots} is no folder: name one.")
+
+
+def _require(package: str, what: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} the package {package}: pip install 'mlx-redrafter[benchmark]'.")
+
+
+def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
+    """Show the tables, unless only JSON or Markdown is to be printed, and write the files."""
+    from .benchmark.report import dumps, tables, write
+
+    _show(args.markdown, tables(report), quiet=args.json == STDOUT)
+    if args.json == STDOUT:
+        print(dumps(report), end="")
+    elif args.json is not None:
+        write(report, Path(args.json))
+        print(f"Wrote {args.json}", file=sys.stderr)
+    if args.plots is not None:
+        from .benchmark.plots import draw
+
+        for path in draw(report, Path(args.plots)):
+            print(f"Wrote {path}", file=sys.stderr)
+
+
+def _show(markdown: str | None, tables: list, quiet: bool) -> None:  # type: ignore[type-arg]
+    from .benchmark import tables as form
+    from .files import atomic_file
+
+    if markdown == STDOUT:
+        print(form.markdown(tables), end="")
+    elif not quiet:
+        form.show(tables)
+    if markdown not in (None, STDOUT):
+        assert markdown is not None
+        with atomic_file(Path(markdown)) as new:
+            new.write_text(form.markdown(tables), "utf-8")
+        print(f"Wrote {markdown}", file=sys.stderr)
