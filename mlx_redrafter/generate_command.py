@@ -281,9 +281,7 @@ def _shape(args: argparse.Namespace) -> DraftShape | None:
     if args.beam_width == "auto" and args.beam_length is None and args.max_nodes is None:
         return None
     width = USUAL.width if args.beam_width == "auto" else args.beam_width
-    length = args.beam_length
-    if length is None:
-        length = USUAL.length if width else 0
+    length = USUAL.length if args.beam_length is None else args.beam_length
     return DraftShape(width, length, args.max_nodes, args.lookup or 0)
 
 

@@ -28,7 +28,8 @@ SAYS = "Hé🙂好w!"
 RECORD = {
     "text": str, "tokens": list, "prompt_tokens": int, "prompt_tps": float, "generation_tokens": int,
     "generation_tps": float, "steps": int, "tokens_per_step": float, "acceptance": list,
-    "peak_memory_gb": float, "finish_reason": str, "settings": dict, "device": dict, "versions": dict,
+    "copied_tokens": int, "shapes": list, "peak_memory_gb": float, "finish_reason": str, "settings": dict,
+    "device": dict, "versions": dict,
 }  # fmt: skip
 
 
@@ -130,7 +131,15 @@ def test_plain_decoding_says_the_same(generate):
 
 
 @pytest.mark.parametrize(
-    "extra", [(), ("--no-draft",), ("--temp", "0.9", "--seed", "3"), ("-m", "1"), ("--stop", "好")]
+    "extra",
+    [
+        (),
+        ("--beam-width", "2"),
+        ("--no-draft",),
+        ("--temp", "0.9", "--seed", "3"),
+        ("-m", "1"),
+        ("--stop", "好"),
+    ],
 )
 def test_the_json_record(generate, extra):
     code, out, err = generate("--json", *extra)
@@ -148,17 +157,30 @@ def test_the_json_record(generate, extra):
         assert (record["finish_reason"], record["text"]) == ("stop", "Hé🙂")
     elif "--temp" not in extra:
         assert (record["finish_reason"], record["text"]) == ("stop", SAYS)
-        assert record["tokens_per_step"] > 2 or "--no-draft" in extra
+    if "--beam-width" in extra:
+        assert record["tokens_per_step"] > 2
 
 
 def test_the_record_names_the_settings_in_force(generate):
     _, out, _ = generate("--json", "--beam-width", 3, "--beam-length", "2", "--max-nodes", 5)
-    settings = json.loads(out)["settings"]
-    assert (settings["beam_width"], settings["beam_length"], settings["max_nodes"]) == (3, 2, 5)
+    record = json.loads(out)
+    wanted = {"beam_width": 3, "beam_length": 2, "max_nodes": 5, "lookup": 0}
+    assert {name: record["settings"][name] for name in wanted} == wanted
+    assert record["shapes"] == [{**wanted, "steps": record["steps"]}]
+
+
+def test_lookup_in_the_record(generate):
+    _, out, _ = generate("--json", "--drafter", "none", "--beam-width", 0, "--beam-length", 0, "--lookup", 3)
+    record = json.loads(out)
+    assert record["text"] == SAYS
+    assert [shape["lookup"] for shape in record["shapes"]] == [3]
+    _, out, _ = generate("--json", "--lookup", 0)
+    assert {shape["lookup"] for shape in json.loads(out)["shapes"]} == {0}
+    assert json.loads(out)["text"] == SAYS
 
 
 def test_drafted_text_in_colour(generate):
-    _, out, _ = generate("--show-draft")
+    _, out, _ = generate("--show-draft", "--beam-width", 2)
     assert "\033[32m" in out
     assert out.replace("\033[32m", "").replace("\033[0m", "").splitlines()[1] == SAYS
 

@@ -13,6 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, generate, load, stream_generate
+from mlx_redrafter.decoding.loop import Fixed
 from mlx_redrafter.stream import Response, until
 from mlx_redrafter.target import Target
 from mlx_redrafter.tokenizers import load_tokenizer
@@ -46,6 +47,7 @@ def model():
     text = [r.token for r in mlx_lm.stream_generate(base, Silent(), PROMPT, 80)]
     speculative = SpeculativeModel(base, known(base, PROMPT + text))
     speculative.text = text
+    speculative._policies[None] = Fixed(SHAPE)
     return speculative
 
 
@@ -377,4 +379,4 @@ def test_tokens_that_the_tokenizer_lacks(tokenizer, folders):
     _, sentencepiece = load(folders["sentencepiece"][0], drafter=None)
     for draft in (True, False):  # and has no answer here
         with pytest.raises(ValueError, match="its tokenizer does not have"):
-            list(stream_generate(model, sentencepiece, PROMPT, 40, draft=draft))
+            list(stream_generate(model, sentencepiece, PROMPT, 40, shape=SHAPE, draft=draft))
