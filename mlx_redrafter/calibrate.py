@@ -1,7 +1,8 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
 Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
-is the chip, the weights (and how they are quantized) and the versions. A damaged file is measured anew.
+is the chip, the weights (and how they are quantized) and the versions. A damaged file is measured anew, and
+so is, at the next use, what was measured while the machine was too busy to tell.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from .model import SpeculativeModel
 
 SECONDS = 2.0  # that a calibration takes, about
+PATIENCE = 3  # times as long at most, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # in which every shape has its turn
+STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt
 TEXT = 48  # tokens of the text behind which steps are timed
 UNLIMITED = 1 << 40  # tokens
 
@@ -75,12 +78,13 @@ def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None
 
 def step_seconds(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> list[float]:
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
-    file = _file(model, shapes)
-    found = _read(file, len(shapes))
-    if found is None:
-        found = measure(model, shapes).seconds
-        keep(model, shapes, found)
-    return found
+    found = _read(_file(model, shapes), len(shapes))
+    if found is not None:
+        return found
+    measured = measure(model, shapes)
+    if measured.steady:
+        keep(model, shapes, measured.seconds)
+    return measured.seconds
 
 
 def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: Sequence[float]) -> Path | None:
@@ -100,12 +104,35 @@ class Measured:
     """Step times of a calibration.
 
     Attributes:
-        seconds: the median for each shape.
-        rounds: for each shape, what was timed.
+        rounds: for each shape, seconds of one step in each round; the first shape is plain decoding.
     """
 
-    seconds: list[float]
     rounds: list[list[float]]
+
+    @property
+    def ratios(self) -> list[list[float]]:
+        """For each shape, its times in plain steps of the same round."""
+        return [[t / plain for t, plain in zip(times, self.rounds[0], strict=True)] for times in self.rounds]
+
+    @property
+    def seconds(self) -> list[float]:
+        """A step's time with each shape: medians of the ratios, so that a drift of the machine cancels.
+
+        No step is taken to be faster than a plain one, which does less: that would be an accident.
+        """
+        return [median(self.rounds[0]) * max(median(ratios), 1.0) for ratios in self.ratios]
+
+    @property
+    def steady(self) -> bool:
+        """Whether there are some rounds, and the middle half of each shape's ratios lies close together."""
+        enough = len(self.rounds[0]) >= LEAST_ROUNDS
+        return enough and all(_spread(ratios) <= STEADY * median(ratios) for ratios in self.ratios)
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Between the quarter points; between the extremes of a few."""
+    ordered, cut = sorted(values), len(values) // 4
+    return ordered[-1 - cut] - ordered[cut]
 
 
 def measure(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS) -> Measured:
@@ -114,11 +141,11 @@ def measure(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: floa
     Args:
         model: has a target.
         shapes: to be timed; the same number of rounds for each.
-        seconds: to spend, about; a few rounds are made in any case.
+        seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
     """
     target = model.target
     assert target is not None
-    watch = _Stopwatch(list(shapes), time.perf_counter() + seconds)
+    watch = _Stopwatch(list(shapes), seconds, measured=Measured([[] for _ in shapes]))
     with wired_limit(model.model):
         size = target.embed.weight.shape[0]
         ids = [(7919 * i + 13) % size for i in range(TEXT)]
@@ -133,8 +160,7 @@ def measure(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: floa
         with contextlib.closing(steps):
             while not watch.finished:
                 next(steps)
-    times = [watch.times[shape] for shape in shapes]
-    return Measured([median(values) for values in times], times)
+    return watch.measured
 
 
 @dataclass
@@ -146,11 +172,12 @@ class _Stopwatch:
     """
 
     shapes: list[DraftShape]
-    end: float
-    times: dict[DraftShape, list[float]] = field(default_factory=dict)
+    seconds: float
     finished: bool = False
+    measured: Measured = field(default_factory=lambda: Measured([]))
     _chosen: int = 0
     _observed: int = 0
+    _first: float = 0.0
     _last: float = 0.0
 
     def choose(self) -> DraftShape:
@@ -159,14 +186,20 @@ class _Stopwatch:
 
     def observe(self, shape: DraftShape, ranks: Sequence[int]) -> None:
         now = time.perf_counter()
+        self._first = self._first or now
         per_round = 2 * len(self.shapes)
         if self._observed % 2 and self._observed > per_round:  # the first round warms up
-            self.times.setdefault(shape, []).append(now - self._last)
+            self.measured.rounds[self.shapes.index(shape)].append(now - self._last)
         self._last = now
         self._observed += 1
-        rounds = self._observed // per_round - 1
-        if self._observed % per_round == 0:
-            self.finished = rounds >= LEAST_ROUNDS and (now > self.end or rounds >= MOST_ROUNDS)
+        if self._observed % per_round == 0 and self._observed > per_round:
+            self.finished = self._enough(now - self._first)
+
+    def _enough(self, spent: float) -> bool:
+        rounds = len(self.measured.rounds[0])
+        if spent > PATIENCE * self.seconds or rounds >= MOST_ROUNDS:
+            return True
+        return spent > self.seconds and self.measured.steady
 
     def _turn(self, step: int) -> DraftShape:
         turn, place = divmod(step // 2, len(self.shapes))

@@ -48,7 +48,7 @@ def build_parser() -> Parser:
     """The parser of all subcommands; ``args.run`` is the function to call."""
     from importlib.metadata import version
 
-    from . import benchmark_command, convert, generate_command, train_command
+    from . import benchmark_command, convert, generate_command, train_command, tune_command
 
     parser = Parser(prog="mlx-redrafter", description="Generate faster what the model would have said.")
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
@@ -56,6 +56,7 @@ def build_parser() -> Parser:
     for name, text, add, run in (
         ("generate", "generate text", generate_command.add_arguments, generate_command.run),
         ("benchmark", "measure speed", benchmark_command.add_arguments, benchmark_command.run),
+        ("tune", "measure which draft shape is fastest here", tune_command.add_arguments, tune_command.run),
         ("train", "make a drafter for a model", train_command.add_arguments, train_command.run),
         ("convert", "convert a model or a drafter", convert.add_convert_arguments, convert.run_convert),
         ("export", "write a drafter in Apple's layout", convert.add_export_arguments, convert.run_export),
