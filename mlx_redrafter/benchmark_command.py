@@ -65,16 +65,20 @@ def run(args: argparse.Namespace) -> int:
     from .benchmark.session import Session
 
     session = Session(args)
+    interrupted = False
     try:
         session.measure()
     except KeyboardInterrupt:
-        session.interrupted = True
-    session.wait()
-    if session.report:
-        _write(args, session.report)
-    if not session.interrupted:
+        interrupted = True
+    finally:  # what was finished is kept, whatever happened
+        session.wait()
+        if session.report:
+            _write(args, session.report)
+    if not interrupted:
         return 0
-    print(f"\nInterrupted: {session.finished} of {len(session.prompts)} prompts finished.", file=sys.stderr)
+    kept = "kept" if session.report else "nothing to keep"
+    asked = len(session.prompts)
+    print(f"\nInterrupted: {session.finished} of {asked} prompts finished, {kept}.", file=sys.stderr)
     return 130
 
 

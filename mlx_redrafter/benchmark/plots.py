@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
+from .sweep import KEYS, shape_name
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -40,7 +41,12 @@ def heat_map(report: dict[str, Any]) -> Any:
     for axes, budget in zip(all_axes, budgets, strict=True):
         image = _map(axes, found, budget, min(values, default=0), max(values, default=1))
     figure.colorbar(image, ax=all_axes, label="speed-up over plain decoding")
-    figure.suptitle(f"{_title(report)}\n★ best, ▢ what the automatic choice picks")
+    marks = [
+        f"{mark} {what}: {shape_name(found[key])}"
+        for mark, what, key in (("★", "best", "best"), ("▢", "automatic", "automatic"))
+        if found[key]
+    ]
+    figure.suptitle("\n".join([_title(report), *marks]), fontsize=10)
     return figure
 
 
@@ -76,18 +82,20 @@ def _map(axes: Any, found: dict[str, Any], budget: int | None, low: float, high:
 
     def cell(width: int, length: int) -> dict[str, Any] | None:
         most = 1 + width * length + found["lookup"]
-        return rows.get((width, length, most if budget is None else min(budget, most)))
+        row = rows.get((width, length, most if budget is None else min(budget, most), found["lookup"]))
+        return row if row and row["speedup"]["median"] is not None else None
 
     grid = [[cell(width, length) for length in lengths] for width in widths]
     medians = [[float("nan") if x is None else x["speedup"]["median"] for x in row] for row in grid]
     image = axes.imshow(medians, cmap="viridis", vmin=low, vmax=high, aspect="auto")
     for i, row in enumerate(grid):
         for j, x in enumerate(row):
-            if x is None or x["speedup"]["median"] is None:
+            if x is None:
                 continue
-            star = "★" if x is rows.get(_key(found["best"])) else ""
-            axes.text(j, i, f"{star}{x['speedup']['median']:.2f}", ha="center", va="center", color="white")
-            if x is rows.get(_key(found["automatic"])):
+            median, star = x["speedup"]["median"], "★" * (_key(x) == _key(found["best"]))
+            colour = "black" if median > (low + high) / 2 else "white"
+            axes.text(j, i, f"{star}{median:.2f}", ha="center", va="center", color=colour)
+            if _key(x) == _key(found["automatic"]):
                 axes.add_patch(_frame(j, i))
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_yticks(range(len(widths)), widths)
@@ -98,7 +106,7 @@ def _map(axes: Any, found: dict[str, Any], budget: int | None, low: float, high:
 
 
 def _key(shape: dict[str, Any] | None) -> tuple[Any, ...]:
-    return () if shape is None else tuple(shape[key] for key in ("beam_width", "beam_length", "max_nodes"))
+    return () if shape is None else tuple(shape[key] for key in KEYS)
 
 
 def _frame(column: int, row: int) -> Any:
@@ -108,11 +116,9 @@ def _frame(column: int, row: int) -> Any:
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # type: ignore[no-untyped-call]
     return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..calibrate import candidates
 from ..decoding.sampling import Sampling
 from ..decoding.step import DraftShape, Pick
 from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model
@@ -39,7 +41,6 @@ class Session:
     Attributes:
         report: what was finished; empty before the first prompt was.
         finished: prompts.
-        interrupted: whether this is all because of an interrupt.
 
     Raises:
         ValueError: a flag, a file or a model is not usable.
@@ -47,13 +48,14 @@ class Session:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.grid = sweep.Grid(args.sweep_widths, args.sweep_lengths, args.sweep_nodes, args.lookup or 0)
+        self.grid = sweep.Grid(args.sweep_widths, args.sweep_lengths, args.sweep_nodes)
+        if args.lookup is not None:
+            self.grid = replace(self.grid, lookup=args.lookup)
         self.shape = check_decoding(args)
         self.prompts = sample(load_prompts(args.prompts), args.limit)
         self.drafter = choose_drafter(args, self.shape)
         self.report: dict[str, Any] = {}
         self.asked: list[Asked] = []
-        self.interrupted = False
 
     @property
     def finished(self) -> int:
@@ -153,7 +155,7 @@ class Session:
 
     def _sweep(self) -> None:
         prompts = sample(self.first_turns, self.args.sweep_limit)
-        shapes = [None, *self.grid.shapes()]
+        shapes = [None, *dict.fromkeys((*self.grid.shapes(), *candidates(self.model, self.args.lookup)))]
         found: list[sweep.Swept] = []
         try:
             with _bar("Sweep", len(prompts) * len(shapes)) as tick:

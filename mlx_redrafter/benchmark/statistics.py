@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..decoding.step import DraftShape
+from ..generate_command import describe_shape
 from .measure import Asked, Run
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -82,6 +83,8 @@ def summary(asked: Sequence[Asked], name: str, baseline: str, exact: bool) -> di
         **_both(
             "peak_memory_gb", lambda runs: max((r.peak_memory for r in runs), default=None), mine, theirs
         ),
+        "copied_tokens": sum(run.copied for run in mine),
+        "shapes": [{**describe_shape(x), "steps": n} for x, n in shapes_used(mine).most_common()],
         "device_waits": device_waits(mine),
         **_both("energy_per_token", energy_per_token, mine, theirs),
         **equality(asked, name, exact),
