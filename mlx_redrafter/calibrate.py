@@ -31,7 +31,7 @@ from .bundle import identity_of
 from .decoding import policy
 from .decoding.loop import Fixed, Policy, decode
 from .decoding.sampling import Sampling
-from .decoding.step import DraftShape, begin
+from .decoding.step import DraftShape, State, begin
 from .files import atomic_file
 from .target import from_prompt_cache
 
@@ -43,6 +43,7 @@ PATIENCE = 3  # times as long at most, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt
 TEXT = 48  # tokens of the text behind which steps are timed
+CHUNK = 512  # tokens of it read at once
 UNLIMITED = 1 << 40  # tokens
 
 
@@ -135,32 +136,39 @@ def _spread(values: Sequence[float]) -> float:
     return ordered[-1 - cut] - ordered[cut]
 
 
-def measure(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS) -> Measured:
+def measure(
+    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, rows: int = TEXT
+) -> Measured:
     """Time steps of every shape in turn, as the decoding loop runs them.
 
     Args:
         model: has a target.
         shapes: to be timed; the same number of rounds for each.
         seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
+        rows: tokens of the text before.
     """
-    target = model.target
-    assert target is not None
     watch = _Stopwatch(list(shapes), seconds, measured=Measured([[] for _ in shapes]))
     with wired_limit(model.model):
-        size = target.embed.weight.shape[0]
-        ids = [(7919 * i + 13) % size for i in range(TEXT)]
-        caches = target.make_cache()
-        logits, context = target.read_prompt(ids, TEXT, lambda done, total: None, caches)
-        token = mx.argmax(logits, axis=-1).astype(mx.int32)
-        state = begin(token, context, from_prompt_cache(caches), [ids], [TEXT], mx.random.key(0))
-        del caches, context, logits
+        state = behind_text(model, rows)
         run, grain = model.runner(Sampling()), max(backend.current().grain, 4 * TEXT)
-        steps = decode(run, watch, state, TEXT, UNLIMITED, frozenset(), grain=grain)
+        steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=grain)
         del state
         with contextlib.closing(steps):
             while not watch.finished:
                 next(steps)
     return watch.measured
+
+
+def behind_text(model: SpeculativeModel, rows: int) -> State:
+    """The state behind a made-up text of ``rows`` tokens; the first token after it is the likeliest."""
+    target = model.target
+    assert target is not None
+    size = target.embed.weight.shape[0]
+    ids = [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
+    caches = target.make_cache()
+    logits, context = target.read_prompt(ids, CHUNK, lambda done, total: None, caches)
+    token = mx.argmax(logits, axis=-1).astype(mx.int32)
+    return begin(token, context, from_prompt_cache(caches), [ids], [rows], mx.random.key(0))
 
 
 @dataclass

@@ -1,0 +1,88 @@
+"""What the developer's benchmarks share: models, times, and result files that say which machine made them."""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx_redrafter as r
+from mlx_redrafter.benchmark.machine import describe
+from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.files import atomic_file
+from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
+
+import mlx.core as mx  # isort: skip
+from mlx_lm.models import llama  # isort: skip
+
+RESULTS = Path(__file__).parent / "results"
+TINY = "tiny"
+SEEDS = {"model": 0, "drafter": 1}
+
+
+def parser(text: str | None, output: str, model: str = DEFAULT_MODEL) -> argparse.ArgumentParser:
+    """A parser with the flags of all benchmarks; ``text`` describes the one at hand."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default=model, help=f"{TINY}: a small random one (default: %(default)s)")
+    made.add_argument("--drafter", default="auto", help="folder, shipped name or repository; auto; none")
+    made.add_argument("--dtype", default="auto", help="of the weights, as mlx-redrafter generate has it")
+    made.add_argument("--output", type=Path, default=RESULTS / output, help="default: %(default)s")
+    return made
+
+
+def load(args: argparse.Namespace) -> SpeculativeModel:
+    """The model that the flags name, with its drafter; it has a target."""
+    if args.model == TINY:
+        return tiny(drafter=args.drafter != "none")
+    model, _ = r.load(args.model, drafter=None if args.drafter == "none" else args.drafter, dtype=args.dtype)
+    if model.target is None:
+        raise ValueError(f"{args.model} cannot verify drafts: choose a model with plain attention caches.")
+    return model
+
+
+def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: int = 512) -> SpeculativeModel:
+    """A small random float32 model with a random drafter."""
+    mx.random.seed(SEEDS["model"])
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * hidden,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(sizes))
+    model.eval()
+    mx.random.seed(SEEDS["drafter"])
+    made = Drafter(DrafterConfig(hidden, vocabulary, hidden, 1, rnn=True)).train(False) if drafter else None
+    mx.eval(model.parameters(), [] if made is None else made.parameters())
+    return SpeculativeModel(model, made).verifiable()
+
+
+def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Milliseconds until what ``function`` returns is evaluated: median and least of some repeats."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        mx.eval(function())
+        times.append(1000 * (time.perf_counter() - start))
+    return {"ms": round(median(times[2:]), 4), "least_ms": round(min(times[2:]), 4), "repeats": repeats}
+
+
+def write(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Write a result with its command, settings and machine, whole or not at all."""
+    settings = {
+        name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name != "output"
+    }
+    head = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "settings": settings}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(args.output) as temporary:
+        temporary.write_text(json.dumps({**head, "machine": describe(), **report}, indent=1) + "\n")
+    print(f"Wrote {args.output}.")

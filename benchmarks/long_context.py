@@ -1,0 +1,131 @@
+"""Long texts: time per step of plain and of speculative decoding, and peak memory.
+
+    uv run benchmarks/long_context.py
+
+Peak memory is that of decoding (the prompt has been read), against the weights and one cache: a copy of
+the cache in every step would show. Tokens per step are not measured here: the text is made up.
+"""
+
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import harness
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+from mlx_redrafter import backend
+from mlx_redrafter.calibrate import behind_text, candidates, measure
+from mlx_redrafter.decoding.cache import Cache
+from mlx_redrafter.decoding.loop import Fixed, decode, with_room
+from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.model import SpeculativeModel
+
+import mlx.core as mx  # isort: skip
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "long-context.json")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096, 8192 - 512])
+    parser.add_argument("--seconds", type=float, default=20.0, help="per length, about (default: 20)")
+    parser.add_argument("--steps", type=int, default=24, help="decoded for each peak (default: 24)")
+    parser.add_argument("--no-mlx-lm", action="store_true", help="leave mlx-lm's own decoding out")
+    args = parser.parse_args()
+    model = harness.load(args)
+    results = []
+    for rows in args.rows:
+        results.append(at_length(model, rows, args.seconds, args.steps, not args.no_mlx_lm))
+        print(table(results[-1]), flush=True)
+        harness.write(args, {"results": results})
+
+
+def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, mlx_lm: bool) -> dict[str, Any]:
+    """Everything behind a text of ``rows`` tokens."""
+    shapes = candidates(model)
+    measured = measure(model, shapes, seconds, rows)
+    ratios = (times for times in measured.ratios)
+    return {
+        "rows": rows,
+        "rounds": len(measured.rounds[0]),
+        "steady": measured.steady,
+        "mlx_lm_plain_ms": mlx_lm_step(model, rows, steps) if mlx_lm else None,
+        "shapes": [
+            {
+                "shape": vars(shape),
+                "ms": round(1000 * median(times), 3),
+                "plain_steps": round(median(next(ratios)), 4),
+                **peak(model, shape, rows, steps),
+            }
+            for shape, times in zip(shapes, measured.rounds, strict=True)
+        ],
+    }
+
+
+def peak(model: SpeculativeModel, shape: DraftShape, rows: int, steps: int) -> dict[str, float]:
+    """Peak memory of some steps with room for them, in MB, and its ratio to the weights and the cache."""
+    room = rows + steps * (shape.depth + 1)
+    state = with_room(behind_text(model, rows), room, shape, backend.current().grain)
+    mx.eval(vars(state.cache))
+    held = weights(model) + cache_bytes(state.cache)
+    decoding = decode(
+        model.runner(Sampling()),
+        Fixed(shape),
+        state,
+        rows,
+        1 << 40,
+        frozenset(),
+        grain=backend.current().grain,
+    )
+    del state
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    for _ in range(steps):
+        next(decoding)
+    highest = mx.get_peak_memory()
+    decoding.close()
+    return {"peak_mb": round(highest / 1e6, 1), "peak_of_weights_and_cache": round(highest / held, 4)}
+
+
+def cache_bytes(cache: Cache) -> int:
+    return sum(buffer.nbytes for buffer in (*cache.keys, *cache.values))
+
+
+def weights(model: SpeculativeModel) -> int:
+    """Bytes of the model's weights and the drafter's."""
+    parameters: Any = tree_flatten(model.model.parameters())
+    drafter = {} if model.drafter is None else model.drafter.weights()
+    return sum(value.nbytes for value in {id(v): v for _, v in parameters}.values()) + sum(
+        value.nbytes for value in drafter.values()
+    )
+
+
+def mlx_lm_step(model: SpeculativeModel, rows: int, steps: int) -> float:
+    """Milliseconds per token of mlx-lm's own decoding, behind a text as long."""
+    times = list(arrivals(model, rows, steps))[2:]
+    return round(1000 * median(later - earlier for earlier, later in pairwise(times)), 3)
+
+
+def arrivals(model: SpeculativeModel, rows: int, steps: int) -> Iterator[float]:
+    prompt = mx.array([(7919 * i + 13) % (model.vocabulary or 1) for i in range(rows)])
+    for _ in generate_step(prompt, model.model, max_tokens=steps + 3):
+        yield time.perf_counter()
+
+
+def table(row: dict[str, Any]) -> str:
+    """Text for people."""
+    lines = [f"{row['rows']} tokens; mlx-lm's plain decoding: {row['mlx_lm_plain_ms']} ms per token"]
+    for shape in row["shapes"]:
+        of = DraftShape(**shape["shape"])
+        lines.append(
+            f"  {of.width} x {of.length}, {of.size} nodes, {of.lookup} copied: {shape['ms']:8.2f} ms, "
+            f"{shape['plain_steps']:5.2f} plain steps, peak {shape['peak_mb']:7.1f} MB "
+            f"({shape['peak_of_weights_and_cache']:.2f} x weights and cache)"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Time every function of the decoding core by itself, and the host's share of a step.
+
+    uv run benchmarks/micro.py
+
+Each is evaluated alone, so their times add up to more than a step, in which MLX runs them together.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import harness
+
+from mlx_redrafter.calibrate import behind_text, candidates
+from mlx_redrafter.decoding import lookup
+from mlx_redrafter.decoding.accept import accept
+from mlx_redrafter.decoding.beam import draft
+from mlx_redrafter.decoding.cache import Cache, commit, leave_path, visible
+from mlx_redrafter.decoding.loop import enqueue, view, with_room
+from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.step import DraftShape, State, propose
+from mlx_redrafter.decoding.topk import top_k
+from mlx_redrafter.decoding.tree import build_tree, from_beam
+from mlx_redrafter.model import SpeculativeModel
+
+import mlx.core as mx  # isort: skip
+
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "temperature 0.7": Sampling(0.7),
+    "temperature 0.7, top-p 0.9": Sampling(0.7, 0.9),
+    "temperature 0.7, top-k 40": Sampling(0.7, top_k=40),
+    "temperature 0.7, min-p 0.1": Sampling(0.7, min_p=0.1),
+}
+Timed = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "micro.json")
+    parser.add_argument("--rows", type=int, default=512, help="tokens of the text before (default: 512)")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--shapes", nargs="+", help="width,length,nodes,lookup (default: the device's)")
+    args = parser.parse_args()
+    model = harness.load(args)
+    shapes = [DraftShape(*map(int, text.split(","))) for text in args.shapes or ()] or candidates(model)
+    results = []
+    for shape in shapes:
+        for name, function in functions(model, shape, args.rows):
+            row = {"shape": label(shape), "function": name, **harness.timed(function, args.repeats)}
+            print(f"{row['shape']:12} {name:32} {row['ms']:9.3f} ms", flush=True)
+            results.append(row)
+    for name, function in heads(model, shapes):
+        row = {"shape": None, "function": name, **harness.timed(function, args.repeats)}
+        print(f"{'':12} {name:32} {row['ms']:9.3f} ms", flush=True)
+        results.append(row)
+    harness.write(args, {"results": results})
+
+
+def label(shape: DraftShape) -> str:
+    return f"{shape.width},{shape.length},{shape.size},{shape.lookup}"
+
+
+def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
+    """The stages of a step of one shape, behind a text of ``rows`` tokens."""
+    target, drafter = model.target, model.drafter
+    assert target is not None
+    state = with_room(behind_text(model, rows), rows, shape)
+    columns = view(state, rows, shape)
+    if shape.width:
+        assert drafter is not None
+
+        def search() -> Any:
+            return draft(
+                drafter, target.embed, state.token, state.context, shape.width, min(shape.length, shape.depth)
+            )
+
+        beam = search()
+        mx.eval(vars(beam))
+        yield "draft", lambda: vars(search())
+        if not shape.lookup:
+            yield (
+                "build_tree",
+                lambda: parts(build_tree(state.token, from_beam(beam), shape.size, shape.depth)),
+            )
+    if shape.lookup:
+        yield (
+            "lookup.find",
+            lambda: vars(lookup.find(state.history, state.length, min(shape.lookup, shape.depth))),
+        )
+    tree = propose(target, drafter, shape, state).tree
+    mx.eval(parts(tree))
+    yield "propose (draft to tree)", lambda: parts(propose(target, drafter, shape, state).tree)
+    yield "visible (mask)", lambda: visible(tree, state.length, columns)
+    picks = mx.zeros(tree.tokens.shape, mx.int32)
+    yield "accept", lambda: vars(accept(tree, picks, shape.depth))
+    box = [commit(state.cache)]  # the only reference, so that buffers are written in place
+
+    def verify() -> Any:
+        seen = target.verify(tree, box.pop(), state.length, columns)
+        box.append(Cache(seen.keys, seen.values))
+        return seen.logits, seen.context, seen.keys, seen.values, seen.node_keys, seen.node_values
+
+    yield "verify", verify
+    seen = target.verify(tree, box[0], state.length, columns)
+    mx.eval(seen.logits, seen.node_keys, seen.node_values)
+    nodes, path = (seen.node_keys, seen.node_values), accept(tree, picks, shape.depth).path
+    del seen
+
+    def write_path() -> Any:
+        cache = commit(leave_path(box.pop(), *nodes, path, state.length))
+        box.append(cache)
+        return cache.keys, cache.values
+
+    yield "commit", write_path
+    box.clear()
+    yield from whole_step(model, shape, rows)
+
+
+def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
+    """A step in one piece, and what the host does for it before the device has anything to do."""
+    run = model.runner(Sampling())
+    box: list[State] = [with_room(behind_text(model, rows), rows, shape)]
+    columns = view(box[0], rows, shape)
+
+    def step() -> Any:
+        state, output = run(shape, box.pop(), columns)
+        state.length = mx.array([rows], mx.int32)  # stay where there is room
+        box.append(state)
+        enqueue(state, output)
+        return output.tokens, vars(state.cache)
+
+    yield "step", step
+    run(shape, box[0], columns)  # traced, if steps are compiled
+    yield "step, host only", lambda: run(shape, box[0], columns) and None
+
+
+def heads(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Timed:
+    """Picking from the target's logits, and the best of the drafter's."""
+    size = max(shape.size for shape in shapes)
+    logits = mx.random.normal((1, size, model.vocabulary or 1))
+    key = mx.random.key(0)
+    mx.eval(logits)
+    for name, sampling in SAMPLINGS.items():
+        yield f"pick of {size} rows, {name}", lambda sampling=sampling: sampling.pick(logits, key)
+    if model.drafter is None:
+        return
+    for width in sorted({shape.width for shape in shapes if shape.width}):
+        scores = mx.random.normal((1, width * model.drafter.config.head_outputs))
+        mx.eval(scores)
+        yield f"top_k {width} of {scores.shape[1]}", lambda s=scores, k=width: top_k(s, k)
+
+
+def parts(tree: Any) -> list[mx.array]:
+    return [value for value in vars(tree).values() if isinstance(value, mx.array)]
+
+
+if __name__ == "__main__":
+    main()

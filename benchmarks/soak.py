@@ -1,0 +1,138 @@
+"""One long generation: does memory stay flat, and do steps not become slower than they have to?
+
+    uv run benchmarks/soak.py                    # 10,000 tokens of a tiny random model
+    uv run benchmarks/soak.py --model MODEL --tokens 7000
+
+A longer text needs a larger cache and slower attention. So the end of the long generation is held against
+a fresh one behind a text of the same length: active memory and the time per step must be about the same.
+"""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import harness
+from tqdm import tqdm
+
+from mlx_redrafter import backend
+from mlx_redrafter.calibrate import behind_text, candidates
+from mlx_redrafter.decoding.loop import Emitted, Fixed, Policy, decode
+from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.model import SpeculativeModel
+
+import mlx.core as mx  # isort: skip
+
+PROMPT = 48  # tokens
+FRESH = 400  # tokens of the generation that the end is compared with
+MEMORY, SLOWER = 1.05, 1.15  # that the end may have of the fresh one's
+
+
+@dataclass
+class Window:
+    """A stretch of the generation."""
+
+    tokens: int  # emitted until its end
+    steps: int
+    seconds_per_step: float  # median
+    waited: float  # milliseconds per step that the device waited for the host
+    active_mb: float
+    cache_mb: float  # that MLX keeps for reuse
+    resident_mb: float
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, "soak.json", harness.TINY)
+    parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--window", type=int, default=500, help="tokens per line of the result")
+    parser.add_argument("--shape", help="width,length,nodes,lookup; auto: all of the device's in turn")
+    args = parser.parse_args()
+    model = harness.load(args)
+    shape = DraftShape(*map(int, args.shape.split(","))) if args.shape not in (None, "auto") else None
+    windows = generate(model, policy(model, shape), PROMPT, args.tokens, args.window)
+    fresh = generate(model, policy(model, shape), PROMPT + args.tokens - FRESH, FRESH, FRESH)[-1]
+    last = windows[-1]
+    memory = last.active_mb / fresh.active_mb
+    slower = last.seconds_per_step / fresh.seconds_per_step
+    passed = memory <= MEMORY and slower <= SLOWER
+    print(
+        f"At {args.tokens} tokens: {memory:.2f} x the active memory and {slower:.2f} x the time per step of"
+    )
+    print(f"a fresh generation behind a text as long: {'passed' if passed else 'FAILED'}.")
+    harness.write(
+        args,
+        {
+            "passed": passed,
+            "memory_ratio": round(memory, 4),
+            "step_ratio": round(slower, 4),
+            "fresh": vars(fresh),
+            "windows": [vars(window) for window in windows],
+        },
+    )
+    sys.exit(not passed)
+
+
+class InTurn:
+    """A policy that uses the shapes in turn, so that every step has another one."""
+
+    def __init__(self, shapes: list[DraftShape]) -> None:
+        self.shapes, self.steps = shapes, 0
+
+    def choose(self) -> DraftShape:
+        self.steps += 1
+        return self.shapes[self.steps % len(self.shapes)]
+
+    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
+        pass
+
+
+def policy(model: SpeculativeModel, shape: DraftShape | None) -> Policy:
+    """One shape, or all of the device's in turn."""
+    return InTurn(candidates(model)) if shape is None else Fixed(shape)
+
+
+def generate(model: SpeculativeModel, chosen: Policy, prompt: int, tokens: int, window: int) -> list[Window]:
+    """Decode ``tokens`` behind a text of ``prompt`` tokens; what each ``window`` of them was like."""
+    state = behind_text(model, prompt)
+    steps = decode(
+        model.runner(Sampling()), chosen, state, prompt, tokens, frozenset(), grain=backend.current().grain
+    )
+    del state
+    windows: list[Window] = []
+    seen: list[tuple[float, Emitted]] = []
+    start, emitted = time.perf_counter(), 0
+    with tqdm(total=tokens, unit="tok", desc=f"behind {prompt} tokens") as bar:
+        for step in steps:
+            now = time.perf_counter()
+            step.logits = mx.array(0)  # nobody asks for them, and they are large
+            seen.append((now - start, step))
+            start = now
+            emitted += len(step.tokens)
+            bar.update(len(step.tokens))
+            if emitted >= window * (len(windows) + 1) or emitted >= tokens:
+                windows.append(summary(emitted, seen))
+                seen.clear()
+                start = time.perf_counter()
+    return windows
+
+
+def summary(emitted: int, seen: list[tuple[float, Any]]) -> Window:
+    """The window that ends here."""
+    return Window(
+        emitted,
+        len(seen),
+        round(median(seconds for seconds, _ in seen), 6),
+        round(1000 * sum(step.waited for _, step in seen) / len(seen), 4),
+        round(mx.get_active_memory() / 1e6, 2),
+        round(mx.get_cache_memory() / 1e6, 2),
+        round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3), 1
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
