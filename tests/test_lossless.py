@@ -6,8 +6,9 @@ import pytest
 from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
+from mlx_redrafter import backend
 from mlx_redrafter.decoding.cache import Cache, commit
-from mlx_redrafter.decoding.loop import Fixed, decode
+from mlx_redrafter.decoding.loop import Fixed, bucket, decode
 from mlx_redrafter.decoding.runner import Runner
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape, State, begin, step
@@ -15,6 +16,7 @@ from mlx_redrafter.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPES = [(1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8), (3, 2, 2)]
+AUTOMATIC = list(dict.fromkeys(s for b in (backend.METAL, backend.CUDA, backend.CPU) for s in b.shapes))
 GREEDY = Sampling().pick
 
 
@@ -65,6 +67,109 @@ def test_good_and_bad_drafters_at_every_shape(values):
     assert wrong_tokens == expected
     assert set(wrong_steps) == {1}
     assert speculative(target, RandomDrafter(target), shape, 61)[0] == expected
+
+
+class Turns:
+    """A policy that uses each of some shapes in turn."""
+
+    def __init__(self, shapes):
+        self.shapes, self.chosen, self.seen = shapes, 0, []
+
+    def choose(self):
+        self.chosen += 1
+        return self.shapes[(self.chosen - 1) % len(self.shapes)]
+
+    def observe(self, shape, ranks):
+        self.seen.append((shape, ranks))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_automatic_shape_and_all_changes_between_them(compiled):
+    model = make_model("llama3-rope")
+    target = Target(model)
+    expected = plain(model, 200)
+    state = start(target)
+    drafter = ScriptedDrafter(target, PROMPT + expected)
+    for shapes in ([shape] for shape in AUTOMATIC):
+        run, policy = Runner(target, drafter, GREEDY, compiled), Turns(shapes)
+        assert run_through(run, policy, start(target), 40) == expected[:40]
+    policy = Turns([*AUTOMATIC, *AUTOMATIC[::-1], *AUTOMATIC[::2]])
+    run = Runner(target, drafter, GREEDY, compiled)
+    assert run_through(run, policy, state, 200) == expected
+    for shape, ranks in policy.seen:
+        assert len(ranks) <= shape.depth
+        assert all(-1 <= rank < max(shape.width, 1) for rank in ranks)
+
+
+def run_through(run, policy, state, count, grain=256):
+    tokens = state.token.tolist()
+    steps = list(decode(run, policy, state, len(PROMPT), count - 1, frozenset(), grain=grain))
+    assert all(step.waited >= 0 for step in steps)
+    return tokens + [token for step in steps for token in step.tokens]
+
+
+def test_copies_alone_make_a_repetitive_text_shorter():
+    model = make_model("llama")  # which soon repeats itself
+    target = Target(model)
+    expected = plain(model, 200)
+    run, policy = Runner(target, None, GREEDY), Turns([DraftShape(0, 0, None, 4)])
+    assert run_through(run, policy, start(target), 200) == expected
+    assert len(policy.seen) < 160
+    assert {rank for _, ranks in policy.seen for rank in ranks} == {-1}
+
+
+def test_graphs_are_traced_a_few_times_for_a_long_text():
+    model = make_model("qwen3")
+    target = Target(model)
+    expected = plain(model, 1500)
+    run = Runner(target, RandomDrafter(target), GREEDY, compiled=True)
+    assert run_through(run, Fixed(DraftShape(2, 2, 4, 2)), start(target), 1500, grain=64) == expected
+    sizes = {bucket(rows, 64) for rows in range(1, 1520)}
+    assert len(sizes) <= 8 * (1 + np.log2(1520 / 64))
+    assert run.traces <= 2 * len(sizes)  # with and without a path to commit, or a larger buffer
+
+
+def test_buckets_hold_their_rows_and_waste_little():
+    for grain in (1, 64, 256):
+        for rows in range(1, 9000, 7):
+            size = bucket(rows, grain)
+            assert rows <= size < max(rows + grain, rows * 1.13 + 1)
+            assert bucket(size, grain) == size
+            assert size <= bucket(rows + 1, grain)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("values", [(0, 0), (1, 4), (0, 0, None, 3), (3, 3, 8, 4)])
+def test_no_step_copies_the_cache(values, compiled):
+    """Peak memory over the model and one cache of 4,000 tokens; the buffers grow on the way."""
+    target = Target(make_model("llama", num_hidden_layers=8, head_dim=64, max_position_embeddings=8192))
+    run = Runner(target, RandomDrafter(target), GREEDY, compiled)
+
+    def decode_on(count):
+        steps = decode(run, Fixed(DraftShape(*values)), long_state(), LONG, count, frozenset())
+        for _ in steps:
+            pass
+
+    decode_on(150)  # compiles
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    decode_on(150)
+    size = 2 * 8 * 2 * 64 * 4 * bucket(LONG + 150)  # bytes of the buffers when they have grown
+    assert size < mx.get_peak_memory() - before < 1.1 * size
+
+
+LONG = 4000
+
+
+def long_state():
+    """A state behind a long text, for a model of 8 layers with 2 key heads of size 64."""
+    keys, values = ([mx.random.normal((1, 2, 4096, 64)) for _ in range(8)] for _ in range(2))
+    state = begin(
+        mx.array([5]), mx.zeros((1, 32)), Cache(keys, values), [[1, 2, 5, 1, 2]], [LONG], mx.random.key(0)
+    )
+    mx.eval(keys, values, state.history)
+    return state
 
 
 class WrongDrafter(ScriptedDrafter):

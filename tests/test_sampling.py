@@ -14,7 +14,7 @@ from mlx_redrafter.decoding.step import DraftShape, begin, step
 from mlx_redrafter.target import Target, from_prompt_cache
 
 SIZE = 6  # tokens of the vocabulary
-PROMPT = [3, 1, 4, 1, 5]
+PROMPT = [3, 1, 4, 1, 5, 3, 1]
 ROWS = 6000
 FILTERS = {
     "none": {},
@@ -106,6 +106,17 @@ def test_three_tokens_have_the_models_joint_distribution(target, drafters, tempe
     check_distribution(tokens, joint(target, **options))
     if quality == "good":
         assert accepted > 0.3  # the drafts did matter
+
+
+@pytest.mark.parametrize("name", ["none", "all"])
+@pytest.mark.parametrize(
+    "quality, values", [("random", (0, 0, None, 3)), ("random", (1, 2, None, 2)), ("good", (2, 2, 5, 2))]
+)
+def test_copies_from_the_text_leave_the_distribution_as_it_is(target, drafters, name, quality, values):
+    options = {"temperature": 1.0, **FILTERS[name]}
+    tokens, accepted = sample(target, drafters[quality], DraftShape(*values), Sampling(**options), seed=7)
+    check_distribution(tokens, joint(target, **options))
+    assert accepted > 0.02  # some copies were right
 
 
 def test_the_test_notices_a_wrong_distribution(target, drafters):

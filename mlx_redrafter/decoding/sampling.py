@@ -39,9 +39,10 @@ class Sampling:
         """One token for each row of ``logits`` [..., V]: [...] int32, every row sampled independently."""
         if self.temperature == 0:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
-        logprobs = self.filtered(logits)
+        unfiltered = self.top_p in (0, 1) and self.top_k == 0 and self.min_p == 0
+        logits = logits.astype(mx.float32) if unfiltered else self.filtered(logits)
         temperature = min(max(self.temperature, 1e-30), 1e30)  # what float32 can divide by
-        logits = (logprobs - logprobs.max(axis=-1, keepdims=True)) / temperature
+        logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
         return mx.random.categorical(logits, axis=-1, key=key).astype(mx.int32)
 
     def filtered(self, logits: mx.array) -> mx.array:
