@@ -3,7 +3,7 @@
     uv run benchmarks/readme_table.py            # rewrite them
     uv run benchmarks/readme_table.py --check    # exit code 1 if one is not what its result says
 
-A table stands between ``<!-- table of FILE -->``, FILE from the repository's root, and ``<!-- end of table -->``.
+A table stands between ``<!-- table of FILE -->`` (FILE from the root) and ``<!-- end of table -->``.
 """
 
 import argparse

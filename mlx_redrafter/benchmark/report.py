@@ -119,7 +119,7 @@ def _notes(report: dict[str, Any], groups: dict[str, Any]) -> list[str]:
     machine, settings = report["machine"], report["settings"]
     notes = [
         f"{settings['model']}, {settings['weights']}; {machine['chip']}, MLX {machine['mlx']}, "
-        f"mlx-lm {machine['mlx-lm']}; {report['finished']} prompts of {settings['prompts']}, up to "
+        f"mlx-lm {machine['mlx-lm']}; {report['finished']} prompts from {settings['prompts']}, up to "
         f"{settings['max_tokens']} tokens, temperature {settings['temp']:g}, draft {settings['shape']}.",
         "Speed-up: median over prompts of the ratio of generation speeds, with its 95 % bootstrap interval.",
     ]

@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -132,8 +131,7 @@ class Session:
             report.write(self.report, Path(self.args.json))
 
     def _profile(self) -> None:
-        shape = self.shape or self._usual_shape()
-        if shape is None or self.model.target is None:
+        if self.model.target is None or (shape := self._usual_shape()) is None:
             return
         prompts = sample(self.first_turns, self.args.profile)
         most = self.args.max_tokens if self.args.max_tokens > 0 else 256
@@ -172,16 +170,15 @@ class Session:
 
         target = self.model.target or Target(self.model.model)
         with _bar("Cost curve", sweep.ROUNDS + 1, "round") as tick:
-            self.report["cost_curve"] = sweep.cost_curve(target, tick=tick)
+            self.report["cost_curve"] = sweep.cost_curve(target, sweep.SIZES, sweep.ROUNDS, tick)
 
     def _pick(self) -> Pick:
         return Sampling(self.args.temp, self.args.top_p, self.args.top_k, self.args.min_p).pick
 
     def _usual_shape(self) -> DraftShape | None:
-        """The shape that the automatic choice used most, but for plain decoding; None if there is none."""
-        runs = [run for asked in self.asked for run in asked.runs(report.OURS)]
-        used = Counter({shape: steps for shape, steps in shapes_used(runs).items() if shape.size > 1})
-        return used.most_common(1)[0][0] if used else None
+        """The shape that was used most; plain decoding only if there was no other. None: not even that."""
+        used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
+        return max(used, key=lambda shape: (shape.size > 1, used[shape]), default=None)
 
     def _check_shapes(self) -> None:
         """Refuse a sweep that the drafter cannot do, before anything is measured."""

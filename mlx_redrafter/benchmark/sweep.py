@@ -133,10 +133,7 @@ def shape_name(shape: dict[str, Any]) -> str:
 
 
 def cost_curve(
-    target: Target,
-    sizes: Sequence[int] = SIZES,
-    rounds: int = ROUNDS,
-    tick: Callable[[], None] = lambda: None,
+    target: Target, sizes: Sequence[int], rounds: int, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """Seconds of one verification of a chain of tokens, by their number; sizes take turns.
 
