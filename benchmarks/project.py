@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def read(path: Path) -> list[Measured]:
-    """The shapes of a results file, greedy ones of its first prompt file.
+    """The shapes of a results file: greedy ones of its first prompt file, or a benchmark's.
 
     Raises:
         ValueError: there are none.
@@ -137,13 +137,17 @@ def read(path: Path) -> list[Measured]:
     rows = raw.get("results", [])
     greedy = [row for row in rows if not row.get("temperature") and row.get("file") == rows[0].get("file")]
     found = [Measured(_shape(row["shape"]), tuple(row["acceptance"])) for row in greedy]
-    if "overall" in raw:
-        settings = raw["settings"]
-        shape = DraftShape(settings["beam_width"], settings["beam_length"], settings["max_nodes"])
-        found.append(Measured(shape, tuple(raw["overall"]["acceptance"])))
+    told = [row for row in raw.get("sweep", {}).get("rows", []) if "acceptance" in row]
+    if "overall" in raw and isinstance(raw["settings"]["beam_width"], int):
+        told.append({**raw["settings"], **raw["overall"]})
+    found += [Measured(_told_shape(row), tuple(row["acceptance"])) for row in told]
     if not found:
-        raise ValueError(f"{path} has no results of greedy decoding.")
+        raise ValueError(f"{path} has no acceptance of a fixed draft shape, greedy: see acceptance.py.")
     return found
+
+
+def _told_shape(row: dict[str, Any]) -> DraftShape:
+    return DraftShape(row["beam_width"], row["beam_length"], row["max_nodes"], row["lookup"] or 0)
 
 
 def _shape(raw: dict[str, int | None]) -> DraftShape:

@@ -48,12 +48,22 @@ def test_shorter_lengths_follow_from_full_beams_only() -> None:
     assert DraftShape(1, 3) in found and DraftShape(3, 2) not in found
 
 
-def test_the_policy_picks_what_is_best_or_nearly() -> None:
-    report = project.project(project.with_shorter(FOUND))
+@pytest.mark.parametrize(
+    ("chip", "bits", "curve"),
+    [(chip, bits, c) for chip, bits, names in project.SCENARIOS for c in names if not chip.startswith("M2")],
+)
+def test_the_policy_picks_what_is_best_or_nearly(chip: str, bits: int, curve: str) -> None:
+    row = project.scenario(project.with_shorter(FOUND), chip, bits, curve, EIGHT)
+    assert row["policy_of_best"] >= 0.94, row
+
+
+def test_all_scenarios_are_told_and_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project, "SIMULATED", 5)
+    report = project.project(FOUND)
     assert {row["model"] for row in report["projections"]} == {"1B", "8B", "27B"}
-    for row in report["projections"]:
-        assert row["policy_of_best"] >= 0.94, row
+    assert {row["chip"][:2] for row in report["projections"]} == {"M1", "M2", "M3", "M4", "M5"}
     assert "PROJECTION" in report["label"] and "PROJECTION" in project.table(report["projections"])
+    assert "#3863" in project.sources(report["projections"])
     json.dumps(report)
 
 
@@ -69,6 +79,15 @@ def test_reads_greedy_results_of_the_first_file(tmp_path: Path) -> None:
     (measured,) = project.read(path)
     assert measured == project.Measured(DraftShape(1, 2), (0.5, 0.25))
     assert measured.tokens_per_step == 1.75
+    settings = {"beam_width": 2, "beam_length": 3, "max_nodes": 8, "lookup": 4}
+    swept = {"rows": [{**settings, "acceptance": [0.6]}, settings]}
+    overall = {"acceptance": [0.7]}
+    path.write_text(json.dumps({"overall": overall, "settings": settings, "sweep": swept}))
+    shape = DraftShape(2, 3, 8, 4)
+    assert project.read(path) == [project.Measured(shape, (0.6,)), project.Measured(shape, (0.7,))]
+    path.write_text(json.dumps({"overall": overall, "settings": {"beam_width": "auto"}}))
+    with pytest.raises(ValueError, match="fixed draft shape"):
+        project.read(path)
     path.write_text("{}")
-    with pytest.raises(ValueError, match="no results"):
+    with pytest.raises(ValueError, match="no acceptance"):
         project.read(path)
