@@ -67,7 +67,7 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
 def peak(model: SpeculativeModel, shape: DraftShape, rows: int, steps: int) -> dict[str, float]:
     """Peak memory of some steps with room for them, in MB, and its ratio to the weights and the cache."""
     room = rows + steps * (shape.depth + 1)
-    state = with_room(behind_text(model, rows), room, shape, backend.current().grain)
+    state = with_room(behind_text(model, rows), room, shape)
     mx.eval(vars(state.cache))
     held = weights(model) + cache_bytes(state.cache)
     decoding = decode(

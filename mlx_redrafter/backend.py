@@ -19,7 +19,7 @@ class Backend:
         dtype: the type that weights are given at load, dequantized if need be; None keeps them.
         shapes: what the automatic choice chooses from, plain decoding first. Which of them pays is
             measured on the machine; here stands what its kernels are made for.
-        grain: rows by which buffers grow, and attention's view of them, while they are short.
+        grain: rows by which attention's view of the buffers grows, while it is short.
         compiled: whether steps are compiled.
     """
 
@@ -77,7 +77,7 @@ CPU = Backend(
         DraftShape(3, 3, 8, 4),
         DraftShape(4, 4, 16, 5),
     ),
-    grain=64,
+    grain=16,
     compiled=False,
 )
 

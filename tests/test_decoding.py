@@ -292,7 +292,7 @@ def tree_paths(tree):
 def test_a_copy_alone_is_a_chain():
     found = Found(mx.array([[5, 6, 7]]), mx.array([2]))
     candidates = alone(found, scores(found, first_record(1)))
-    assert [path for path in paths_of(candidates)] == [(5,), (5, 6), (5, 6, 7)]
+    assert list(paths_of(candidates)) == [(5,), (5, 6), (5, 6, 7)]
     expected = np.log(PRIOR[0][0] / PRIOR[0][1]) + np.arange(3) * np.log(PRIOR[3][0] / PRIOR[3][1])
     np.testing.assert_allclose(candidates.scores[0].tolist(), expected, rtol=1e-5)
     nothing = Found(found.tokens, mx.array([0]))

@@ -39,7 +39,7 @@ def profile(
     max_tokens: int,
     stop: frozenset[int],
     chunk: int,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Times:
     """Decode the answers to ``prompts``, up to ``max_tokens`` each, timing every step.
 
@@ -60,7 +60,7 @@ def profile(
         number = 0
         while left > 0:
             grain = backend.current().grain
-            state = with_room(state, rows, shape, grain)
+            state = with_room(state, rows, shape)
             columns = view(state, rows, shape, grain)
             box = [state]
             del state  # the step must hold the only reference, or buffers would be copied

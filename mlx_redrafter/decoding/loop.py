@@ -10,7 +10,7 @@ import mlx.core as mx
 from .cache import Cache, commit, grow
 from .step import DraftShape, Output, State
 
-GRAIN = 256  # rows: the smallest unit of buffers
+GRAIN = 256  # rows: the smallest unit by which buffers grow
 
 Step = Callable[[DraftShape, State, int], tuple[State, Output]]  # shape, state, columns
 
@@ -76,10 +76,10 @@ def decode(
         limit: tokens to emit at most, 1 or more.
         stop: token ids that end the text.
         release: gets the cache in the end, and how many rows belong to what was emitted.
-        grain: rows by which buffers grow, and attention's view of them, while they are short.
+        grain: rows by which attention's view of the buffers grows, while it is short.
     """
     shape = policy.choose()
-    state = with_room(state, rows, shape, grain)
+    state = with_room(state, rows, shape)
     state, output = step(shape, state, view(state, rows, shape, grain))
     waited = 0.0
     try:
@@ -99,7 +99,7 @@ def decode(
                 return
             assert len(emitted.tokens) == count
             if ahead is None:
-                state = with_room(state, rows, following, grain)
+                state = with_room(state, rows, following)
                 ahead = step(following, state, view(state, rows, following, grain))
             shape, (state, output) = following, ahead
             del ahead
@@ -136,11 +136,11 @@ def has_room(state: State, rows: int, shape: DraftShape) -> bool:
     return _needed(rows, shape) <= state.cache.capacity
 
 
-def with_room(state: State, rows: int, shape: DraftShape, grain: int = GRAIN) -> State:
+def with_room(state: State, rows: int, shape: DraftShape) -> State:
     """The state with buffers large enough for ``rows`` and what a step writes behind them."""
     if has_room(state, rows, shape):
         return state
-    capacity = bucket(_needed(rows, shape), grain)
+    capacity = bucket(_needed(rows, shape))
     missing = capacity - state.history.shape[1]
     history = mx.pad(state.history, [(0, 0), (0, missing)], constant_values=-1)
     return replace(state, cache=grow(state.cache, capacity), history=history)

@@ -172,13 +172,16 @@ def evaluate(
 
 
 def parse_shape(text: str) -> DraftShape:
-    """``width,length`` or ``width,length,nodes``."""
-    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
-    if len(numbers) != text.count(",") + 1 or len(numbers) not in (2, 3):
+    """``width,length``, ``width,length,nodes`` or ``width,length,nodes,lookup``; nodes may be ``all``."""
+    parts = [part.strip() for part in text.split(",")]
+    numbers = [int(part) if part.isdecimal() else None for part in parts]
+    usable = [part.isdecimal() or (place == 2 and part == "all") for place, part in enumerate(parts)]
+    if not all(usable) or len(parts) not in (2, 3, 4):
         raise ValueError(
-            f"shape {text!r} is not usable: give WIDTH,LENGTH or WIDTH,LENGTH,NODES such as 1,4."
+            f"shape {text!r} is not usable: give WIDTH,LENGTH or WIDTH,LENGTH,NODES such as 1,4, or "
+            "WIDTH,LENGTH,NODES,LOOKUP such as 3,3,8,4."
         )
-    return DraftShape(*numbers)
+    return DraftShape(*numbers)  # type: ignore[arg-type]
 
 
 def measure(
