@@ -168,6 +168,7 @@ def test_an_output_that_differs_is_reported(benchmark, monkeypatch):
     [repeat] = [x for x in found["prompts"][0]["repeats"] if not x["identical"]]
     assert repeat["divergence"]["place"] == 3
     assert "1 of 1 outputs differ" in out
+    assert "please report it" in out  # it is float32
 
 
 def test_a_draft_model_is_a_third_contender(benchmark, made):

@@ -141,7 +141,7 @@ class Plan:
 
 
 def measure(
-    plan: Plan, prompts: Sequence[Prompt], meter: Meter, tick: Callable[[], None] = lambda: None
+    plan: Plan, prompts: Sequence[Prompt], meter: Meter, tick: Callable[[], object] = lambda: None
 ) -> Iterator[Asked]:
     """Ask every prompt; yield each when it is finished.
 
@@ -232,7 +232,7 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 def _compete(
-    plan: Plan, ids: list[int], turn: int, trial: int, number: int, meter: Meter, tick: Callable[[], None]
+    plan: Plan, ids: list[int], turn: int, trial: int, number: int, meter: Meter, tick: Callable[[], object]
 ) -> list[Repeat]:
     """One answer of each contender."""
     runs: dict[str, Run] = {}

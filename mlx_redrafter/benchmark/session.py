@@ -1,19 +1,18 @@
 """One benchmark from its flags to its report; the report is there for whatever was finished."""
 
 import argparse
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
 from ..calibrate import candidates
@@ -28,7 +27,7 @@ from .energy import find_meter
 from .machine import describe
 from .measure import Asked, Contender, Plan, measure, settle, turns_of, warm_up
 from .sources import encode_conversation, load_prompts, sample
-from .statistics import shapes_used
+from .statistics import ratio, shapes_used
 
 NOT_SETTINGS = ("run", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
 SAVE_EVERY = 30.0  # seconds
@@ -70,7 +69,7 @@ class Session:
         self.encode = partial(encode_conversation, tokenizer=self.tokenizer, args=self.args)
         self.first_turns = [self.encode(turns_of(prompt)[0]) for prompt in self.prompts]
         self._check_lengths()
-        self._check_shapes()
+        self._check_passes()
         self.plan = self._plan()
         self._main_pass()
         if self.args.profile:
@@ -110,14 +109,21 @@ class Session:
         warm_up(self.plan, self.first_turns[0], self.args.warm_up)
         saved = time.monotonic()
         try:
-            with _bar("Measuring", turns * self.plan.runs_per_turn) as tick:
-                for asked in measure(self.plan, self.prompts, self.meter, tick):
+            with _bar("Measuring", turns * self.plan.runs_per_turn) as bar:
+                for asked in measure(self.plan, self.prompts, self.meter, bar.update):
                     self.asked.append(asked)
+                    bar.set_postfix_str(f"{self.finished} prompts, speed-up {self._so_far()}")
                     if time.monotonic() - saved > SAVE_EVERY:
                         self._save()
                         saved = time.monotonic()
         finally:
             self._summarise()
+
+    def _so_far(self) -> str:
+        """The median of the ratios so far."""
+        ratios = [ratio(asked, report.OURS, report.BASELINE) for asked in self.asked]
+        known = [x for x in ratios if x is not None]
+        return f"{median(known):.2f}" if known else "unknown"
 
     def _summarise(self) -> None:
         if self.asked:
@@ -136,7 +142,7 @@ class Session:
         prompts = sample(self.first_turns, self.args.profile)
         most = self.args.max_tokens if self.args.max_tokens > 0 else 256
         pick = self._pick()
-        with _bar("Profiling", len(prompts), "prompt") as tick:
+        with _bar("Profiling", len(prompts), "prompt") as bar, wired_limit(self.model.model):
             times = phases.profile(
                 self.model.target,
                 self.model.drafter,
@@ -146,7 +152,7 @@ class Session:
                 most,
                 frozenset(self.tokenizer.eos_token_ids),
                 self.args.prefill_step_size,
-                tick,
+                bar.update,
             )
         if found := phases.summarise(times, describe_shape(shape)):
             self.report["phases"] = found
@@ -156,9 +162,9 @@ class Session:
         shapes = [None, *dict.fromkeys((*self.grid.shapes(), *candidates(self.model, self.args.lookup)))]
         found: list[sweep.Swept] = []
         try:
-            with _bar("Sweep", len(prompts) * len(shapes)) as tick:
+            with _bar("Sweep", len(prompts) * len(shapes)) as bar:
                 for swept in sweep.sweep(
-                    self._plain(), self._ours, shapes, prompts, self.args.max_tokens, self.meter, tick
+                    self._plain(), self._ours, shapes, prompts, self.args.max_tokens, self.meter, bar.update
                 ):
                     found.append(swept)
         finally:
@@ -166,11 +172,11 @@ class Session:
                 self.report["sweep"] = sweep.summarise(self.grid, found)
 
     def _cost_curve(self) -> None:
-        from ..target import Target
-
-        target = self.model.target or Target(self.model.model)
-        with _bar("Cost curve", sweep.ROUNDS + 1, "round") as tick:
-            self.report["cost_curve"] = sweep.cost_curve(target, sweep.SIZES, sweep.ROUNDS, tick)
+        assert self.model.target is not None
+        with _bar("Cost curve", sweep.ROUNDS + 1, "round") as bar, wired_limit(self.model.model):
+            self.report["cost_curve"] = sweep.cost_curve(
+                self.model.target, sweep.SIZES, sweep.ROUNDS, bar.update
+            )
 
     def _pick(self) -> Pick:
         return Sampling(self.args.temp, self.args.top_p, self.args.top_k, self.args.min_p).pick
@@ -180,8 +186,10 @@ class Session:
         used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
         return max(used, key=lambda shape: (shape.size > 1, used[shape]), default=None)
 
-    def _check_shapes(self) -> None:
-        """Refuse a sweep that the drafter cannot do, before anything is measured."""
+    def _check_passes(self) -> None:
+        """Refuse passes that the model or its drafter cannot do, before anything is measured."""
+        if self.args.cost_curve and self.model.target is None:
+            raise ValueError("--cost-curve needs a model that can verify drafts, and this one cannot.")
         if not self.args.sweep:
             return
         if self.model.drafter is None:
@@ -238,12 +246,6 @@ def _warn_if_busy(machine: dict[str, Any]) -> None:
         )
 
 
-@contextmanager
-def _bar(what: str, total: int, unit: str = "answer") -> Iterator[Callable[[], None]]:
-    """A progress bar with the time that is left; yields what to call after each."""
-    with tqdm(total=total, desc=what, unit=unit, file=sys.stderr) as bar:
-
-        def tick() -> None:
-            bar.update()
-
-        yield tick
+def _bar(what: str, total: int, unit: str = "answer") -> Any:
+    """A progress bar with the time that is left."""
+    return tqdm(total=total, desc=what, unit=unit)

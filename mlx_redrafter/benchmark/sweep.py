@@ -69,7 +69,7 @@ def sweep(
     prompts: Sequence[list[int]],
     max_tokens: int,
     meter: Meter,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], object] = lambda: None,
 ) -> Iterator[Swept]:
     """Answer each prompt with every shape, in the opposite order every second time."""
     order = list(shapes)
@@ -133,7 +133,7 @@ def shape_name(shape: dict[str, Any]) -> str:
 
 
 def cost_curve(
-    target: Target, sizes: Sequence[int], rounds: int, tick: Callable[[], None] = lambda: None
+    target: Target, sizes: Sequence[int], rounds: int, tick: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
     """Seconds of one verification of a chain of tokens, by their number; sizes take turns.
 
