@@ -395,14 +395,16 @@ def test_evenly_spaced_prompts(benchmark):
 def test_mt_bench_comes_from_the_hub(run, made, benchmark, monkeypatch):
     asked = []
 
-    def hub(*where, **kind):
-        asked.append((where, kind))
+    def hub(*where, repo_type, local_files_only=False):
+        asked.append((*where, repo_type))
+        if local_files_only:
+            raise FileNotFoundError
         return str(made / "prompts.jsonl")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     code, _, err = benchmark("--prompts", "mt-bench", "--limit", "1", "--json", "r.json")
     assert code == 0, err
-    assert asked == [(("lmsys/mt-bench", "data/mt_bench/question.jsonl"), {"repo_type": "space"})]
+    assert asked == [("lmsys/mt-bench", "data/mt_bench/question.jsonl", "space")] * 2  # kept? then got
     assert read("r.json")["settings"]["prompts"] == "mt-bench"
 
 

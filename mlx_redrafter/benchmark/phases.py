@@ -7,6 +7,7 @@ of its own. Every second step is evaluated as a whole, to say how much of it the
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
@@ -81,14 +82,13 @@ def summarise(times: Times, shape: dict[str, Any]) -> dict[str, Any] | None:
     """What the report says of the phases; None if no step was timed both ways."""
     if not times.phases or not times.steps:
         return None
-    seconds = {name: _mean([phases[name] for phases in times.phases]) for name in PHASES}
-    whole = _mean(times.steps)
+    whole = median(times.steps)
     return {
         "shape": shape,
         "steps": len(times.phases),
-        "seconds": seconds,
+        "seconds": {name: median(phases[name] for phases in times.phases) for name in PHASES},
         "step_seconds": whole,
-        "explained": sum(seconds.values()) / whole,
+        "explained": median(sum(phases.values()) for phases in times.phases) / whole,
     }
 
 
@@ -100,7 +100,7 @@ def phase_table(report: dict[str, Any]) -> Table:
     rows.append(["a whole step", f"{1000 * found['step_seconds']:.2f}", ""])
     waits = report["overall"]["device_waits"]
     notes = [
-        f"Means of {found['steps']} steps, evaluated phase by phase, in turn with as many whole ones: the "
+        f"Medians of {found['steps']} steps, evaluated phase by phase, in turn with as many whole ones: the "
         f"phases add up to {100 * found['explained']:.0f} % of a step."
     ]
     if waits is not None:
@@ -167,7 +167,3 @@ def _phases(
 def _evaluate(state: State, output: Output | None = None) -> None:
     arrays = {**vars(state), "cache": vars(state.cache)}
     mx.eval(arrays, vars(output) if output else None)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -1,7 +1,9 @@
 """Where prompts come from: files, standard input, and the two public sets."""
 
 import argparse
+import contextlib
 import http.client
+import sys
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -79,8 +81,13 @@ def encode_conversation(
 
 
 def _hub_file() -> Path:
-    from huggingface_hub import hf_hub_download
+    """The questions in the hub's cache, downloaded if they are not there yet."""
+    from huggingface_hub import hf_hub_download, logging
 
+    with contextlib.suppress(OSError, ValueError):
+        return Path(hf_hub_download(*MT_BENCH, repo_type="space", local_files_only=True))
+    _say_downloading("mt-bench")
+    logging.set_verbosity_error()  # it would say each time that it tries again
     try:
         return Path(hf_hub_download(*MT_BENCH, repo_type="space"))
     except (OSError, ValueError) as error:
@@ -92,6 +99,7 @@ def _spec_bench_file() -> Path:
     path = cache_folder() / "prompts" / f"spec-bench-{SPEC_BENCH_COMMIT[:7]}.jsonl"
     if path.is_file():
         return path
+    _say_downloading("spec-bench")
     try:
         with urllib.request.urlopen(SPEC_BENCH, timeout=TIMEOUT) as response:
             data = response.read()
@@ -101,6 +109,11 @@ def _spec_bench_file() -> Path:
     with atomic_file(path) as new:
         new.write_bytes(data)
     return path
+
+
+def _say_downloading(name: str) -> None:
+    if sys.stderr.isatty():
+        print(f"Downloading {name} ...", file=sys.stderr)
 
 
 def _unreachable(name: str, where: str, error: Exception) -> str:
