@@ -17,13 +17,13 @@ format:
 # What the owner of such a machine should run once; each writes one file to send us.
 
 mac-check:
-	uv run benchmarks/check.py --expect metal --output mac-check.json
+	uv run benchmarks/check.py --expect metal --synthetic 1B 8B --output mac-check.json
 
 CUDA = cuda12
 
 cuda-check:  ## or with CUDA=cuda13
-	uv run --extra $(CUDA) benchmarks/check.py --expect cuda --output cuda-check.json
+	uv run --extra $(CUDA) benchmarks/check.py --expect cuda --synthetic 1B 8B --output cuda-check.json
 
 cpu-check:  ## the rehearsal, with small settings
 	uv run benchmarks/check.py --expect cpu --texts 2 --tokens 60 --limit 2 --max-tokens 32 --seconds 2 \
-		--output cpu-check.json
+		--synthetic tiny --output cpu-check.json

@@ -4,7 +4,8 @@
 
 1. correctness: greedy tokens in float32 of small random models and of the default model, every draft shape
    of this device against plain decoding on it, and against plain decoding on the CPU;
-2. `mlx-redrafter tune`: the time of a step with each draft shape;
+2. `mlx-redrafter tune`: the time of a step with each draft shape; with `--synthetic` also for models of
+   other sizes with random weights;
 3. `mlx-redrafter benchmark --cost-curve`: speed against mlx-lm, and the cost of verifying 1 to 64 tokens.
 """
 
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import synthetic
 
 import mlx_redrafter as r
 from mlx_redrafter import backend
-from mlx_redrafter.calibrate import UNLIMITED, behind_text, candidates
+from mlx_redrafter.calibrate import UNLIMITED, candidates
 from mlx_redrafter.decoding.loop import Fixed, decode
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape
@@ -43,7 +45,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=16, help="benchmark's prompts (default: 16)")
     parser.add_argument("--prompts", default=str(Path(__file__).with_name("held_out.jsonl")))
     parser.add_argument("--max-tokens", type=int, default=128, help="of the benchmark's answers")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of tune")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of tune, and for each synthetic model")
+    parser.add_argument("--synthetic", nargs="+", default=[], choices=synthetic.NAMED, help="sizes")
     args = parser.parse_args()
     device = backend.current().name
     if args.expect not in (None, device):
@@ -52,6 +55,7 @@ def main() -> None:
     report["correctness"] = list(correctness(args.tokens, args.texts))
     report["correctness"] += default_model(args) if args.model != harness.TINY else []
     report["tune"], report["benchmark"] = tune(args), benchmark(args)
+    report["synthetic"] = list(synthetic.run(args.synthetic, ("bfloat16", "4-bit"), args.seconds))
     report["passed"] = all(row["passed"] for row in report["correctness"]) and not failed(report)
     harness.write(args, report)
     print(f"{'Passed' if report['passed'] else 'FAILED'}. Please send us {args.output}.")
@@ -100,7 +104,7 @@ Text = tuple[list[int], list[mx.array]]  # tokens, and the logits [V] from which
 
 def text(model: SpeculativeModel, shape: DraftShape, rows: int, tokens: int) -> Text:
     """What is decoded greedily behind a made-up text of ``rows`` tokens."""
-    run, state = model.runner(Sampling()), behind_text(model, rows)
+    run, state = model.runner(Sampling()), harness.after_prompt(model, rows)
     steps = decode(run, Fixed(shape), state, rows, UNLIMITED, frozenset(), grain=backend.current().grain)
     del state
     said: list[int] = []

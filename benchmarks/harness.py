@@ -12,9 +12,11 @@ from typing import Any
 
 import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
+from mlx_redrafter.decoding.step import State, begin
 from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.files import atomic_file
 from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
+from mlx_redrafter.target import from_prompt_cache
 
 import mlx.core as mx  # isort: skip
 from mlx_lm.models import llama  # isort: skip
@@ -64,6 +66,18 @@ def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: in
     made = Drafter(DrafterConfig(hidden, vocabulary, hidden, 1, rnn=True)).train(False) if drafter else None
     mx.eval(model.parameters(), [] if made is None else made.parameters())
     return SpeculativeModel(model, made).verifiable()
+
+
+def after_prompt(model: SpeculativeModel, rows: int) -> State:
+    """The state behind a prompt of ``rows`` made-up tokens, which the model has read."""
+    target = model.target
+    assert target is not None
+    size = target.embed.weight.shape[0]
+    ids = [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
+    caches = target.make_cache()
+    logits, context = target.read_prompt(ids, 512, lambda done, total: None, caches)
+    token = mx.argmax(logits, axis=-1).astype(mx.int32)
+    return begin(token, context, from_prompt_cache(caches), [ids], [rows], mx.random.key(0))
 
 
 def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:

@@ -46,7 +46,6 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
     """Everything behind a text of ``rows`` tokens."""
     shapes = candidates(model)
     measured = measure(model, shapes, seconds, rows)
-    ratios = (times for times in measured.ratios)
     return {
         "rows": rows,
         "rounds": len(measured.rounds[0]),
@@ -55,11 +54,11 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
         "shapes": [
             {
                 "shape": vars(shape),
-                "ms": round(1000 * median(times), 3),
-                "plain_steps": round(median(next(ratios)), 4),
+                "ms": round(1000 * median(times), 3) if times else None,
+                "plain_steps": round(median(ratios), 4) if times else None,
                 **peak(model, shape, rows, steps),
             }
-            for shape, times in zip(shapes, measured.rounds, strict=True)
+            for shape, times, ratios in zip(shapes, measured.rounds, measured.ratios, strict=True)
         ],
     }
 
@@ -117,12 +116,14 @@ def arrivals(model: SpeculativeModel, rows: int, steps: int) -> Iterator[float]:
 def table(row: dict[str, Any]) -> str:
     """Text for people."""
     lines = [f"{row['rows']} tokens; mlx-lm's plain decoding: {row['mlx_lm_plain_ms']} ms per token"]
-    for shape in row["shapes"]:
-        of = DraftShape(**shape["shape"])
+    for told in row["shapes"]:
+        shape = DraftShape(**told["shape"])
+        timed = "hopeless"
+        if told["ms"] is not None:
+            timed = f"{told['ms']:8.2f} ms, {told['plain_steps']:5.2f} plain steps"
         lines.append(
-            f"  {of.width} x {of.length}, {of.size} nodes, {of.lookup} copied: {shape['ms']:8.2f} ms, "
-            f"{shape['plain_steps']:5.2f} plain steps, peak {shape['peak_mb']:7.1f} MB "
-            f"({shape['peak_of_weights_and_cache']:.2f} x weights and cache)"
+            f"  {shape.width} x {shape.length}, {shape.size} nodes, {shape.lookup} copied: {timed}, "
+            f"peak {told['peak_mb']:7.1f} MB ({told['peak_of_weights_and_cache']:.2f} x weights and cache)"
         )
     return "\n".join(lines)
 

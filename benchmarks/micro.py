@@ -21,6 +21,7 @@ from mlx_redrafter.decoding.step import DraftShape, State, propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.train.evaluate import parse_shape
 
 import mlx.core as mx  # isort: skip
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="width,length,nodes,lookup (default: the device's)")
     args = parser.parse_args()
     model = harness.load(args)
-    shapes = [DraftShape(*map(int, text.split(","))) for text in args.shapes or ()] or candidates(model)
+    shapes = [parse_shape(text) for text in args.shapes or ()] or candidates(model)
     results = []
     for shape in shapes:
         for name, function in functions(model, shape, args.rows):

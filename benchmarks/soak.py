@@ -23,6 +23,7 @@ from mlx_redrafter.decoding.loop import Emitted, Fixed, Policy, decode
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.train.evaluate import parse_shape
 
 import mlx.core as mx  # isort: skip
 
@@ -48,10 +49,10 @@ def main() -> None:
     parser = harness.parser(__doc__, "soak.json", harness.TINY)
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--window", type=int, default=500, help="tokens per line of the result")
-    parser.add_argument("--shape", help="width,length,nodes,lookup; auto: all of the device's in turn")
+    parser.add_argument("--shape", help="width,length,nodes,lookup (default: all of the device's in turn)")
     args = parser.parse_args()
     model = harness.load(args)
-    shape = DraftShape(*map(int, args.shape.split(","))) if args.shape not in (None, "auto") else None
+    shape = None if args.shape is None else parse_shape(args.shape)
     windows = generate(model, policy(model, shape), PROMPT, args.tokens, args.window)
     fresh = generate(model, policy(model, shape), PROMPT + args.tokens - FRESH, FRESH, FRESH)[-1]
     last = windows[-1]
@@ -81,11 +82,11 @@ class InTurn:
     def __init__(self, shapes: list[DraftShape]) -> None:
         self.shapes, self.steps = shapes, 0
 
-    def choose(self) -> DraftShape:
+    def choose(self, rows: int = 0) -> DraftShape:
         self.steps += 1
         return self.shapes[self.steps % len(self.shapes)]
 
-    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float = 0.0) -> None:
         pass
 
 

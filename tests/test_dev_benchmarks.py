@@ -60,10 +60,31 @@ def test_long_context_shows_copies_of_the_cache(tmp_path: Path, monkeypatch: pyt
 def test_check_compares_devices_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = importlib.import_module("check")
     monkeypatch.setattr(check, "SMALL", ({"hidden": 64},))
-    found = run("check", tmp_path, monkeypatch, "--texts", "2", "--tokens", "30")
+    found = run(
+        "check",
+        tmp_path,
+        monkeypatch,
+        "--texts",
+        "2",
+        "--tokens",
+        "30",
+        "--synthetic",
+        "tiny",
+        "--seconds",
+        "0.1",
+    )
     assert found["passed"] and len(found["correctness"]) == 2
+    assert [row["weights"] for row in found["synthetic"]] == ["bfloat16", "4-bit"]
     assert all(row["cpu"]["differ"] == 0 for row in found["correctness"])
     assert len(found["correctness"][0]["shapes"]) > len(found["correctness"][1]["shapes"]) >= 1
+
+
+def test_synthetic_models_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    synthetic = importlib.import_module("synthetic")
+    monkeypatch.setattr(synthetic, "memory", lambda: 8e9)
+    (row,) = synthetic.run(["8B"], ["bfloat16"], 1.0)
+    assert row["left_out"].startswith("16.1 GB")
+    assert "left out" in synthetic.table(row)
 
 
 def test_check_finds_the_first_difference_and_how_near_it_was() -> None:
