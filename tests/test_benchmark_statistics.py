@@ -237,6 +237,24 @@ def test_contenders_take_turns_and_get_the_same_conversation(machine):
     assert {(r.turn, r.trial) for r in found[0].repeats} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
+def test_the_history_is_the_first_answer(machine):
+    machine, texts = machine(), iter("abcd")
+    plain = machine.contender("plain", 1.0)
+
+    def answer(ids, max_tokens):
+        for response in plain.answer(ids, max_tokens):
+            response.text = next(texts) if response.text else ""
+            yield response
+
+    contenders = [Contender("plain", answer)]
+    seen = []
+    ask(
+        Plan(contenders, lambda messages: seen.append(list(messages)) or [1], 3, trials=2),
+        [Prompt(["x", "y"])],
+    )
+    assert [message["content"] for message in seen[1]] == ["x", "a", "y"]
+
+
 def test_turns_may_be_limited(machine):
     machine = machine()
     contenders = [machine.contender("plain", 1.0)]

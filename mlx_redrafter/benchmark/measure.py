@@ -146,7 +146,7 @@ def measure(
     """Ask every prompt; yield each when it is finished.
 
     Contenders take turns, in the order A B C, then C B A, so that a drift of the machine's speed cancels.
-    Every contender gets the same conversation, whose history are the baseline's answers.
+    Every contender gets the same conversation, whose history are the baseline's first answers.
 
     Args:
         tick: called after each answer.
@@ -162,9 +162,8 @@ def measure(
                 break
             for trial in range(plan.trials):
                 asked.repeats += _compete(plan, ids, turn, trial, next(rounds), meter, tick)
-            answer = next(
-                r.run.text for r in reversed(asked.repeats) if r.contender == plan.contenders[0].name
-            )
+            first = (turn, 0, plan.contenders[0].name)
+            answer = next(r.run.text for r in asked.repeats if (r.turn, r.trial, r.contender) == first)
             history.append({"role": "assistant", "content": answer})
         yield asked
 
