@@ -29,7 +29,8 @@ from . import backend
 from .blas import load_blas
 from .bundle import identity_of
 from .decoding import policy
-from .decoding.loop import Fixed, Policy, decode
+from .decoding.cache import Cache
+from .decoding.loop import GRAIN, Fixed, Policy, bucket, decode, view, with_room
 from .decoding.sampling import Sampling
 from .decoding.step import DraftShape, State, begin
 from .files import atomic_file
@@ -42,8 +43,8 @@ SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 3  # times as long at most, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt
-TEXT = 48  # tokens of the text behind which steps are timed
-CHUNK = 512  # tokens of it read at once
+SHORT, LONG = 64, 2048  # tokens of the texts behind which steps are timed
+DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 UNLIMITED = 1 << 40  # tokens
 
 
@@ -52,7 +53,14 @@ def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
     shapes = candidates(model, lookup)
     if len(shapes) == 1:
         return Fixed(shapes[0])
-    return policy.Policy(shapes, step_seconds(model, shapes))
+    return policy_for(shapes, step_times(model, shapes))
+
+
+def policy_for(shapes: Sequence[DraftShape], times: StepTimes) -> policy.Policy:
+    """The policy that chooses from those shapes that may pay."""
+    pays = [i for i, seconds in enumerate(times.seconds) if seconds < math.inf]
+    seconds, per_row = ([values[i] for i in pays] for values in (times.seconds, times.per_row))
+    return policy.Policy([shapes[i] for i in pays], seconds, per_row)
 
 
 def candidates(model: SpeculativeModel, lookup: int | None = None) -> list[DraftShape]:
@@ -77,21 +85,42 @@ def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None
     return replace(shape, width=width, lookup=copied, nodes=nodes)
 
 
-def step_seconds(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> list[float]:
+@dataclass
+class StepTimes:
+    """What a step takes with each of some shapes.
+
+    Attributes:
+        seconds: behind an empty text; infinite for a shape that can never pay.
+        per_row: seconds more for each token of the text before.
+    """
+
+    seconds: list[float]
+    per_row: list[float]
+
+
+def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes:
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
     found = _read(_file(model, shapes), len(shapes))
-    if found is not None:
-        return found
-    measured = measure(model, shapes)
-    if measured.steady:
-        keep(model, shapes, measured.seconds)
-    return measured.seconds
+    if found is None:
+        short, long = (measure(model, shapes, SECONDS / 2, rows) for rows in (SHORT, LONG))
+        found = between(short, long)
+        if short.steady and long.steady:
+            keep(model, shapes, found)
+    return found
 
 
-def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: Sequence[float]) -> Path | None:
+def between(short: Measured, long: Measured) -> StepTimes:
+    """Step times from those behind texts of ``SHORT`` and ``LONG`` tokens."""
+    times = list(zip(short.seconds, long.seconds, strict=True))
+    per_row = [max(b - a, 0.0) / (LONG - SHORT) if b < math.inf else 0.0 for a, b in times]
+    return StepTimes([a - SHORT * more for (a, _), more in zip(times, per_row, strict=True)], per_row)
+
+
+def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes) -> Path | None:
     """Write step times to the cache folder; return the file, or None if it cannot be written."""
     file = _file(model, shapes)
-    report = {"conditions": conditions(model, shapes), "seconds": list(seconds)}
+    seconds = [value if value < math.inf else None for value in times.seconds]
+    report = {"conditions": conditions(model, shapes), "seconds": seconds, "per_row": times.per_row}
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
@@ -106,6 +135,7 @@ class Measured:
 
     Attributes:
         rounds: for each shape, seconds of one step in each round; the first shape is plain decoding.
+            None at all for a shape that can never pay.
     """
 
     rounds: list[list[float]]
@@ -113,7 +143,7 @@ class Measured:
     @property
     def ratios(self) -> list[list[float]]:
         """For each shape, its times in plain steps of the same round."""
-        return [[t / plain for t, plain in zip(times, self.rounds[0], strict=True)] for times in self.rounds]
+        return [[t / plain for t, plain in zip(times, self.rounds[0], strict=False)] for times in self.rounds]
 
     @property
     def seconds(self) -> list[float]:
@@ -121,13 +151,14 @@ class Measured:
 
         No step is taken to be faster than a plain one, which does less: that would be an accident.
         """
-        return [median(self.rounds[0]) * max(median(ratios), 1.0) for ratios in self.ratios]
+        plain = median(self.rounds[0])
+        return [plain * max(median(ratios), 1.0) if ratios else math.inf for ratios in self.ratios]
 
     @property
     def steady(self) -> bool:
         """Whether there are some rounds, and the middle half of each shape's ratios lies close together."""
-        enough = len(self.rounds[0]) >= LEAST_ROUNDS
-        return enough and all(_spread(ratios) <= STEADY * median(ratios) for ratios in self.ratios)
+        enough = len(self.rounds[0]) >= LEAST_ROUNDS or not any(self.rounds[1:])
+        return enough and all(_spread(x) <= STEADY * median(x) for x in self.ratios if x)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -137,38 +168,69 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def measure(
-    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, rows: int = TEXT
+    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, rows: int = SHORT
 ) -> Measured:
     """Time steps of every shape in turn, as the decoding loop runs them.
 
     Args:
         model: has a target.
-        shapes: to be timed; the same number of rounds for each.
+        shapes: to be timed, plain decoding first; the same number of rounds for each.
         seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
         rows: tokens of the text before.
     """
-    watch = _Stopwatch(list(shapes), seconds, measured=Measured([[] for _ in shapes]))
     with wired_limit(model.model):
-        state = behind_text(model, rows)
-        run, grain = model.runner(Sampling()), max(backend.current().grain, 4 * TEXT)
+        timed = promising(model, shapes, rows)
+        watch = _Stopwatch(timed, seconds, measured=Measured([[] for _ in timed]))
+        state, run = behind_text(model, rows), model.runner(Sampling())
+        grain = max(backend.current().grain, GRAIN)  # so that nothing is compiled on the way
         steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=grain)
         del state
         with contextlib.closing(steps):
             while not watch.finished:
                 next(steps)
-    return watch.measured
+    rounds = dict(zip(timed, watch.measured.rounds, strict=True))
+    return Measured([rounds.get(shape, []) for shape in shapes])
+
+
+def promising(model: SpeculativeModel, shapes: Sequence[DraftShape], rows: int) -> list[DraftShape]:
+    """The shapes without those that cannot pay, because a step takes longer than it can ever emit.
+
+    They are tried from the smallest on, and all that verify more than a hopeless one are hopeless too:
+    a slow machine is not kept busy with them.
+    """
+    state, run, plain = behind_text(model, rows), model.runner(Sampling()), 0.0
+    found: list[DraftShape] = []
+    for shape in sorted(shapes, key=lambda shape: shape.size):
+        for _ in range(2):  # the first one may have to be compiled
+            state = with_room(state, rows, shape)
+            start = time.perf_counter()
+            state, output = run(shape, state, view(state, rows, shape))
+            mx.eval(output.tokens, vars(state.cache))
+            took, rows = time.perf_counter() - start, rows + shape.depth + 1
+        plain = plain or took
+        if took > DOUBT * (1 + shape.depth) * plain:
+            break
+        found.append(shape)
+    return [shape for shape in shapes if shape in found]
 
 
 def behind_text(model: SpeculativeModel, rows: int) -> State:
-    """The state behind a made-up text of ``rows`` tokens; the first token after it is the likeliest."""
+    """The state behind a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = model.target
     assert target is not None
     size = target.embed.weight.shape[0]
     ids = [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
     caches = target.make_cache()
-    logits, context = target.read_prompt(ids, CHUNK, lambda done, total: None, caches)
+    logits, context = target.read_prompt(ids[-1:], 1, lambda done, total: None, caches)
+    layers = from_prompt_cache(caches)
+    keys, values = ([_blank(buffer, rows) for buffer in buffers] for buffers in (layers.keys, layers.values))
     token = mx.argmax(logits, axis=-1).astype(mx.int32)
-    return begin(token, context, from_prompt_cache(caches), [ids], [rows], mx.random.key(0))
+    return begin(token, context, Cache(keys, values), [ids], [rows], mx.random.key(0))
+
+
+def _blank(buffer: mx.array, rows: int) -> mx.array:
+    batch, heads, _, size = buffer.shape
+    return mx.zeros((batch, heads, bucket(rows), size), buffer.dtype)
 
 
 @dataclass
@@ -185,23 +247,20 @@ class _Stopwatch:
     measured: Measured = field(default_factory=lambda: Measured([]))
     _chosen: int = 0
     _observed: int = 0
-    _first: float = 0.0
-    _last: float = 0.0
+    _spent: float = 0.0
 
-    def choose(self) -> DraftShape:
+    def choose(self, rows: int = 0) -> DraftShape:
         self._chosen += 1
         return self._turn(self._chosen - 1)
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int]) -> None:
-        now = time.perf_counter()
-        self._first = self._first or now
+    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float) -> None:
+        self._spent += seconds
         per_round = 2 * len(self.shapes)
         if self._observed % 2 and self._observed > per_round:  # the first round warms up
-            self.measured.rounds[self.shapes.index(shape)].append(now - self._last)
-        self._last = now
+            self.measured.rounds[self.shapes.index(shape)].append(seconds)
         self._observed += 1
         if self._observed % per_round == 0 and self._observed > per_round:
-            self.finished = self._enough(now - self._first)
+            self.finished = self._enough(self._spent)
 
     def _enough(self, spent: float) -> bool:
         rounds = len(self.measured.rounds[0])
@@ -248,12 +307,15 @@ def _file(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Path:
     return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path, count: int) -> list[float] | None:
+def _read(file: Path, count: int) -> StepTimes | None:
     """The step times in a file; None if there are none, or not what they should be."""
     try:
-        seconds = json.loads(file.read_text())["seconds"]
-        if len(seconds) == count and all(math.isfinite(x) and x > 0 for x in seconds):
-            return [float(x) for x in seconds]
+        report = json.loads(file.read_text())
+        seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
+        per_row = [float(value) for value in report["per_row"]]
+        usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)
+        if usable and len(seconds) == len(per_row) == count and seconds[0] < math.inf:
+            return StepTimes(seconds, per_row)
     except (OSError, ValueError, TypeError, LookupError):
         pass
     return None

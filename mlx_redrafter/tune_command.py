@@ -5,11 +5,22 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .calibrate import PATIENCE, Measured, candidates, conditions, keep, measure
+from .calibrate import (
+    LONG,
+    PATIENCE,
+    SHORT,
+    StepTimes,
+    between,
+    candidates,
+    conditions,
+    keep,
+    measure,
+    policy_for,
+)
 from .decoding.policy import Policy
 from .decoding.step import DraftShape
 from .generate_command import describe_shape
-from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
+from .model import DEFAULT_MODEL, DTYPES, load
 from .prompts import Prompt, encode, read_prompts
 from .stream import stream_generate
 
@@ -47,44 +58,43 @@ def run(args: argparse.Namespace) -> int:
     shapes = candidates(model, args.lookup)
     if model.target is None or len(shapes) == 1:
         raise ValueError(f"{args.model or DEFAULT_MODEL} is decoded plainly: there is nothing to choose.")
-    measured = measure(model, shapes, args.seconds)
-    policy, read = Policy(shapes, measured.seconds), 0
+    short, long = (measure(model, shapes, args.seconds / 2, rows) for rows in (SHORT, LONG))
+    times = between(short, long)
+    policy, read = policy_for(shapes, times), 0
     model._policies[args.lookup] = policy
     for prompt in prompts if args.tokens else ():
         ids = encode(prompt, tokenizer)
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))
-    file = keep(model, shapes, measured.seconds) if measured.steady else None
-    record = report(model, shapes, measured, policy, read) | {"file": file and str(file)}
+    steady = short.steady and long.steady
+    file = keep(model, shapes, times) if steady else None
+    rounds = min(len(short.rounds[0]), len(long.rounds[0]))
+    record = {
+        "conditions": conditions(model, shapes),
+        "rounds": rounds,
+        "steady": steady,
+        "tokens": read,
+        **choice(shapes, times, policy),
+        "file": file and str(file),
+    }
     print(json.dumps(record, indent=1) if args.json else table(record))
     return 0
 
 
-def report(
-    model: SpeculativeModel, shapes: Sequence[DraftShape], measured: Measured, policy: Policy, read: int
-) -> dict[str, Any]:
-    """What was measured and chosen, as JSON.
-
-    Args:
-        read: tokens from which the policy has learned what is accepted.
-    """
-    rows = [
-        {
-            **describe_shape(shape),
-            "seconds": seconds,
-            "plain_steps": policy.cost[shape],
-            "tokens_per_step": policy.expected(shape),
-            "speedup": policy.rate(shape),
-        }
-        for shape, seconds in zip(shapes, measured.seconds, strict=True)
-    ]
-    return {
-        "conditions": conditions(model, shapes),
-        "rounds": len(measured.rounds[0]),
-        "steady": measured.steady,
-        "tokens": read,
-        "shapes": rows,
-        "chosen": rows[shapes.index(policy.current)],
-    }
+def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> dict[str, Any]:
+    """What each shape costs and gives, and the one that is chosen, behind a text of ``SHORT`` tokens."""
+    chosen, rows = policy.choose(SHORT), []
+    for shape, seconds, more in zip(shapes, times.seconds, times.per_row, strict=True):
+        row: dict[str, Any] = dict(describe_shape(shape))
+        if shape in policy.cost:  # the others are hopeless
+            row |= {
+                "seconds": seconds + SHORT * more,
+                "seconds_behind_long_text": seconds + LONG * more,
+                "plain_steps": policy.cost[shape],
+                "tokens_per_step": policy.expected(shape),
+                "speedup": policy.rate(shape),
+            }
+        rows.append(row)
+    return {"shapes": rows, "chosen": rows[list(shapes).index(chosen)]}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -92,12 +102,16 @@ def table(record: dict[str, Any]) -> str:
     known = record["conditions"]
     machine = [known["chip"], known["backend"], known["blas"]]
     lines = [", ".join(str(part) for part in machine if part), ""]
-    lines.append(f"{'draft shape':36} {'ms/step':>8} {'plain steps':>11} {'tokens/step':>11} {'speed-up':>8}")
+    heads = ("ms/step", f"at {LONG}", "plain steps", "tokens/step", "speed-up")
+    lines.append(f"{'draft shape':36}" + "".join(f"{head:>12}" for head in heads))
     for row in record["shapes"]:
-        lines.append(
-            f"{name(row):36} {1000 * row['seconds']:8.1f} {row['plain_steps']:11.2f} "
-            f"{row['tokens_per_step']:11.2f} {row['speedup']:8.2f}"
-        )
+        if "seconds" not in row:
+            lines.append(f"{name(row):36}   takes longer than it could ever save")
+            continue
+        times = (1000 * row["seconds"], 1000 * row["seconds_behind_long_text"])
+        ratios = (row["plain_steps"], row["tokens_per_step"], row["speedup"])
+        numbers = [*(f"{x:12.1f}" for x in times), *(f"{x:12.2f}" for x in ratios)]
+        lines.append(f"{name(row):36}" + "".join(numbers))
     learned = (
         f"in {record['tokens']} tokens of answers"
         if record["tokens"]
@@ -105,7 +119,8 @@ def table(record: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"Step times: medians of {record['rounds']} rounds. Tokens per step: as accepted {learned}.",
+        f"Step times behind texts of {SHORT} and {LONG} tokens: medians of {record['rounds']} rounds.",
+        f"Tokens per step: as accepted {learned}.",
     ]
     if not record["steady"]:
         lines.append(
@@ -125,7 +140,10 @@ def reason(record: dict[str, Any]) -> str:
             f"{name(chosen)}, which gives {chosen['tokens_per_step']:.2f} tokens in the time of "
             f"{chosen['plain_steps']:.2f} plain steps."
         )
-    best = max((row for row in record["shapes"] if row["max_nodes"] > 1), key=lambda row: row["speedup"])
+    drafts = [row for row in record["shapes"] if row["max_nodes"] > 1 and "speedup" in row]
+    if not drafts:
+        return "plain decoding; every draft takes longer than it could ever save."
+    best = max(drafts, key=lambda row: row["speedup"])
     return (
         f"plain decoding; the best draft, {name(best)}, would give {best['tokens_per_step']:.2f} tokens in "
         f"the time of {best['plain_steps']:.2f} plain steps. Others are still tried now and then."

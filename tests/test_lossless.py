@@ -75,11 +75,11 @@ class Turns:
     def __init__(self, shapes):
         self.shapes, self.chosen, self.seen = shapes, 0, []
 
-    def choose(self):
+    def choose(self, rows=0):
         self.chosen += 1
         return self.shapes[(self.chosen - 1) % len(self.shapes)]
 
-    def observe(self, shape, ranks):
+    def observe(self, shape, ranks, seconds):
         self.seen.append((shape, ranks))
 
 

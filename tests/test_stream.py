@@ -278,7 +278,7 @@ def test_a_bad_drafter_changes_nothing(tokenizer):
 def test_text_streams_in_whole_characters(folders, kind, draft):
     base, drafter = folders[kind]
     model, tokenizer = load(base, drafter=drafter)
-    responses = list(stream_generate(model, tokenizer, ">", 99, draft=draft))
+    responses = list(stream_generate(model, tokenizer, ">", 99, shape=SHAPE, draft=draft))
     texts = [r.text for r in responses]
     assert "".join(texts) == SAYS
     assert "�" not in "".join(texts)

@@ -18,12 +18,15 @@ Step = Callable[[DraftShape, State, int], tuple[State, Output]]  # shape, state,
 class Policy(Protocol):
     """Which draft shape to use next."""
 
-    def choose(self) -> DraftShape:
-        """The next step's shape; asked before the step that runs is known."""
+    def choose(self, rows: int) -> DraftShape:
+        """The shape of the next step, behind ``rows`` tokens; asked before the step that runs is known."""
         ...
 
-    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
-        """A step came out: for each drafted token that it emitted, its beam, or -1 (copied)."""
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float) -> None:
+        """A step came out, ``seconds`` after the one before.
+
+        ``ranks`` has, for each drafted token that it emitted, the beam it came from, or -1: copied.
+        """
         ...
 
 
@@ -33,11 +36,11 @@ class Fixed:
 
     shape: DraftShape
 
-    def choose(self) -> DraftShape:
+    def choose(self, rows: int) -> DraftShape:
         """The shape."""
         return self.shape
 
-    def observe(self, shape: DraftShape, ranks: list[int]) -> None:
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float) -> None:
         """Nothing to learn."""
 
 
@@ -78,20 +81,21 @@ def decode(
         release: gets the cache in the end, and how many rows belong to what was emitted.
         grain: rows by which attention's view of the buffers grows, while it is short.
     """
-    shape = policy.choose()
+    shape = policy.choose(rows)
     state = with_room(state, rows, shape)
     state, output = step(shape, state, view(state, rows, shape, grain))
-    waited = 0.0
+    waited, before = 0.0, time.perf_counter()
     try:
         enqueue(state, output)
         while True:
-            following = policy.choose()
             most = rows + shape.depth + 1
+            following = policy.choose(most)
             ahead = None
             if has_room(state, most, following):
                 ahead = step(following, state, view(state, most, following, grain))
             emitted, count = _read(output, limit, stop, shape)
             emitted.waited, arrived = waited, time.perf_counter()
+            took, before = arrived - before, arrived
             limit -= len(emitted.tokens)
             rows += len(emitted.tokens)
             if limit == 0 or emitted.tokens[-1] in stop:
@@ -105,7 +109,7 @@ def decode(
             del ahead
             waited = time.perf_counter() - arrived
             enqueue(state, output)
-            policy.observe(emitted.shape, emitted.ranks)
+            policy.observe(emitted.shape, emitted.ranks, took)
             yield emitted
     finally:
         release(commit(state.cache), rows)

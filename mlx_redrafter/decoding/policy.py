@@ -61,26 +61,34 @@ class Policy:
 
     Args:
         shapes: what to choose from; the first one is plain decoding.
-        seconds: what one step takes with each of them.
+        seconds: what one step takes with each of them, behind an empty text.
+        per_row: what it takes longer for each token of the text before.
 
     Raises:
         ValueError: no plain shape first, or a time that is not positive.
     """
 
-    def __init__(self, shapes: Sequence[DraftShape], seconds: Sequence[float]) -> None:
+    def __init__(
+        self, shapes: Sequence[DraftShape], seconds: Sequence[float], per_row: Sequence[float] = ()
+    ) -> None:
         if len(shapes) != len(seconds) or not shapes or shapes[0].size != 1:
             raise ValueError(f"{len(shapes)} shapes, {len(seconds)} times: give pairs, plain decoding first.")
         if not all(math.isfinite(value) and value > 0 for value in seconds):
             raise ValueError(f"step times {list(seconds)} are not usable: give positive seconds.")
-        self.cost = {s: t / seconds[0] for s, t in zip(shapes, seconds, strict=True)}  # in plain steps
+        if per_row and not (len(per_row) == len(shapes) and all(0 <= x < math.inf for x in per_row)):
+            raise ValueError(f"times per row {list(per_row)} are not usable: give one for each shape.")
+        growth = per_row or [0.0] * len(shapes)
+        self._times = dict(zip(shapes, zip(seconds, growth, strict=True), strict=True))
+        self.cost = self._costs(0)  # of a step with each shape, in plain steps
         self.current = self.plain = shapes[0]
         self.beliefs = {node: first_belief(*node) for shape in shapes for node in nodes_of(shape)}
         self.purse, self.debt = START, 0.0
         self.steps, self.tried = 0, dict.fromkeys(shapes, 0)  # when each shape was last chosen
 
-    def choose(self) -> DraftShape:
-        """The shape of the next step; the last one's outcome need not be known yet."""
+    def choose(self, rows: int = 0) -> DraftShape:
+        """The shape of the next step, behind ``rows`` tokens; the last outcome need not be known yet."""
         self.steps += 1
+        self.cost = self._costs(rows)
         best = max(self.cost, key=self.rate)
         if self.current != self.plain and self.rate(self.current) <= 1:
             self.debt = max(self.debt, self.loss(self.current))
@@ -97,11 +105,12 @@ class Policy:
         self.purse += SHARE if shape == self.plain else 1 - self.cost[shape]
         return shape
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int]) -> None:
+    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0.0) -> None:
         """Learn from a step with ``shape`` that accepted ``len(ranks)`` drafted tokens.
 
         Args:
             ranks: of each accepted token in the drafter's beam at its depth; ``LOOKUP`` if not there.
+            seconds: that it took; not used, because a calibration's conditions are more alike.
         """
         hits = set(enumerate(ranks, start=1))
         shown = hits.union(self._likeliest(shape))
@@ -127,6 +136,11 @@ class Policy:
     def loss(self, shape: DraftShape) -> float:
         """Plain steps of time lost if a step with ``shape`` accepts nothing, against the current shape."""
         return self.cost[shape] - 1 / self.rate(self.current)
+
+    def _costs(self, rows: int) -> dict[DraftShape, float]:
+        times = {shape: seconds + rows * growth for shape, (seconds, growth) in self._times.items()}
+        plain = next(iter(times.values()))
+        return {shape: time / plain for shape, time in times.items()}
 
     def _trial(self) -> DraftShape | None:
         """The shape that may beat the current one by the most for what it risks and since it was tried."""
