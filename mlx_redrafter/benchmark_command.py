@@ -3,7 +3,12 @@
 import argparse
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .benchmark.tables import Table
 
 PLOTS = Path("benchmark-plots")
 STDOUT = "-"
@@ -116,32 +121,40 @@ def _require(package: str, what: str) -> None:
 
 
 def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
-    """Show the tables, unless only JSON or Markdown is to be printed, and write the files."""
+    """Write the files, and then show the tables, unless only JSON or Markdown is to be printed."""
     from .benchmark.report import dumps, tables, write
 
-    _show(args.markdown, tables(report), quiet=args.json == STDOUT)
-    if args.json == STDOUT:
-        print(dumps(report), end="")
-    elif args.json is not None:
-        write(report, Path(args.json))
-        print(f"Wrote {args.json}", file=sys.stderr)
-    if args.plots is not None:
-        from .benchmark.plots import draw
+    made = tables(report)
+    try:
+        if args.json not in (None, STDOUT):
+            write(report, Path(args.json))
+            _say_written(args.json)
+        if args.plots is not None:
+            from .benchmark.plots import draw
 
-        for path in draw(report, Path(args.plots)):
-            print(f"Wrote {path}", file=sys.stderr)
+            for path in draw(report, Path(args.plots)):
+                _say_written(path)
+    finally:  # a full disk takes no figures away
+        _show(args.markdown, made, quiet=args.json == STDOUT)
+        if args.json == STDOUT:
+            print(dumps(report), end="")
 
 
-def _show(markdown: str | None, tables: list, quiet: bool) -> None:  # type: ignore[type-arg]
+def _show(markdown: str | None, tables: "Sequence[Table]", quiet: bool) -> None:
+    """Print the tables, or write them as Markdown to a file besides."""
     from .benchmark import tables as form
     from .files import atomic_file
 
-    if markdown == STDOUT:
-        print(form.markdown(tables), end="")
-    elif not quiet:
-        form.show(tables)
     if markdown not in (None, STDOUT):
         assert markdown is not None
         with atomic_file(Path(markdown)) as new:
             new.write_text(form.markdown(tables), "utf-8")
-        print(f"Wrote {markdown}", file=sys.stderr)
+        _say_written(markdown)
+    if markdown == STDOUT:
+        print(form.markdown(tables), end="")
+    elif not quiet:
+        form.show(tables)
+
+
+def _say_written(path: str | Path) -> None:
+    print(f"Wrote {path}", file=sys.stderr)

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 from bundles import make_drafter, make_folder
+from mlx_lm.generate import generate_step
+from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import load
 from mlx_redrafter.benchmark import energy, machine, measure, phases, plots, report, sources, sweep, tables
@@ -19,6 +21,7 @@ from mlx_redrafter.benchmark.contenders import mlx_lm_contender
 from mlx_redrafter.cli import main
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.prompts import Prompt
+from mlx_redrafter.target import Target
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("the quick brown fox", "one two three four", "jumps over the lazy dog", "serve tea")
@@ -304,6 +307,28 @@ def test_a_sweeps_ratios_are_to_the_plain_answers_around_it():
     assert table.rows[0][0] == "best, automatic choice"
 
 
+def test_plain_answers_are_timed_around_the_shapes(monkeypatch):
+    order = []
+
+    def time_answer(contender, ids, *_):
+        order.append((ids, contender.name))
+        return measure.Run([1, 2], "", 1, 0.1, 1.0)
+
+    monkeypatch.setattr(sweep, "time_answer", time_answer)
+    plain = measure.Contender("plain", None)
+    shapes, prompts = [None, DraftShape(1, 1), DraftShape(2, 1)], [[1], [2]]
+    ticks = []
+    found = list(
+        sweep.sweep(plain, lambda shape: measure.Contender(shape, None), shapes, prompts, 2, None,
+                    lambda: ticks.append(0))
+    )  # fmt: skip
+    wanted = [[1, name] for name in ("plain", *shapes, "plain")]
+    wanted += [[2, name] for name in ("plain", *shapes[::-1], "plain")]
+    assert [[ids[0], name] for ids, name in order] == wanted
+    assert [len(swept.plain) for swept in found] == [2, 2]
+    assert len(ticks) == 6
+
+
 def test_what_was_not_measured_is_left_out_of_pictures(tmp_path):
     nothing = {"median": None, "low": None, "high": None}
     some = {"median": 1.5, "low": 1.2, "high": 1.6}
@@ -320,23 +345,33 @@ def test_what_was_not_measured_is_left_out_of_pictures(tmp_path):
 # --- Phases ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [(2, 2, None, 0), (1, 2, 4, 3), (0, 0, None, 3), (1, 3, None, 0)])
-def test_a_step_in_phases_is_a_step(made, values):
-    model, tokenizer = load(made / "model", drafter=made / "drafter")
-    ids = tokenizer.encode("one two three four one two")
-    shape, found = DraftShape(*values), []
+@pytest.mark.parametrize("values", [(2, 3, None, 0), (1, 2, 4, 3), (0, 0, None, 3), (1, 3, None, 0), (0, 0)])
+def test_a_step_in_phases_is_a_step(values):
+    model, prompt = make_model("llama3-rope"), [5, 9, 33, 2, 17, 60, 3]
+    wanted = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=40)]
+    target, shape = Target(model), DraftShape(*values)
+    drafter = ScriptedDrafter(target, prompt + wanted)
     for timed in (phases._whole, phases._phases):
-        state, tokens = phases._start(model.target, greedy, ids, 512), []
-        for _ in range(4):
-            rows = len(ids) + len(tokens)
-            box, times = [phases.with_room(state, rows, shape)], phases.Times()
-            columns = phases.view(box[0], rows, shape)
-            state, output = timed(model.target, model.drafter, greedy, shape, box, columns, times)
+        state = phases._start(target, greedy, prompt, 512)
+        tokens, times = state.token.tolist(), phases.Times()
+        for number in range(6):
+            state = phases.with_room(state, len(prompt) + len(tokens) - 1, shape)
+            shown = phases.view(state, len(prompt) + len(tokens) - 1, shape)
+            state, output = timed(target, drafter, greedy, shape, [state], shown, times)
             tokens += output.tokens[0, : output.count.item()].tolist()
-        found.append(tokens)
-        assert len(times.steps) + len(times.phases) == 1
-    assert found[0] == found[1]
-    assert set(times.phases[0]) == set(phases.PHASES)
+            assert len(times.steps) + len(times.phases) == number + 1
+        assert tokens == wanted[: len(tokens)]
+        assert len(tokens) >= 6 * (1 + min(shape.width, 1) * min(shape.length, 2))
+
+
+def test_phases_are_timed_one_after_another(monkeypatch):
+    model = make_model()
+    target, shape, times = Target(model), DraftShape(2, 2), phases.Times()
+    state = phases.with_room(phases._start(target, greedy, [1, 2, 3], 512), 3, shape)
+    clock = SimpleNamespace(perf_counter=iter([0.0, 1.0, 3.0, 7.0, 15.0]).__next__)
+    monkeypatch.setattr(phases, "time", clock)
+    phases._phases(target, RandomDrafter(target), greedy, shape, [state], phases.view(state, 3, shape), times)
+    assert times.phases == [{"draft": 2.0, "verify": 4.0, "accept and commit": 1.0 + 8.0}]
 
 
 def greedy(logits, key):
@@ -508,6 +543,17 @@ def test_an_error_keeps_the_finished_prompts_too(benchmark, monkeypatch):
     assert read("r.json")["finished"] == 2
 
 
+def test_a_full_disk_takes_no_figures_away(benchmark, monkeypatch):
+    def full(report, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "write", full)
+    code, out, err = benchmark("--json", "r.json", "--limit", "1", "--turns", "1")
+    assert code == 2
+    assert "overall" in out
+    assert "error: no space left" in err
+
+
 def test_ctrl_c_from_outside(made, tmp_path):
     command = [sys.executable, "-m", "mlx_redrafter", "benchmark", "--model", made / "model", "--drafter",
                made / "drafter", "--prompts", made / "prompts.jsonl", "--turns", "1", "--trials", "1000000",
@@ -607,6 +653,7 @@ def test_two_results_are_compared(run):
     rows = [line for line in out.splitlines() if line.startswith("|")]
     assert len(rows) == 4  # header, rule, math, overall
     assert all("apart" in row for row in rows[2:])
+    assert run("benchmark", "compare", c, a, "--markdown")[1].count("apart") == 2
     assert "Only in one of them: only a.json, only c.json." in out
     assert "load" not in out
 
@@ -684,10 +731,12 @@ def test_the_commit_is_that_of_this_package_only(monkeypatch, tmp_path):
     package.mkdir()
     (package / "__init__.py").touch()
     monkeypatch.setattr(machine, "PACKAGE", package)
+    commit = ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "x")
     git("init")
+    git(*commit)
     assert machine.git_hash() is None  # a file in another project's checkout
     git("add", ".")
-    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "x")
+    git(*commit)
     commit = machine.git_hash()
     assert len(commit) == 40
     (package / "__init__.py").write_text("changed")
