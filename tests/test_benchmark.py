@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from bundles import make_drafter, make_folder
 from mlx_lm.generate import generate_step
@@ -26,6 +27,11 @@ from mlx_redrafter.target import Target
 ROOT = Path(__file__).parent.parent
 TEXTS = ("the quick brown fox", "one two three four", "jumps over the lazy dog", "serve tea")
 QUICK = ("-m", "8", "--beam-width", "2", "--beam-length", "2", "--profile", "0", "--warm-up", "2")
+GREEDY = {
+    "seed": None, "stop": [], "temp": 0.0, "top_p": 1.0, "min_p": 0.0, "min_tokens_to_keep": 1, "top_k": 0,
+    "xtc_probability": 0.0, "xtc_threshold": 0.0, "prefill_step_size": 2048, "max_kv_size": None,
+    "kv_bits": None,
+}  # fmt: skip
 GROUP = {
     "prompts", "speedup", "tokens_per_step", "acceptance", "copied_tokens", "shapes", "device_waits",
     "identical", "divergence", "tps", "baseline_tps", "prompt_tps", "baseline_prompt_tps",
@@ -137,9 +143,7 @@ def test_outputs_are_the_baselines(benchmark, made):
     assert found["overall"]["divergence"]["tokens_compared"] == 8 * 4
     model, tokenizer = load(made / "model", drafter=None)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
-    args = SimpleNamespace(
-        seed=None, stop=[], temp=0.0, prefill_step_size=2048, max_kv_size=None, kv_bits=None
-    )
+    args = SimpleNamespace(**GREEDY)
     plain = [response.token for response in mlx_lm_contender(model, tokenizer, args).answer(ids, 8)]
     assert found["prompts"][0]["answers"][0]["tokens"] == plain
 
@@ -151,6 +155,14 @@ def test_sampled_outputs_are_not_compared(benchmark):
     assert found["overall"]["identical"] is None
     assert {repeat["identical"] for prompt in found["prompts"] for repeat in prompt["repeats"]} == {None}
     assert "were not compared" in out
+
+
+def test_a_seed_makes_sampled_answers_repeatable(made):
+    model, tokenizer = load(made / "model", drafter=None)
+    args = SimpleNamespace(**GREEDY | {"temp": 2.0, "seed": 5})
+    contender = mlx_lm_contender(model, tokenizer, args)
+    first, second = ([response.token for response in contender.answer([1, 2, 3], 20)] for _ in range(2))
+    assert first == second
 
 
 def test_an_output_that_differs_is_reported(benchmark, monkeypatch):
@@ -351,6 +363,7 @@ def test_a_step_in_phases_is_a_step(values):
     wanted = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=40)]
     target, shape = Target(model), DraftShape(*values)
     drafter = ScriptedDrafter(target, prompt + wanted)
+    logits = {}
     for timed in (phases._whole, phases._phases):
         state = phases._start(target, greedy, prompt, 512)
         tokens, times = state.token.tolist(), phases.Times()
@@ -358,10 +371,14 @@ def test_a_step_in_phases_is_a_step(values):
             state = phases.with_room(state, len(prompt) + len(tokens) - 1, shape)
             shown = phases.view(state, len(prompt) + len(tokens) - 1, shape)
             state, output = timed(target, drafter, greedy, shape, [state], shown, times)
-            tokens += output.tokens[0, : output.count.item()].tolist()
+            count = output.count.item()
+            tokens += output.tokens[0, :count].tolist()
+            logits.setdefault(timed, []).append(np.array(output.logits[0, :count]))
             assert len(times.steps) + len(times.phases) == number + 1
         assert tokens == wanted[: len(tokens)]
         assert len(tokens) >= 6 * (1 + min(shape.width, 1) * min(shape.length, 2))
+    for whole, parts in zip(*logits.values(), strict=True):
+        np.testing.assert_allclose(whole, parts, atol=1e-5)
 
 
 def test_phases_are_timed_one_after_another(monkeypatch):
