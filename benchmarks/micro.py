@@ -65,7 +65,7 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     target, drafter = model.target, model.drafter
     assert target is not None
     state = with_room(behind_text(model, rows), rows, shape)
-    columns = view(state, rows, shape)
+    shown = view(state, rows, shape)
     if shape.width:
         assert drafter is not None
 
@@ -90,18 +90,18 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     tree = propose(target, drafter, shape, state).tree
     mx.eval(parts(tree))
     yield "propose (draft to tree)", lambda: parts(propose(target, drafter, shape, state).tree)
-    yield "visible (mask)", lambda: visible(tree, state.length, columns)
+    yield "visible (mask)", lambda: visible(tree, state.length, shown.columns)
     picks = mx.zeros(tree.tokens.shape, mx.int32)
     yield "accept", lambda: vars(accept(tree, picks, shape.depth))
     box = [commit(state.cache)]  # the only reference, so that buffers are written in place
 
     def verify() -> Any:
-        seen = target.verify(tree, box.pop(), state.length, columns)
+        seen = target.verify(tree, box.pop(), state.length, shown)
         box.append(Cache(seen.keys, seen.values))
         return seen.logits, seen.context, seen.keys, seen.values, seen.node_keys, seen.node_values
 
     yield "verify", verify
-    seen = target.verify(tree, box[0], state.length, columns)
+    seen = target.verify(tree, box[0], state.length, shown)
     mx.eval(seen.logits, seen.node_keys, seen.node_values)
     nodes, path = (seen.node_keys, seen.node_values), accept(tree, picks, shape.depth).path
     del seen
@@ -120,18 +120,18 @@ def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """A step in one piece, and what the host does for it before the device has anything to do."""
     run = model.runner(Sampling())
     box: list[State] = [with_room(behind_text(model, rows), rows, shape)]
-    columns = view(box[0], rows, shape)
+    shown = view(box[0], rows, shape)
 
     def step() -> Any:
-        state, output = run(shape, box.pop(), columns)
+        state, output = run(shape, box.pop(), shown)
         state.length = mx.array([rows], mx.int32)  # stay where there is room
         box.append(state)
         enqueue(state, output)
         return output.tokens, vars(state.cache)
 
     yield "step", step
-    run(shape, box[0], columns)  # traced, if steps are compiled
-    yield "step, host only", lambda: run(shape, box[0], columns) and None
+    run(shape, box[0], shown)  # traced, if steps are compiled
+    yield "step, host only", lambda: run(shape, box[0], shown) and None
 
 
 def heads(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Timed:

@@ -77,7 +77,7 @@ CPU = Backend(
         DraftShape(3, 3, 8, 4),
         DraftShape(4, 4, 16, 5),
     ),
-    grain=16,
+    grain=1,
     compiled=False,
 )
 

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .bundle import token_embedding
-from .decoding.cache import Cache, grow, visible, write_rows
+from .decoding.cache import Cache, View, grow, visible, write_rows
 from .decoding.step import Verified
 from .decoding.tree import Tree, make_tree
 
@@ -114,15 +114,12 @@ class Target:
         rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
         return rows
 
-    def verify(self, tree: Tree, cache: Cache, length: mx.array, columns: int | None = None) -> Verified:
-        """One forward pass over the tree's nodes, each at the position ``length`` + its depth.
-
-        Attention sees the first ``columns`` rows of the buffers; None: all.
-        """
+    def verify(self, tree: Tree, cache: Cache, length: mx.array, view: View | None = None) -> Verified:
+        """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
         masks: dict[int | None, mx.array] = {}
         layers = zip(cache.keys, cache.values, self.windows, strict=True)
-        columns = cache.capacity if columns is None else columns
-        caches = [TreeCache(tree, length, columns, masks, *layer) for layer in layers]
+        view = view or View(cache.capacity)
+        caches = [TreeCache(tree, length, view, masks, *layer) for layer in layers]
         logits, hidden = self.forward(tree.tokens, caches)
         return Verified(
             logits,
@@ -190,23 +187,27 @@ class TreeCache:
         self,
         tree: Tree,
         length: mx.array,
-        columns: int,
+        view: View,
         masks: dict[int | None, mx.array],
         keys: mx.array,
         values: mx.array,
         window: int | None,
     ) -> None:
         self.tree, self.length, self.window = tree, length, window
-        self.columns = columns  # rows of the buffers that attention sees
+        self.view = view
         self.masks = masks  # by window, shared by all layers
         self.keys, self.values = keys, values
         self.node_keys = self.node_values = mx.array(0)
         self.offset = length[:, None] + tree.depths  # [B, N] positions
 
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | None:
         window = window_size or self.window
+        if n == 1 and self.view.exact and window is None and self.length.size == 1:
+            return None
         if window not in self.masks:
-            mask = visible(self.tree, self.length, self.columns, window)  # [B, N, C]
+            mask = visible(self.tree, self.length, self.view.columns, window)  # [B, N, C]
             self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
         return self.masks[window]
 
@@ -214,7 +215,8 @@ class TreeCache:
         self.node_keys, self.node_values = keys, values
         self.keys = write_rows(self.keys, keys, self.length)
         self.values = write_rows(self.values, values, self.length)
-        return self.keys[:, :, : self.columns], self.values[:, :, : self.columns]
+        columns = self.view.columns
+        return self.keys[:, :, :columns], self.values[:, :, :columns]
 
 
 class _WindowedCache(KVCache):  # type: ignore[misc]

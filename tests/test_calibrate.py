@@ -27,6 +27,7 @@ from mlx_redrafter.calibrate import (
     step_times,
 )
 from mlx_redrafter.cli import build_parser
+from mlx_redrafter.decoding.cache import View
 from mlx_redrafter.decoding.loop import Fixed
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.sampling import Sampling
@@ -262,10 +263,10 @@ def test_hopeless_shapes_are_not_timed(monkeypatch: pytest.MonkeyPatch, folder: 
     model = speculative()
     run = model.runner(Sampling())
 
-    def slow(shape: DraftShape, state: State, columns: int) -> tuple[State, Output]:
+    def slow(shape: DraftShape, state: State, shown: View) -> tuple[State, Output]:
         nonlocal clock
         clock += 2.0 * shape.size  # each row costs as much as a step: a chain of D can emit D + 1
-        return run(shape, state, columns)
+        return run(shape, state, shown)
 
     monkeypatch.setattr(model, "runner", lambda sampling: slow)
     monkeypatch.setattr(calibrate.time, "perf_counter", lambda: clock)

@@ -32,12 +32,12 @@ def start(target, prompt=PROMPT):
     return begin(GREEDY(logits, key), context, from_prompt_cache(caches), [prompt], [len(prompt)], key)
 
 
-def speculative(target, drafter, shape, count, prompt=PROMPT):
+def speculative(target, drafter, shape, count, prompt=PROMPT, grain=1):
     """Tokens, and how many each step emitted."""
     state = start(target, prompt)
     tokens = state.token.tolist()
     run = Runner(target, drafter, GREEDY)
-    steps = list(decode(run, Fixed(shape), state, len(prompt), count - 1, frozenset()))
+    steps = list(decode(run, Fixed(shape), state, len(prompt), count - 1, frozenset(), grain=grain))
     return tokens + [token for s in steps for token in s.tokens], [len(s.tokens) for s in steps]
 
 
@@ -47,7 +47,7 @@ def test_every_architecture_says_what_it_would_have_said(name):
     target = Target(model)
     target.check()
     expected = plain(model, 30)
-    for shape in (DraftShape(1, 3), DraftShape(4, 3, 9)):
+    for shape in (DraftShape(0, 0), DraftShape(1, 3), DraftShape(4, 3, 9), DraftShape(2, 2, 5, 3)):
         oracle = ScriptedDrafter(target, PROMPT + expected)
         for drafter in (oracle, RandomDrafter(target), ScriptedDrafter(target, PROMPT + expected, shift=1)):
             assert speculative(target, drafter, shape, 30)[0] == expected
@@ -83,8 +83,8 @@ class Turns:
         self.seen.append((shape, ranks))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_every_automatic_shape_and_all_changes_between_them(compiled):
+@pytest.mark.parametrize("compiled, grain", [(False, 1), (False, 256), (True, 256)])
+def test_every_automatic_shape_and_all_changes_between_them(compiled, grain):
     model = make_model("llama3-rope")
     target = Target(model)
     expected = plain(model, 200)
@@ -92,10 +92,10 @@ def test_every_automatic_shape_and_all_changes_between_them(compiled):
     drafter = ScriptedDrafter(target, PROMPT + expected)
     for shapes in ([shape] for shape in AUTOMATIC):
         run, policy = Runner(target, drafter, GREEDY, compiled), Turns(shapes)
-        assert run_through(run, policy, start(target), 40) == expected[:40]
+        assert run_through(run, policy, start(target), 40, grain) == expected[:40]
     policy = Turns([*AUTOMATIC, *AUTOMATIC[::-1], *AUTOMATIC[::2]])
     run = Runner(target, drafter, GREEDY, compiled)
-    assert run_through(run, policy, state, 200) == expected
+    assert run_through(run, policy, state, 200, grain) == expected
     for shape, ranks in policy.seen:
         assert len(ranks) <= shape.depth
         assert all(-1 <= rank < max(shape.width, 1) for rank in ranks)

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .. import backend
 from ..decoding.beam import Drafter
-from ..decoding.cache import Cache, commit
+from ..decoding.cache import Cache, View, commit
 from ..decoding.loop import until_end, view, with_room
 from ..decoding.step import DraftShape, Output, Pick, State, begin, conclude, propose, step
 from ..target import Target, from_prompt_cache
@@ -62,13 +62,11 @@ def profile(
         while left > 0:
             grain = backend.current().grain
             state = with_room(state, rows, shape)
-            columns = view(state, rows, shape, grain)
+            shown = view(state, rows, shape, grain)
             box = [state]
             del state  # the step must hold the only reference, or buffers would be copied
             timed = _phases if number % 2 else _whole
-            state, output = timed(
-                target, drafter, pick, shape, box, columns, times if number > 1 else Times()
-            )
+            state, output = timed(target, drafter, pick, shape, box, shown, times if number > 1 else Times())
             tokens: Any = output.tokens[0, : output.count.item()].tolist()
             kept = until_end(tokens, left, stop)
             rows, left, number = rows + len(tokens), left - len(kept), number + 1
@@ -121,12 +119,12 @@ def _whole(
     pick: Pick,
     shape: DraftShape,
     box: list[State],
-    columns: int,
+    shown: View,
     times: Times,
 ) -> tuple[State, Output]:
     _evaluate(box[0])
     start = time.perf_counter()
-    state, output = step(target, drafter, pick, shape, box.pop(), columns)
+    state, output = step(target, drafter, pick, shape, box.pop(), shown)
     _evaluate(state, output)
     times.steps.append(time.perf_counter() - start)
     return state, output
@@ -138,7 +136,7 @@ def _phases(
     pick: Pick,
     shape: DraftShape,
     box: list[State],
-    columns: int,
+    shown: View,
     times: Times,
 ) -> tuple[State, Output]:
     _evaluate(box[0])
@@ -151,7 +149,7 @@ def _phases(
     proposed = propose(target, drafter, shape, state)
     mx.eval(vars(proposed.tree), vars(proposed.found) if proposed.found else None)
     drafted = time.perf_counter()
-    seen = target.verify(proposed.tree, cache, state.length, columns)
+    seen = target.verify(proposed.tree, cache, state.length, shown)
     del cache
     mx.eval(vars(seen))
     verified = time.perf_counter()

@@ -29,6 +29,19 @@ class Cache:
         return int(self.keys[0].shape[2])
 
 
+@dataclass(frozen=True)
+class View:
+    """What attention is shown of the buffers.
+
+    Attributes:
+        columns: the first rows, at least the text's and the nodes'.
+        exact: all of them are the text's or the nodes', so that a single node needs no mask.
+    """
+
+    columns: int
+    exact: bool = False
+
+
 def commit(cache: Cache) -> Cache:
     """Write the last path's rows to their places; rows beyond the accepted ones are never read."""
     if cache.path_start is None:

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .cache import Cache, commit, grow
+from .cache import Cache, View, commit, grow
 from .step import DraftShape, Output, State
 
 GRAIN = 256  # rows: the smallest unit by which buffers grow
 
-Step = Callable[[DraftShape, State, int], tuple[State, Output]]  # shape, state, columns
+Step = Callable[[DraftShape, State, View], tuple[State, Output]]
 
 
 class Policy(Protocol):
@@ -69,7 +69,9 @@ def decode(
     """Run steps until ``limit`` tokens or one of the ``stop`` tokens (which is emitted) has come.
 
     While the device runs one step, the host builds the next; it hands that over once the first is
-    done, because buffers are updated in place only when nothing else reads them.
+    done, because buffers are updated in place only when nothing else reads them. A step is handed over
+    in two parts: on a CPU, MLX's hand-over waits until nearly all operations are done, so the many
+    small ones behind the logits come after the next step has been built.
 
     Args:
         step: one decoding step, for a batch of one.
@@ -86,13 +88,14 @@ def decode(
     state, output = step(shape, state, view(state, rows, shape, grain))
     waited, before = 0.0, time.perf_counter()
     try:
-        enqueue(state, output)
+        mx.async_eval(output.verified)
         while True:
             most = rows + shape.depth + 1
             following = policy.choose(most)
             ahead = None
             if has_room(state, most, following):
-                ahead = step(following, state, view(state, most, following, grain))
+                ahead = step(following, state, view(state, most, following, grain, known=shape.depth == 0))
+            enqueue(state, output)
             emitted, count = _read(output, limit, stop, shape)
             emitted.waited, arrived = waited, time.perf_counter()
             took, before = arrived - before, arrived
@@ -108,7 +111,7 @@ def decode(
             shape, (state, output) = following, ahead
             del ahead
             waited = time.perf_counter() - arrived
-            enqueue(state, output)
+            mx.async_eval(output.verified)
             policy.observe(emitted.shape, emitted.ranks, took)
             yield emitted
     finally:
@@ -130,9 +133,10 @@ def bucket(rows: int, grain: int = GRAIN) -> int:
     return -(-rows // unit) * unit
 
 
-def view(state: State, rows: int, shape: DraftShape, grain: int = GRAIN) -> int:
-    """Rows of the buffers that attention is shown in a step behind ``rows``."""
-    return min(bucket(rows + shape.size, grain), state.cache.capacity)
+def view(state: State, rows: int, shape: DraftShape, grain: int = GRAIN, known: bool = True) -> View:
+    """What attention is shown of the buffers in a step behind ``rows``: if not ``known``, at most so many."""
+    columns = min(bucket(rows + shape.size, grain), state.cache.capacity)
+    return View(columns, known and columns == rows + shape.size)
 
 
 def has_room(state: State, rows: int, shape: DraftShape) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from .beam import Drafter
-from .cache import Cache, commit
+from .cache import Cache, View, commit
 from .step import DraftShape, Output, Pick, State, Target, step
 
 Arrays = dict[str, Any]
@@ -21,7 +21,7 @@ class Runner:
             steps have them built in.
         drafter: None if no shape has beams.
         pick: how the target picks a token; compiled, it may use no other random numbers than its key's.
-        compiled: trace each combination of a shape and the number of columns once, instead of
+        compiled: trace each combination of a shape and a view once, instead of
             building every step's graph anew.
 
     Attributes:
@@ -31,27 +31,27 @@ class Runner:
     def __init__(self, target: Target, drafter: Drafter | None, pick: Pick, compiled: bool = False) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
-        self._steps: dict[tuple[DraftShape, int], Callable[[Arrays], tuple[Arrays, Arrays]]] = {}
+        self._steps: dict[tuple[DraftShape, View], Callable[[Arrays], tuple[Arrays, Arrays]]] = {}
 
-    def __call__(self, shape: DraftShape, state: State, columns: int) -> tuple[State, Output]:
-        """One step (``step.py``), whose attention sees the first ``columns`` rows of the buffers."""
+    def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
+        """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
         if not self.compiled:
-            return self._step(shape, state, columns)
+            return self._step(shape, state, view)
         cache = state.cache
         if cache.path_start is not None and cache.path_keys[0].shape[2] != shape.depth + 1:
             state = replace(state, cache=commit(cache))  # so that traces know paths of one length only
-        if (shape, columns) not in self._steps:
-            self._steps[shape, columns] = mx.compile(self._flat_step(shape, columns))
-        after, output = self._steps[shape, columns](_flatten(state))
+        if (shape, view) not in self._steps:
+            self._steps[shape, view] = mx.compile(self._flat_step(shape, view))
+        after, output = self._steps[shape, view](_flatten(state))
         return _unflatten(after), Output(**output)
 
-    def _step(self, shape: DraftShape, state: State, columns: int) -> tuple[State, Output]:
+    def _step(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         self.traces += 1
-        return step(self.target, self.drafter, self.pick, shape, state, columns)
+        return step(self.target, self.drafter, self.pick, shape, state, view)
 
-    def _flat_step(self, shape: DraftShape, columns: int) -> Callable[[Arrays], tuple[Arrays, Arrays]]:
+    def _flat_step(self, shape: DraftShape, view: View) -> Callable[[Arrays], tuple[Arrays, Arrays]]:
         def run(arrays: Arrays) -> tuple[Arrays, Arrays]:
-            after, output = self._step(shape, _unflatten(arrays), columns)
+            after, output = self._step(shape, _unflatten(arrays), view)
             return _flatten(after), dict(vars(output))
 
         return run

@@ -10,7 +10,7 @@ import numpy as np
 from . import lookup
 from .accept import accept
 from .beam import Drafter, draft
-from .cache import Cache, commit, leave_path, write_tokens
+from .cache import Cache, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .tree import Tree, build_tree, from_beam, root_only
 
@@ -133,11 +133,8 @@ class Target(Protocol):
         """[...] -> [..., H]."""
         ...
 
-    def verify(self, tree: Tree, cache: Cache, length: mx.array, columns: int | None = None) -> Verified:
-        """One forward pass over the tree, behind ``length`` [B] committed rows.
-
-        Attention sees the first ``columns`` rows of the buffers, which hold the text and the nodes.
-        """
+    def verify(self, tree: Tree, cache: Cache, length: mx.array, view: View | None = None) -> Verified:
+        """One forward pass over the tree, behind ``length`` [B] committed rows."""
         ...
 
 
@@ -149,6 +146,7 @@ class Output:
     count: mx.array  # [B]
     ranks: mx.array  # [B, D+1] at 1...D the beam that drafted the token of the depth; -1: copied
     logits: mx.array  # [B, D+1, V] the target's logits from which ``tokens`` were picked
+    verified: mx.array  # [B, N, V] all of the target's logits, the end of the heavy part of the step
 
 
 @dataclass
@@ -165,7 +163,7 @@ def step(
     pick: Pick,
     shape: DraftShape,
     state: State,
-    columns: int | None = None,
+    view: View | None = None,
 ) -> tuple[State, Output]:
     """Draft, verify, accept; commit comes first, for the step before (``cache.py`` says why).
 
@@ -175,11 +173,11 @@ def step(
         pick: how the target picks a token.
         shape: how much is drafted.
         state: with room for N rows (and D + 2 tokens of history) behind the text.
-        columns: rows of the buffers that attention sees, at least the text's and the nodes'; None: all.
+        view: what attention is shown of the buffers; None: all.
     """
     cache = commit(state.cache)
     proposed = propose(target, drafter, shape, state)
-    seen = target.verify(proposed.tree, cache, state.length, columns)
+    seen = target.verify(proposed.tree, cache, state.length, view)
     return conclude(pick, shape, state, proposed, seen)
 
 
@@ -223,5 +221,5 @@ def conclude(
     ranks = mx.take_along_axis(tree.ranks, accepted.path, axis=1)
     return (
         State(token, context, state.length + accepted.count, cache, history, record, key),
-        Output(accepted.tokens, accepted.count, ranks, logits),
+        Output(accepted.tokens, accepted.count, ranks, logits, seen.logits),
     )
