@@ -65,6 +65,10 @@ class SpeculativeModel:
                 self.target = target
         return self
 
+    def use_policy(self, policy: Policy, lookup: int | None = None) -> None:
+        """Let this policy choose draft shapes from now on."""
+        self._policies[lookup] = policy
+
     def policy(self, lookup: int | None = None) -> Policy:
         """Chooses draft shapes that copy at most ``lookup`` tokens; remembers how drafts have fared."""
         if lookup not in self._policies:

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     short, long = (measure(model, shapes, args.seconds / 2, rows) for rows in (SHORT, LONG))
     times = between(short, long)
     policy, read = policy_for(shapes, times), 0
-    model._policies[args.lookup] = policy
+    model.use_policy(policy, args.lookup)
     for prompt in prompts if args.tokens else ():
         ids = encode(prompt, tokenizer)
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))

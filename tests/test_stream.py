@@ -47,7 +47,7 @@ def model():
     text = [r.token for r in mlx_lm.stream_generate(base, Silent(), PROMPT, 80)]
     speculative = SpeculativeModel(base, known(base, PROMPT + text))
     speculative.text = text
-    speculative._policies[None] = Fixed(SHAPE)
+    speculative.use_policy(Fixed(SHAPE))
     return speculative
 
 

@@ -1,5 +1,6 @@
 """Steps of every draft shape for one model, compiled once each."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from .cache import Cache, View, commit
 from .step import DraftShape, Output, Pick, State, Target, step
 
 Arrays = dict[str, Any]
+TRIALS = 2  # steps of a shape and a view that are not worth a trace, which takes as long as several
 
 
 class Runner:
@@ -21,8 +23,8 @@ class Runner:
             steps have them built in.
         drafter: None if no shape has beams.
         pick: how the target picks a token; compiled, it may use no other random numbers than its key's.
-        compiled: trace each combination of a shape and a view once, instead of
-            building every step's graph anew.
+        compiled: trace each combination of a shape and a view that is used more than ``TRIALS`` times
+            once, instead of building every step's graph anew.
 
     Attributes:
         traces: how many times a step's graph was built; grows with each new combination if compiled.
@@ -31,11 +33,13 @@ class Runner:
     def __init__(self, target: Target, drafter: Drafter | None, pick: Pick, compiled: bool = False) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
+        self._uses: Counter[tuple[DraftShape, View]] = Counter()
         self._steps: dict[tuple[DraftShape, View], Callable[[Arrays], tuple[Arrays, Arrays]]] = {}
 
     def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
-        if not self.compiled:
+        self._uses[shape, view] += self.compiled
+        if self._uses[shape, view] <= TRIALS:
             return self._step(shape, state, view)
         cache = state.cache
         if cache.path_start is not None and cache.path_keys[0].shape[2] != shape.depth + 1:
