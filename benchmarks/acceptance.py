@@ -44,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--drafter", default="auto", help="folder, repository, or auto: the one that ships")
     parser.add_argument("--dtype", default="auto", help="of the weights, as mlx-redrafter generate has it")
     parser.add_argument("--prompts", nargs="+", action="extend", help="JSONL files (default: held_out.jsonl)")
-    parser.add_argument("--shapes", nargs="+", default=["1,4", "4,5"], help="width,length or with ,nodes")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1,4", "4,5"], help="width,length[,nodes[,lookup]]; nodes may be all"
+    )
     parser.add_argument("--temperature", nargs="+", type=float, default=[0.0], help="0 is greedy")
     parser.add_argument("--tokens", type=int, default=256, help="per answer, at most")
     parser.add_argument("--batch", type=int, default=8, help="prompts decoded at once")

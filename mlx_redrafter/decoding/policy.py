@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from .step import DraftShape
 
 SHARE = 0.01  # of the time goes into trials that do not pay
-START, MOST = 3.0, 8.0  # plain steps in the purse: at first, at most
+START, MOST = 3.5, 8.0  # plain steps in the purse: at first, at most
+PARK = 0.98  # a draft that promises less than this, against plain decoding, is given up
 MARGIN = 1.02  # another shape must promise to be faster by this
-LEAST_STEPS = 4.0  # of evidence that a belief stands for: the first one's, and one not renewed for long
+LEAST_STEPS = 5.0  # of evidence that a belief stands for: the first one's, and one not renewed for long
 DRAFT_STEPS, LOOKUP_STEPS = 50.0, 12.0  # of evidence, at most; repetitions in a text come in bursts
 LOOKUP = -1  # stands for the rank of a node that was copied from the text only
 
@@ -90,7 +91,7 @@ class Policy:
         self.steps += 1
         self.cost = self._costs(rows)
         best = max(self.cost, key=self.rate)
-        if self.current != self.plain and self.rate(self.current) <= 1:
+        if self.current != self.plain and self.rate(self.current) <= PARK:
             self.debt = max(self.debt, self.loss(self.current))
             self.current = self.plain
         if self.rate(best) > MARGIN * self.rate(self.current):
