@@ -38,7 +38,9 @@ class Runner:
 
     def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
-        self._uses[shape, view] += self.compiled
+        if not self.compiled:
+            return self._step(shape, state, view)
+        self._uses[shape, view] += 1
         if self._uses[shape, view] <= TRIALS:
             return self._step(shape, state, view)
         cache = state.cache
