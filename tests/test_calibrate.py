@@ -54,7 +54,7 @@ def speculative(drafter: bool = True, **changes: Any) -> SpeculativeModel:
     mx.random.seed(1)
     return SpeculativeModel(
         make_model(**changes), Drafter(config).train(False) if drafter else None
-    ).verifiable()
+    )
 
 
 def test_times_every_shape_in_every_round() -> None:
@@ -146,10 +146,10 @@ def test_every_condition_has_a_file_of_its_own(folder: Path, monkeypatch: pytest
     step_times(speculative(drafter=False), THREE[:2])
     step_times(speculative(seed=2), THREE)
     quantized = make_model(hidden_size=64, intermediate_size=64)
-    wide = SpeculativeModel(make_model(hidden_size=64, intermediate_size=64), None).verifiable()
+    wide = SpeculativeModel(make_model(hidden_size=64, intermediate_size=64), None)
     nn.quantize(quantized, 32, 4)
     step_times(wide, THREE[:2])
-    step_times(SpeculativeModel(quantized, None).verifiable(), THREE[:2])
+    step_times(SpeculativeModel(quantized, None), THREE[:2])
     monkeypatch.setattr(calibrate, "load_blas", lambda: "another.so")
     step_times(speculative(), THREE)
     assert len(list(folder.iterdir())) == 6
