@@ -65,7 +65,7 @@ def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: in
     mx.random.seed(SEEDS["drafter"])
     made = Drafter(DrafterConfig(hidden, vocabulary, hidden, 1, rnn=True)).train(False) if drafter else None
     mx.eval(model.parameters(), [] if made is None else made.parameters())
-    return SpeculativeModel(model, made).verifiable()
+    return SpeculativeModel(model, made)
 
 
 def after_prompt(model: SpeculativeModel, rows: int) -> State:

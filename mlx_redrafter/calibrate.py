@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -102,6 +103,8 @@ def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTim
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
     found = _read(_file(model, shapes), len(shapes))
     if found is None:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
         short, long = (measure(model, shapes, SECONDS / 2, rows) for rows in (SHORT, LONG))
         found = between(short, long)
         if short.steady and long.steady:
@@ -256,10 +259,10 @@ class _Stopwatch:
     def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float) -> None:
         self._spent += seconds
         per_round = 2 * len(self.shapes)
-        if self._observed % 2 and self._observed > per_round:  # the first round warms up
+        if self._observed % 2:
             self.measured.rounds[self.shapes.index(shape)].append(seconds)
         self._observed += 1
-        if self._observed % per_round == 0 and self._observed > per_round:
+        if self._observed % per_round == 0:
             self.finished = self._enough(self._spent)
 
     def _enough(self, spent: float) -> bool:

@@ -1,6 +1,5 @@
 """Find a model and its drafter, and load both."""
 
-import contextlib
 import hashlib
 import os
 import re
@@ -39,7 +38,6 @@ class SpeculativeModel:
     Attributes:
         model: the mlx-lm model.
         drafter: None where there is none; then tokens are only copied from the text itself.
-        target: the model as the verifier of drafts; None if it cannot be one: decoding is plain then.
         vocabulary: rows of the token embedding; None where there is no such thing.
         context_length: tokens the model was made for, or None if its config does not say.
     """
@@ -47,23 +45,25 @@ class SpeculativeModel:
     def __init__(self, model: nn.Module, drafter: Drafter | None, context_length: int | None = None) -> None:
         self.model = model
         self.drafter = drafter
-        self.target: Target | None = None
-        if drafter is not None:
-            self.target = Target(model, drafter.config.context_layers)
+        self._target = None if drafter is None else Target(model, drafter.config.context_layers)
+        self._refused = False  # whether it was found that the model cannot verify drafts
         self._policies: dict[int | None, Policy] = {}
         self._runners: dict[Sampling, Runner] = {}
         embedding = token_embedding(model)
         self.vocabulary = None if embedding is None else int(embedding.weight.shape[0])
         self.context_length = context_length
 
-    def verifiable(self) -> "SpeculativeModel":
-        """The model itself; has a target now, if it can be one without a drafter."""
-        if self.target is None:
-            with contextlib.suppress(ValueError):
+    @property
+    def target(self) -> Target | None:
+        """The model as the verifier of drafts; None if it cannot be one: decoding is plain then."""
+        if self._target is None and not self._refused:
+            try:
                 target = Target(self.model)
                 target.check()
-                self.target = target
-        return self
+                self._target = target
+            except ValueError:
+                self._refused = True
+        return self._target
 
     def use_policy(self, policy: Policy, lookup: int | None = None) -> None:
         """Let this policy choose draft shapes from now on."""
@@ -147,9 +147,9 @@ def load(
     _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
-    if speculative.target is not None:
+    if loaded is not None and speculative.target is not None:
         speculative.target.check()
-    return speculative.verifiable(), tokenizer
+    return speculative, tokenizer
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

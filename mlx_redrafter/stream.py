@@ -114,7 +114,8 @@ def stream_generate(
     """
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
-    model = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
+    if not isinstance(model, SpeculativeModel):
+        model, draft = SpeculativeModel(model, None), False
     stop = check_stop(stop)
     _check_numbers(max_tokens, prefill_step_size, seed)
     ids = _encode(model, tokenizer, prompt, prompt_cache)
