@@ -52,9 +52,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def speculative(drafter: bool = True, **changes: Any) -> SpeculativeModel:
     config = DrafterConfig(32, VOCABULARY, 48, 1, rnn=True)
     mx.random.seed(1)
-    return SpeculativeModel(
-        make_model(**changes), Drafter(config).train(False) if drafter else None
-    )
+    return SpeculativeModel(make_model(**changes), Drafter(config).train(False) if drafter else None)
 
 
 def test_times_every_shape_in_every_round() -> None:
