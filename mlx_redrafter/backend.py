@@ -38,8 +38,8 @@ METAL = Backend(
     (
         PLAIN,
         DraftShape(0, 0, None, 3),
+        DraftShape(1, 1, 2, 1),
         DraftShape(1, 2, 3, 2),
-        DraftShape(1, 3, 4, 3),
         DraftShape(2, 3, 5, 4),
         DraftShape(3, 4, 8, 4),
         DraftShape(4, 5, 16, 5),

@@ -119,6 +119,21 @@ def test_copies_from_the_text_leave_the_distribution_as_it_is(target, drafters, 
     assert accepted > 0.02  # some copies were right
 
 
+def test_a_seed_gives_the_same_text_whatever_is_drafted(target, drafters):
+    sampling, texts = Sampling(temperature=1.0, top_k=4), set()
+    for values in ((0, 0), (0, 0, None, 3), (1, 2), (3, 2, 5), (2, 2, 6, 2)):
+        caches = target.make_cache()
+        logits, context = target.read_prompt(PROMPT, 512, lambda done, total: None, caches)
+        cache, key = grow(from_prompt_cache(caches), 64), mx.random.key(4)
+        state = begin(sampling.pick(logits, key), context, cache, [PROMPT], [len(PROMPT)], key)
+        tokens = state.token.tolist()
+        while len(tokens) < 30:
+            state, output = step(target, drafters["random"], sampling.pick, DraftShape(*values), state)
+            tokens += output.tokens[0, : output.count.item()].tolist()
+        texts.add(tuple(tokens[:30]))
+    assert len(texts) == 1
+
+
 def test_the_test_notices_a_wrong_distribution(target, drafters):
     tokens, _ = sample(target, drafters["good"], DraftShape(1, 2), Sampling(temperature=0.7), seed=1)
     with pytest.raises(AssertionError):

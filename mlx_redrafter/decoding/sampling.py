@@ -36,14 +36,21 @@ class Sampling:
             raise ValueError(f"top-k {self.top_k} is negative: give 0 (off) or more.")
 
     def pick(self, logits: mx.array, key: mx.array) -> mx.array:
-        """One token for each row of ``logits`` [..., V]: [...] int32, every row sampled independently."""
+        """One token for each row of ``logits`` [..., V]: [...] int32.
+
+        ``key`` is one for all rows [2], which are then sampled independently, or one for each [..., 2].
+        """
         if self.temperature == 0:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
         unfiltered = self.top_p in (0, 1) and self.top_k == 0 and self.min_p == 0
         logits = logits.astype(mx.float32) if unfiltered else self.filtered(logits)
         temperature = min(max(self.temperature, 1e-30), 1e30)  # what float32 can divide by
         logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-        return mx.random.categorical(logits, axis=-1, key=key).astype(mx.int32)
+        if key.ndim == 1:
+            return mx.random.categorical(logits, axis=-1, key=key).astype(mx.int32)
+        draw = mx.vmap(lambda k: mx.random.gumbel((logits.shape[-1],), key=k))
+        noise = draw(key.reshape(-1, 2)).reshape(logits.shape)
+        return mx.argmax(logits + noise, axis=-1).astype(mx.int32)
 
     def filtered(self, logits: mx.array) -> mx.array:
         """Log-probabilities [..., V] in float32, -inf where a filter drops the token."""
@@ -69,3 +76,14 @@ class Sampling:
         if self.min_p > 0:
             thresholds.append(logprobs.max(axis=-1, keepdims=True) + math.log(self.min_p))
         return mx.max(mx.stack(thresholds), axis=0)
+
+
+def keys_at(key: mx.array, position: mx.array) -> mx.array:
+    """Random keys [B, N, 2] for places [B, N] of B texts, derived from ``key`` [2].
+
+    A place has its own randomness whatever is drafted, so a seed gives the same text with every draft
+    shape. Nodes at one depth share it, and only one of them can be on the accepted path.
+    """
+    row = mx.arange(position.shape[0], dtype=mx.uint32)[:, None]
+    first = mx.broadcast_to(key[0] + row, position.shape)
+    return mx.stack([first, key[1] + position.astype(mx.uint32)], axis=-1)

@@ -12,9 +12,10 @@ from .accept import accept
 from .beam import Drafter, draft
 from .cache import Cache, View, commit, leave_path, write_tokens
 from .lookup import Found
+from .sampling import keys_at
 from .tree import Tree, build_tree, from_beam, root_only
 
-Pick = Callable[[mx.array, mx.array], mx.array]  # logits [..., V], random key -> tokens [...]
+Pick = Callable[[mx.array, mx.array], mx.array]  # logits [B, N, V], random keys [B, N, 2] -> tokens [B, N]
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class State:
     cache: Cache
     history: mx.array  # [B, C] the text, `token` at the place `length`; negative where it is not known
     record: mx.array  # [B, 4, 2] how often lookups were right (lookup.py)
-    key: mx.array  # for random numbers
+    key: mx.array  # [2] for random numbers; those of a place in the text derive from it
 
 
 def begin(
@@ -202,9 +203,9 @@ def conclude(
     pick: Pick, shape: DraftShape, state: State, proposed: Proposed, seen: Verified
 ) -> tuple[State, Output]:
     """Follow the target's picks down the tree; the state behind the accepted path."""
-    key, sample_key = mx.random.split(state.key)
     tree = proposed.tree
-    accepted = accept(tree, pick(seen.logits, sample_key), shape.depth)
+    keys = keys_at(state.key, state.length[:, None] + tree.depths)
+    accepted = accept(tree, pick(seen.logits, keys), shape.depth)
     cache = Cache(seen.keys, seen.values)
     if not shape.is_chain:
         cache = leave_path(cache, seen.node_keys, seen.node_values, accepted.path, state.length)
@@ -220,6 +221,6 @@ def conclude(
         record = lookup.learn(record, proposed.found, accepted.tokens, accepted.count)
     ranks = mx.take_along_axis(tree.ranks, accepted.path, axis=1)
     return (
-        State(token, context, state.length + accepted.count, cache, history, record, key),
+        State(token, context, state.length + accepted.count, cache, history, record, state.key),
         Output(accepted.tokens, accepted.count, ranks, logits, seen.logits),
     )
