@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
+from mlx_redrafter.calibrate import made_up_text
 from mlx_redrafter.decoding.step import State, begin
 from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.files import atomic_file
@@ -72,8 +73,7 @@ def after_prompt(model: SpeculativeModel, rows: int) -> State:
     """The state behind a prompt of ``rows`` made-up tokens, which the model has read."""
     target = model.target
     assert target is not None
-    size = target.embed.weight.shape[0]
-    ids = [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
+    ids = made_up_text(model, rows)
     caches = target.make_cache()
     logits, context = target.read_prompt(ids, 512, lambda done, total: None, caches)
     token = mx.argmax(logits, axis=-1).astype(mx.int32)

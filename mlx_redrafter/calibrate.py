@@ -221,14 +221,21 @@ def behind_text(model: SpeculativeModel, rows: int) -> State:
     """The state behind a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = model.target
     assert target is not None
-    size = target.embed.weight.shape[0]
-    ids = [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
+    ids = made_up_text(model, rows)
     caches = target.make_cache()
     logits, context = target.read_prompt(ids[-1:], 1, lambda done, total: None, caches)
     layers = from_prompt_cache(caches)
     keys, values = ([_blank(buffer, rows) for buffer in buffers] for buffers in (layers.keys, layers.values))
     token = mx.argmax(logits, axis=-1).astype(mx.int32)
     return begin(token, context, Cache(keys, values), [ids], [rows], mx.random.key(0))
+
+
+def made_up_text(model: SpeculativeModel, rows: int) -> list[int]:
+    """``rows`` tokens of the model that hardly repeat."""
+    target = model.target
+    assert target is not None
+    size = target.embed.weight.shape[0]
+    return [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
 
 
 def _blank(buffer: mx.array, rows: int) -> mx.array:

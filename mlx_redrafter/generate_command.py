@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 def check_decoding(args: argparse.Namespace) -> DraftShape | None:
     """Refuse decoding flags that no model can follow; the shape they ask for, None for the usual one."""
     shape = _shape(args)
-    _sampling(args)
+    sampling_of(args)
     _check(args)
     _check_special(args)
     return shape
@@ -182,7 +182,7 @@ def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> d
     sampler = _special_sampler(args, tokenizer)
     return {
         "max_tokens": args.max_tokens,
-        "sampling": _sampling(args) if sampler is None else None,
+        "sampling": sampling_of(args) if sampler is None else None,
         "sampler": sampler,
         "seed": args.seed,
         "stop": args.stop,
@@ -359,7 +359,8 @@ def _check_special(args: argparse.Namespace) -> None:
         raise ValueError(f"--chat-template-config {args.chat_template_config} is no JSON object: give one.")
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """The sampling that the flags ask for."""
     return Sampling(args.temp, args.top_p, args.top_k, args.min_p)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,20 @@ class SpeculativeModel:
             except ValueError:
                 self._refused = True
         return self._target
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read."""
+        for number, prompt in enumerate(prompts, 1):
+            if self.context_length is not None and len(prompt) > self.context_length:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens, more than the model's context of "
+                    f"{self.context_length}: shorten it or leave it out."
+                )
+            if self.vocabulary is not None and max(prompt) >= self.vocabulary:
+                raise ValueError(
+                    f"prompt {number} has token {max(prompt)}, but the model knows {self.vocabulary} tokens: "
+                    "use its own tokenizer."
+                )
 
     def use_policy(self, policy: Policy, lookup: int | None = None) -> None:
         """Let this policy choose draft shapes from now on."""

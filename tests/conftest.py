@@ -1,15 +1,34 @@
 """Tiny random models and the drafters that tests decode with."""
 
+import io
 import os
 import signal
 import tempfile
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "MLX_REDRAFTER_CACHE" not in os.environ:
     folder = tempfile.TemporaryDirectory()  # converted models and step times, for this run of the tests only
     os.environ["MLX_REDRAFTER_CACHE"] = folder.name
 
-import mlx_redrafter  # noqa: F401  (loads the BLAS before mlx)
+from mlx_redrafter.cli import main
 
 # Ctrl-C is tested, and ignored by what a shell starts in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # of argparse
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call

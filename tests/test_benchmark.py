@@ -19,7 +19,6 @@ from models import RandomDrafter, ScriptedDrafter, make_model
 from mlx_redrafter import load
 from mlx_redrafter.benchmark import energy, machine, measure, phases, plots, report, sources, sweep, tables
 from mlx_redrafter.benchmark.contenders import mlx_lm_contender
-from mlx_redrafter.cli import main
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.target import Target
@@ -55,22 +54,12 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command line in this process: exit code, standard output, standard error."""
+def run(run, monkeypatch, tmp_path):
+    """Run a command line in a folder of its own, on a machine that is never called busy."""
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("mlx_redrafter.benchmark.session._warn_if_busy", lambda machine: None)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # of argparse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
+    return run
 
 
 @pytest.fixture

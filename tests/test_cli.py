@@ -1,6 +1,5 @@
 """The command line as a user meets it: outputs, files, interrupts, and one line for whatever is wrong."""
 
-import io
 import json
 import os
 import re
@@ -21,7 +20,6 @@ from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlx_redrafter import stream_generate
-from mlx_redrafter.cli import main
 
 ROOT = Path(__file__).parent.parent
 SAYS = "Hé🙂好w!"
@@ -56,22 +54,6 @@ def base(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     shutil.copytree(made / "drafter", tmp_path / "drafter")
     return tmp_path / "base"
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run a command line in this process: exit code, standard output, standard error."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # of argparse
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
 from ..calibrate import candidates
-from ..decoding.sampling import Sampling
-from ..decoding.step import DraftShape, Pick
-from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model
+from ..decoding.step import DraftShape
+from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
 from ..model import DEFAULT_MODEL
 from ..stream import check_shape
 from . import phases, report, sweep
@@ -68,7 +67,7 @@ class Session:
         self.meter, self.energy = find_meter(self.machine["backend"])
         self.encode = partial(encode_conversation, tokenizer=self.tokenizer, args=self.args)
         self.first_turns = [self.encode(turns_of(prompt)[0]) for prompt in self.prompts]
-        self._check_lengths()
+        self.model.check_prompts(self.first_turns)
         self._check_passes()
         self.plan = self._plan()
         self._main_pass()
@@ -141,7 +140,7 @@ class Session:
             return
         prompts = sample(self.first_turns, self.args.profile)
         most = self.args.max_tokens if self.args.max_tokens > 0 else 256
-        pick = self._pick()
+        pick = sampling_of(self.args).pick
         with _bar("Profiling", len(prompts), "prompt") as bar, wired_limit(self.model.model):
             times = phases.profile(
                 self.model.target,
@@ -178,9 +177,6 @@ class Session:
                 self.model.target, sweep.SIZES, sweep.ROUNDS, bar.update
             )
 
-    def _pick(self) -> Pick:
-        return Sampling(self.args.temp, self.args.top_p, self.args.top_k, self.args.min_p).pick
-
     def _usual_shape(self) -> DraftShape | None:
         """The shape that was used most; plain decoding only if there was no other. None: not even that."""
         used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
@@ -196,21 +192,6 @@ class Session:
             raise ValueError("--sweep tries shapes of a drafter, and there is none: name one with --drafter.")
         for shape in self.grid.shapes():
             check_shape(shape, self.model.drafter.config.head_outputs)
-
-    def _check_lengths(self) -> None:
-        """Refuse first turns that the model cannot read, before anything is measured."""
-        longest, known = self.model.context_length, self.model.vocabulary
-        for number, ids in enumerate(self.first_turns, 1):
-            if longest is not None and len(ids) > longest:
-                raise ValueError(
-                    f"prompt {number} has {len(ids)} tokens, more than the model's context of {longest}: "
-                    "shorten it or leave it out."
-                )
-            if known is not None and max(ids) >= known:
-                raise ValueError(
-                    f"prompt {number} has token {max(ids)}, but the model knows {known} tokens: "
-                    "use its own tokenizer."
-                )
 
 
 def _settings(

@@ -372,17 +372,7 @@ def encode_all(
     if not prompts:
         raise ValueError("there are no prompts: give one or more.")
     ids = [encode(prompt, tokenizer) for prompt in prompts]
-    for number, prompt in enumerate(ids, 1):
-        if model.context_length is not None and len(prompt) > model.context_length:
-            raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens, more than the model's context of "
-                f"{model.context_length}: shorten it or leave it out."
-            )
-        if model.vocabulary is not None and max(prompt) >= model.vocabulary:
-            raise ValueError(
-                f"prompt {number} has token {max(prompt)}, but the model knows {model.vocabulary} tokens: "
-                "use its own tokenizer."
-            )
+    model.check_prompts(ids)
     return ids
 
 
