@@ -271,7 +271,10 @@ def describe_shape(shape: DraftShape) -> dict[str, int]:
 
 
 def _beam_width(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable: give a number, or auto.") from error
 
 
 def _shape(args: argparse.Namespace) -> DraftShape | None:
