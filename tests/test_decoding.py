@@ -13,8 +13,10 @@ from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam, make_tree
 
+SIZES = [(1, 1), (7, 7), (128, 3), (1000, 1), (1001, 4), (1024, 8), (1024, 100), (5000, 2), (5000, 40)]
 
-@pytest.mark.parametrize("size, k", [(1, 1), (7, 7), (128, 3), (1000, 1), (1000, 4), (1024, 8), (5000, 40)])
+
+@pytest.mark.parametrize("size, k", SIZES)
 def test_top_k_is_the_sorted_head(size, k):
     scores = mx.random.normal((2, 3, size), key=mx.random.key(size))
     values, index = top_k(scores, k)

@@ -5,6 +5,8 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import RandomDrafter, TableDrafter, make_model
 from scipy.stats import chisquare
 
@@ -152,8 +154,52 @@ def test_filters_are_mlx_lms(options):
         wanted = apply_min_p(wanted, options["min_p"])
     if 0 < options.get("top_k", 0) < 40:
         wanted = apply_top_k(wanted, options["top_k"])
+    wanted = wanted - wanted.max(axis=-1, keepdims=True)
     found = Sampling(temperature=1.0, **options).filtered(logits)
     np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
+
+
+ROWS_OF = {
+    "random": lambda random, size: 3 * random.randn(size),
+    "peaked": lambda random, size: 40 * random.randn(size),
+    "flat": lambda random, size: np.full(size, random.randn()),
+    "nearly flat": lambda random, size: 1e-6 * random.randn(size),
+    "ties": lambda random, size: np.round(2 * random.randn(size)),
+    "large": lambda random, size: 1e4 + random.randn(size),
+    "impossible tokens": lambda random, size: np.where(random.rand(size) < 0.5, -np.inf, random.randn(size)),
+}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(sorted(ROWS_OF)),
+    st.sampled_from([3, 40, 128, 1000, 4096]),
+    st.one_of(st.sampled_from([0.0, 1e-9, 0.5, 0.9, 1 - 1e-7]), st.floats(0.01, 0.99)),
+    st.one_of(st.sampled_from([0, 1, 2, 15, 16, 64, 5000]), st.integers(1, 4096)),
+    st.sampled_from([0.0, 0.05]),
+    st.integers(0, 1 << 30),
+)
+def test_filters_keep_what_sorting_in_double_precision_keeps(kind, size, p, k, least, seed):
+    random = np.random.RandomState(seed)
+    logits = np.stack([ROWS_OF[kind](random, size) for _ in range(2)]).astype(np.float32)
+    logits[:, 0] = np.where(np.isfinite(logits[:, 0]), logits[:, 0], 0)  # a token that is possible
+    kept = np.array(Sampling(1.0, p, k, least).filtered(mx.array(logits))) > -np.inf
+    for row, keep in zip(logits.astype(np.float64), kept, strict=True):
+        weights = np.exp(row - row.max())
+        descending = np.sort(row)[::-1]
+        masses = np.append(0, np.cumsum(np.sort(weights)[::-1])) / weights.sum()
+
+        def passes(slack, tied, row=row, weights=weights, descending=descending, masses=masses):
+            likelier = masses[np.searchsorted(-descending, -row - tied)]
+            mass = likelier < p - slack if 0 < p < 1 else True
+            rank = row >= descending[min(k or size, size) - 1]
+            return mass & rank & (weights >= least * (1 + slack)) & (row > -np.inf)
+
+        assert keep[passes(2e-6, 0)].all()  # by which a sum in float32 may be off
+        assert not keep[~passes(-2e-6, 3e-7)].any()  # by which logits of the same probability may differ
+        assert keep[row == row.max()].all()
+        assert keep[row > row[keep].min() + 3e-7].all()
+        assert keep[np.isin(row, row[keep])].all()  # all ties
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-3])

@@ -1,9 +1,15 @@
 """How the target picks a token: one implementation for plain and for speculative decoding."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+
+from .topk import top_k
+
+FEW = 64  # top-k of at most V / FEW tokens finds them; of more, it finds the last one's logit by counting
 
 
 @dataclass(frozen=True)
@@ -42,10 +48,8 @@ class Sampling:
         """
         if self.temperature == 0:
             return mx.argmax(logits, axis=-1).astype(mx.int32)
-        unfiltered = self.top_p in (0, 1) and self.top_k == 0 and self.min_p == 0
-        logits = logits.astype(mx.float32) if unfiltered else self.filtered(logits)
         temperature = min(max(self.temperature, 1e-30), 1e30)  # what float32 can divide by
-        logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+        logits = self.filtered(logits) / temperature
         if key.ndim == 1:
             return mx.random.categorical(logits, axis=-1, key=key).astype(mx.int32)
         draw = mx.vmap(lambda k: mx.random.gumbel((logits.shape[-1],), key=k))
@@ -53,29 +57,68 @@ class Sampling:
         return mx.argmax(logits + noise, axis=-1).astype(mx.int32)
 
     def filtered(self, logits: mx.array) -> mx.array:
-        """Log-probabilities [..., V] in float32, -inf where a filter drops the token."""
+        """Logits [..., V] in float32, less the largest one; -inf where a filter drops the token."""
         logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        keep = logprobs >= self._threshold(logprobs)
-        return mx.where(keep, logprobs, -mx.inf)
+        logits = kept = logits - logits.max(axis=-1, keepdims=True)
+        for passes in self._filters(logits):
+            kept = mx.where(passes, kept, -mx.inf)
+        return kept
 
-    def _threshold(self, logprobs: mx.array) -> mx.array:
-        """The least log-probability [..., 1] that passes all filters."""
-        thresholds = [mx.full((*logprobs.shape[:-1], 1), -mx.inf)]
-        vocabulary = logprobs.shape[-1]
-        by_rank = 0 < self.top_k < vocabulary
-        if by_rank or 0 < self.top_p < 1:
-            descending = -mx.sort(-logprobs, axis=-1)
-        if by_rank:
-            thresholds.append(descending[..., self.top_k - 1 : self.top_k])
-        if 0 < self.top_p < 1:
-            probabilities = mx.exp(descending)
-            above = mx.cumsum(probabilities, axis=-1, inclusive=False)  # mass of likelier tokens
-            last = mx.maximum((above < self.top_p).sum(axis=-1, keepdims=True) - 1, 0)
-            thresholds.append(mx.take_along_axis(descending, last, axis=-1))
+    def _filters(self, logits: mx.array) -> Iterator[mx.array]:
+        """Which tokens pass each filter, [..., V]; the largest of ``logits`` are 0."""
         if self.min_p > 0:
-            thresholds.append(logprobs.max(axis=-1, keepdims=True) + math.log(self.min_p))
-        return mx.max(mx.stack(thresholds), axis=0)
+            yield logits >= math.log(self.min_p)
+        by_rank, by_mass = 0 < self.top_k < logits.shape[-1], 0 < self.top_p < 1
+        if by_rank and self.top_k * FEW <= logits.shape[-1]:
+            best, _ = top_k(logits, self.top_k)  # [..., K]
+            last = best[..., -1:]
+            if by_mass:  # if the best K do not reach it, all of them pass
+                probabilities = mx.exp(best - mx.logsumexp(logits, axis=-1, keepdims=True))
+                likelier = mx.cumsum(probabilities, axis=-1, inclusive=False)
+                count = (likelier < self.top_p).sum(axis=-1, keepdims=True)
+                last = mx.take_along_axis(best, count - 1, axis=-1)
+            yield logits >= last
+        else:
+            if by_rank:
+                yield among_largest(logits, self.top_k)
+            if by_mass:
+                yield among_likeliest(logits, self.top_p)
+
+
+def among_largest(logits: mx.array, k: int) -> mx.array:
+    """Which of ``logits`` [..., V], none above 0, are not below the k-th largest."""
+    bits = mx.abs(logits).view(mx.int32)
+    last = _largest(lambda t: (bits < t).sum(axis=-1, keepdims=True) < k, 0, math.inf, bits[..., :1])
+    return bits <= last
+
+
+def among_likeliest(logits: mx.array, p: float) -> mx.array:
+    """Which of ``logits`` [..., V], the largest of them 0, it takes to reach the probability ``p``."""
+    vocabulary = logits.shape[-1]
+    masses = mx.exp(logits).reshape(*logits.shape[:-1], math.gcd(vocabulary, 128), -1)
+    bits = masses.view(mx.int32)
+
+    def total(x: mx.array) -> mx.array:
+        return x.sum(axis=-2, keepdims=True).sum(axis=-1, keepdims=True)
+
+    goal = p * total(masses)
+    least = (1 - p) / vocabulary  # all tokens below it have less than 1 - p together
+    last = _largest(lambda t: total(masses * (bits >= t)) >= goal, least, 1, bits[..., :1, :1])
+    return (bits >= last).reshape(logits.shape)
+
+
+def _largest(holds: Callable[[mx.array], mx.array], least: float, most: float, like: mx.array) -> mx.array:
+    """The largest bit pattern from ``least`` to ``most`` that holds, of the shape of ``like``.
+
+    Bit patterns of numbers that are not negative have the order of the numbers, and ``holds`` is true up
+    to one of them. Bisecting them is exact after 31 passes over the vocabulary at most, without a sort.
+    """
+    first, last = np.array([least, most], np.float32).view(np.int32).tolist()
+    found = mx.full(like.shape, first, mx.int32)
+    for bit in reversed(range((last - first).bit_length())):
+        trial = found + (1 << bit)
+        found = mx.where(holds(trial), trial, found)
+    return found
 
 
 def keys_at(key: mx.array, position: mx.array) -> mx.array:
