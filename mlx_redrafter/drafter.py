@@ -200,6 +200,7 @@ class Drafter(nn.Module):
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
         self._halves: tuple[nn.Module, nn.Module] | None = None  # of input_proj, outside of training
+        self._joint: tuple[nn.Module, ...] = ()  # rnn_u and the state's half as one layer, likewise
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """One recurrent step: s_t = SiLU(W·E(tok) + U·s_{t-1} + b), or E(tok) + s_{t-1} without a cell.
@@ -209,11 +210,19 @@ class Drafter(nn.Module):
 
         Args:
             embedding: [..., H], the base model's embedding of the token.
-            state: [..., H], the state before it.
+            state: zeros [..., H] before the first token, then what ``advance`` returned.
         Returns:
-            [..., H], the state after it.
+            What ``logits`` and the next ``advance`` want of the state after it: [..., H], the state itself;
+            outside of training its products [..., H + exit_dim], where one layer computes both.
         """
-        after: mx.array = self.update_state(self.read_tokens(embedding), state)
+        new = self.read_tokens(embedding)
+        after: mx.array
+        if self._joint:
+            size = self.config.hidden_size
+            old = self.rnn_u.bias if state.shape[-1] == size else state[..., :size]
+            after = self._joint[0](nn.silu(new + old))
+        else:
+            after = self.update_state(new, state)
         return after
 
     def read_tokens(self, embedding: mx.array) -> mx.array:
@@ -250,7 +259,7 @@ class Drafter(nn.Module):
 
         Args:
             prepared: from ``prepare``, for what the base model knew when it emitted the first token.
-            state: [..., H], the state after the last token.
+            state: the state after the last token, from ``advance`` or [..., H].
         Returns:
             [..., Vd]
         """
@@ -261,8 +270,10 @@ class Drafter(nn.Module):
         """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
         halves = self._split()
         x: mx.array
+        size = self.config.hidden_size
         if halves is not None:
-            x = prepared + halves[1](state)  # [..., exit_dim]
+            share = state[..., size:] if state.shape[-1] > size else halves[1](state)
+            x = prepared + share  # [..., exit_dim]
         else:
             shape = (*state.shape[:-1], prepared.shape[-1])
             x = mx.concatenate([mx.broadcast_to(prepared, shape), state], axis=-1)  # [..., F + H]
@@ -284,10 +295,12 @@ class Drafter(nn.Module):
     def train(self, mode: bool = True) -> "Drafter":
         """As of any module; outside of training, weights are taken not to change any more."""
         super().train(mode)
-        self._halves = None
+        self._halves, self._joint = None, ()
         if not mode:
             self._halves = self._split()
-            mx.eval([half.parameters() for half in self._halves or ()])
+            if self._halves is not None and self.config.rnn and self.config.cell == "simple":
+                self._joint = (_stack(self.rnn_u, self._halves[1]),)
+            mx.eval([layer.parameters() for layer in (*(self._halves or ()), *self._joint)])
         return self
 
     def _can_split(self) -> bool:
@@ -329,6 +342,19 @@ def _columns(layer: Any, start: int, stop: int | None) -> nn.Module:
             part[name] = mx.contiguous(layer[name][:, int(start / per) : end])
     if first:
         part.bias = layer.bias
+    module: nn.Module = part
+    return module
+
+
+def _stack(first: Any, second: Any) -> nn.Module:
+    """One layer with the outputs of two that read the same input; only the first has a bias."""
+    part: Any = nn.Linear(1, 1)
+    if isinstance(first, nn.QuantizedLinear):
+        part = nn.QuantizedLinear(first.group_size, 1, True, first.group_size, first.bits)
+    for name in ("weight", "scales", "biases"):
+        if name in first:
+            part[name] = mx.concatenate([first[name], second[name]])
+    part.bias = mx.pad(first.bias, (0, second.weight.shape[0]))
     module: nn.Module = part
     return module
 

@@ -1,6 +1,8 @@
 """The drafter's arithmetic against NumPy, written from arXiv 2403.09919, section 3."""
 
+import io
 import itertools
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -60,7 +62,7 @@ def golden(weights, config, embeddings, context):
 
 
 def run(drafter, embeddings, context):
-    state, logits = mx.zeros((1, H)), []  # [B, H]
+    state, logits = mx.zeros((1, drafter.config.hidden_size)), []  # [B, H]
     for embedding in embeddings:
         state = drafter.advance(mx.array(embedding, mx.float32)[None], state)
         logits.append(drafter.logits(drafter.prepare(mx.array(context, mx.float32)[None]), state)[0])
@@ -74,7 +76,8 @@ def test_golden_values(cell, exit_dim, blocks, draft_vocab, context_layers):
     embeddings, context = random.randn(3, H), random.randn(drafter.config.context_size)
     expected = golden(drafter.weights(), drafter.config, embeddings, context)
     assert expected.shape == (3, draft_vocab or V)
-    np.testing.assert_allclose(run(drafter, embeddings, context), expected, atol=1e-5)
+    for mode in (True, False, True):
+        np.testing.assert_allclose(run(drafter.train(mode), embeddings, context), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(NAMES, CASES)
@@ -90,6 +93,18 @@ def test_any_leading_axes():
     one = drafter.logits(drafter.prepare(embedding[1, 2]), drafter.advance(embedding[1, 2], state[1, 2]))
     assert wide.shape == (2, 3, V)
     np.testing.assert_allclose(np.array(wide[1, 2]), np.array(one), atol=1e-5)
+
+
+def test_drafting_takes_one_product_less_per_depth_than_training():
+    products = []
+    for mode in (True, False):
+        drafter, state, logits, graph = make(exit_dim=12).train(mode), mx.zeros((1, H)), [], io.StringIO()
+        for _ in range(3):
+            state = drafter.advance(mx.zeros((1, H)), state)
+            logits.append(drafter.logits(mx.zeros((1, 12)), state))
+        mx.export_to_dot(graph, *logits)
+        products.append(len(re.findall('label ="(?:Matmul|AddMM)"', graph.getvalue())))
+    assert products == [3 * 6, 3 * 5]  # of them 2 in the blocks, 1 in the head
 
 
 def test_to_target():
@@ -135,19 +150,20 @@ def test_quantized_layers_are_those_that_fit(bits, group_size):
     assert "rnn_u.scales" in config.shapes()
 
 
-def test_quantized_arithmetic():
-    config = DrafterConfig(32, 40, 64, 1, rnn=True, quantization=Quantization(4, 32))
+@pytest.mark.parametrize(("exit_dim", "group_size"), [(64, 32), (96, 32), (96, 64)])
+def test_quantized_arithmetic(exit_dim, group_size):
+    config = DrafterConfig(32, 40, exit_dim, 1, rnn=True, quantization=Quantization(4, group_size))
     drafter = Drafter(config)
     plain = dict(drafter.weights())
     for name in [name for name in plain if name.endswith(".scales")]:
         layer = name.removesuffix(".scales")
         packed = [plain.pop(f"{layer}.{part}") for part in ("weight", "scales", "biases")]
-        plain[f"{layer}.weight"] = mx.dequantize(*packed, group_size=32, bits=4)
+        plain[f"{layer}.weight"] = mx.dequantize(*packed, group_size=group_size, bits=4)
     random = np.random.RandomState(1)
-    embedding, context = random.randn(1, 32), random.randn(32)
-    state = drafter.advance(mx.array(embedding, mx.float32), mx.zeros((1, 32)))
-    logits = drafter.logits(drafter.prepare(mx.array(context, mx.float32)[None]), state)
-    np.testing.assert_allclose(np.array(logits), golden(plain, config, embedding, context), atol=1e-4)
+    embeddings, context = random.randn(3, 32), random.randn(config.context_size)
+    expected = golden(plain, config, embeddings, context)
+    for mode in (True, False):
+        np.testing.assert_allclose(run(drafter.train(mode), embeddings, context), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(

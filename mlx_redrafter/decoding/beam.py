@@ -15,7 +15,7 @@ class Drafter(Protocol):
     """A recurrent drafter: one step of its state, and its head over the draft vocabulary."""
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
-        """[..., H], [..., H] -> [..., H]."""
+        """The embedding [..., H] and the state, at first zeros [..., H] -> the next state [..., S]."""
         ...
 
     def prepare(self, context: mx.array) -> mx.array:
@@ -23,7 +23,7 @@ class Drafter(Protocol):
         ...
 
     def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
-        """[..., P], [..., H] -> [..., V_draft]."""
+        """[..., P], [..., S] -> [..., V_draft]."""
         ...
 
     def to_target(self, index: mx.array) -> mx.array:
@@ -71,7 +71,8 @@ def draft(
         vocabulary = total.shape[-1]
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
         parents, index = best // vocabulary, best % vocabulary  # [B, W]
-        states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, H]
+        if width > 1:
+            states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
         tokens = drafter.to_target(index)  # [B, W]
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
