@@ -125,6 +125,14 @@ def _add_training(group: Any) -> None:
         help="share of the draft tokens unlikely in a batch that its softmax has (default: %(default)s)",
     )
     add(
+        "--dropout",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the drafter's inputs that a step does not see, against overfitting "
+        "(default: %(default)s)",
+    )
+    add(
         "--depth-weight",
         type=float,
         default=0.9,
@@ -275,6 +283,7 @@ def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
         args.labels,
         args.label_temp,
         negatives=args.negatives,
+        dropout=args.dropout,
     )
     if chunk is not None:
         objective = replace(objective, chunk=chunk)

@@ -204,6 +204,30 @@ def test_drawn_tokens_stand_for_all(target, features, monkeypatch):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
 
 
+def test_dropout_keeps_the_mean_of_what_is_read_and_follows_its_key(target, features):
+    batch, head = a_batch(target, features, 3)
+    drafter = make_drafter()
+    parameters = drafter.trainable_parameters()
+
+    def find(share, key):
+        objective = Objective(3, dropout=share)
+        losses, found = gradients(drafter, parameters, target, head, objective, batch, None, key)
+        return [np.array(x) for x in (losses, *(value for _, value in tree_flatten(found)))]
+
+    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
+    whole, key = find(0.0, mx.random.key(0)), mx.random.key(1)
+    assert same(whole, find(0.5, None))  # nothing is dropped where nothing is decided by chance
+    assert same(find(0.5, key), find(0.5, key))
+    assert not same(find(0.5, key), find(0.5, mx.random.key(2)))
+    x = loss._drop(mx.ones((100, 100)), 0.25, key)
+    assert x.mean().item() == pytest.approx(1, abs=0.03)
+    assert (x == 0).mean().item() == pytest.approx(0.25, abs=0.02)
+    many = [find(0.1, mx.random.key(i)) for i in range(30)]
+    for i, value in enumerate(whole[1:], start=1):
+        mean = sum(found[i] for found in many) / len(many)
+        assert np.linalg.norm(mean - value) < 0.3 * np.linalg.norm(value)
+
+
 def test_only_what_the_draft_vocabulary_can_reach_counts(target, features):
     batch, _ = a_batch(target, features, 3)
     mask = np.array(reachable(batch, 3))
@@ -284,7 +308,7 @@ def a_data(target, vocabulary=VOCABULARY, draft=DRAFT):
     return Data(pack(shards[1:]), pack(shards[:1]), np.arange(draft, dtype=np.int32))
 
 
-SETTINGS = Settings(Objective(3, negatives=0.5), batch=64, epochs=1.5, seed=3)
+SETTINGS = Settings(Objective(3, negatives=0.5, dropout=0.2), batch=64, epochs=1.5, seed=3)
 
 
 def a_trainer(target, workers=ONE, settings=SETTINGS):
@@ -322,7 +346,7 @@ def test_a_checkpoint_of_other_settings_is_refused(target, tmp_path):
 
 
 def test_workers_do_not_change_the_result_much(target):
-    all_tokens = replace(SETTINGS, objective=Objective(3))
+    all_tokens = replace(SETTINGS, objective=Objective(3))  # drawing and dropping go by part
     one, two = (a_trainer(target, workers, all_tokens) for workers in (ONE, TWO))
     for trainer in (one, two):
         for step, _ in trainer.run():
@@ -625,6 +649,7 @@ def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
         (["--memory-limit", "0"], "memory limit 0.0 is not usable"),
         (["--workers", "0"], "workers 0 is not usable"),
         (["--negatives", "0"], "share of negatives 0.0 is not usable"),
+        (["--dropout", "1"], "dropout 1.0 is not usable"),
         (["--temp", "-1"], "temperature -1.0 is not usable"),
         (["--start-from", "/nowhere"], "/nowhere does not exist"),
         (["--resume"], "there is no run to resume"),

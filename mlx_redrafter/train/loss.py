@@ -10,7 +10,7 @@ that the model finds likely somewhere in it, and a few of the others, which stan
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +40,8 @@ class Objective:
         temperature: of soft labels; below 1 they lean to the model's first choice.
         chunk: logits (rows times draft tokens) held at once.
         negatives: share of the draft tokens that are unlikely in a batch that its softmax has.
+        dropout: share of the context, and of what the last layer reads, that a training step does not
+            see (Srivastava et al., JMLR 15, 2014).
     """
 
     length: int = 5
@@ -49,6 +51,7 @@ class Objective:
     temperature: float = 1.0
     chunk: int = 1 << 23
     negatives: float = 1.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -63,6 +66,8 @@ class Objective:
             raise ValueError(
                 f"share of negatives {self.negatives} is not usable: give more than 0, at most 1."
             )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is not usable: give a share from 0 to below 1.")
         if not self.temperature > 0:
             raise ValueError(f"label temperature {self.temperature} is not usable: give more than 0.")
 
@@ -198,21 +203,25 @@ def gradients(
     objective: Objective,
     batch: Batch,
     drawn: Drawn | None = None,
+    key: mx.array | None = None,
 ) -> tuple[mx.array, Any]:
     """Sums over a batch: of the loss and of the positions, and gradients of the weighted loss.
 
     Args:
         drawn: tokens that stand for all of the draft vocabulary; None takes all.
+        key: decides what is dropped; None drops nothing.
 
     Returns:
         [L, 2] losses and positions at each depth, and gradients like ``parameters``.
     """
-    mask = reachable(batch, objective.length)
+    mask, share = reachable(batch, objective.length), objective.dropout if key is not None else 0.0
+    keys = mx.random.split(mx.random.key(0) if key is None else key)
+    seen = replace(batch, context=_drop(batch.context, share, keys[0]))
 
     def surrogate(parameters: Any) -> tuple[mx.array, mx.array]:
         drafter.update(parameters)
         last = drafter.lm_head[-1].weight
-        x = trunk(drafter, target.embed, batch, objective.length)
+        x = _drop(trunk(drafter, target.embed, seen, objective.length), share, keys[1])
         fixed, rows = mx.stop_gradient(x).astype(last.dtype), mx.stop_gradient(last)
         losses, x_gradient, rows_gradient = head_gradients(fixed, rows, mask, head, objective, batch, drawn)
         # Its gradients are those of the loss, which were computed along with the loss itself.
@@ -221,6 +230,14 @@ def gradients(
 
     (_, losses), found = mx.value_and_grad(surrogate)(parameters)
     return mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1), found
+
+
+def _drop(x: mx.array, share: float, key: mx.array) -> mx.array:
+    """``x`` without a random ``share`` of its elements, the others larger by as much."""
+    if share == 0:
+        return x
+    kept = mx.random.bernoulli(1 - share, x.shape, key)
+    return mx.where(kept, x / (1 - share), 0).astype(x.dtype)
 
 
 def head_gradients(

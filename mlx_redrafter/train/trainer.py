@@ -298,8 +298,11 @@ class Trainer:
         for piece in np.array_split(starts, pieces):
             batch = self._batch(features, piece)
             drawn = draw(self.head, objective, batch, random) if objective.negatives < 1 else None
+            key = mx.random.key(int(random.integers(1 << 62)))
             with self._lock:  # while the graph is built, the drafter's weights are placeholders
-                found = gradients(self.drafter, parameters, self.target, self.head, objective, batch, drawn)
+                found = gradients(
+                    self.drafter, parameters, self.target, self.head, objective, batch, drawn, key
+                )
             total = found if total is None else tree_map(mx.add, total, found)
             mx.eval(total)
         return total  # type: ignore[return-value]
