@@ -16,7 +16,7 @@ from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import draft
 from mlx_redrafter.decoding.cache import Cache, commit, leave_path, visible
 from mlx_redrafter.decoding.loop import enqueue, view, with_room
-from mlx_redrafter.decoding.sampling import Sampling
+from mlx_redrafter.decoding.sampling import Sampling, keys_at
 from mlx_redrafter.decoding.step import DraftShape, State, propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
@@ -30,6 +30,8 @@ SAMPLINGS = {
     "temperature 0.7": Sampling(0.7),
     "temperature 0.7, top-p 0.9": Sampling(0.7, 0.9),
     "temperature 0.7, top-k 40": Sampling(0.7, top_k=40),
+    "temperature 0.7, top-k 1000": Sampling(0.7, top_k=1000),
+    "temperature 0.7, top-p 0.8, top-k 20": Sampling(0.7, 0.8, 20),
     "temperature 0.7, min-p 0.1": Sampling(0.7, min_p=0.1),
 }
 Timed = Iterator[tuple[str, Callable[[], Any]]]
@@ -136,12 +138,12 @@ def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
 
 def heads(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Timed:
     """Picking from the target's logits, and the best of the drafter's."""
-    size = max(shape.size for shape in shapes)
-    logits = mx.random.normal((1, size, model.vocabulary or 1))
-    key = mx.random.key(0)
-    mx.eval(logits)
-    for name, sampling in SAMPLINGS.items():
-        yield f"pick of {size} rows, {name}", lambda sampling=sampling: sampling.pick(logits, key)
+    for size in sorted({1, max(shape.size for shape in shapes)}):
+        logits = 3 * mx.random.normal((1, size, model.vocabulary or 1))
+        keys = keys_at(mx.random.key(0), mx.arange(size)[None])
+        mx.eval(logits, keys)
+        for name, sampling in SAMPLINGS.items():
+            yield f"pick of {size}, {name}", lambda pick=sampling.pick, x=logits, k=keys: pick(x, k)
     if model.drafter is None:
         return
     for width in sorted({shape.width for shape in shapes if shape.width}):

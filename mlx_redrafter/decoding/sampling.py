@@ -114,10 +114,10 @@ def _largest(holds: Callable[[mx.array], mx.array], least: float, most: float, l
     to one of them. Bisecting them is exact after 31 passes over the vocabulary at most, without a sort.
     """
     first, last = np.array([least, most], np.float32).view(np.int32).tolist()
+    powers = [1 << bit for bit in reversed(range((last - first).bit_length()))]
     found = mx.full(like.shape, first, mx.int32)
-    for bit in reversed(range((last - first).bit_length())):
-        trial = found + (1 << bit)
-        found = mx.where(holds(trial), trial, found)
+    for step in mx.array(powers):  # as constants, they would make compiled steps contain a kernel for each
+        found = mx.where(holds(found + step), found + step, found)
     return found
 
 
