@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -115,10 +116,11 @@ def _largest(holds: Callable[[mx.array], mx.array], least: float, most: float, l
     """
     first, last = np.array([least, most], np.float32).view(np.int32).tolist()
     powers = [1 << bit for bit in reversed(range((last - first).bit_length()))]
-    found = mx.full(like.shape, first, mx.int32)
-    for step in mx.array(powers):  # as constants, they would make compiled steps contain a kernel for each
-        found = mx.where(holds(found + step), found + step, found)
-    return found
+    steps = [*mx.array([*powers, 0])]  # constants would make compiled steps contain a kernel for each
+    trial: mx.array = mx.full(like.shape, first, mx.int32) + steps[0]
+    for step, following in pairwise(steps):
+        trial = mx.where(holds(trial), trial, trial - step) + following
+    return trial
 
 
 def keys_at(key: mx.array, position: mx.array) -> mx.array:
