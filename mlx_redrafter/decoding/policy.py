@@ -2,8 +2,9 @@
 
 The accepted path of a step has one node per depth. ``Policy`` keeps, for each depth, how often that node
 had each rank of the drafter's beam (or came from the text alone), as a mean that forgets: text changes.
-A shape that verifies N nodes is expected to emit 1 + the sum of the N - 1 likeliest of its nodes; what
-its step takes was measured before. Two accounts, in plain steps of time, keep speculation from costing:
+A shape is expected to emit 1 + the sum over all nodes that its trees can have, of which it verifies the
+likeliest of each step; so for the shape in use, that is the mean of what it emitted. What its step takes
+was measured before. Two accounts, in plain steps of time, keep speculation from costing:
 
 - ``purse``: what speculation may lose against plain decoding. Each speculative step pays in advance for
   the time it takes longer than a plain one, and gets back what it emits. So whatever the model says,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .step import DraftShape
 
 SHARE = 0.01  # of the time goes into trials that do not pay
-START, MOST = 3.5, 8.0  # plain steps in the purse: at first, at most
+START, MOST = 2.0, 8.0  # plain steps in the purse: at first (so that 96 tokens lose 3 % at most), at most
 PARK = 0.98  # a draft that promises less than this, against plain decoding, is given up
 MARGIN = 1.02  # another shape must promise to be faster by this
 LEAST_STEPS = 5.0  # of evidence that a belief stands for: the first one's, and one not renewed for long
@@ -114,7 +115,7 @@ class Policy:
             seconds: that it took; not used, because a calibration's conditions are more alike.
         """
         hits = set(enumerate(ranks, start=1))
-        shown = hits.union(self._likeliest(shape))
+        shown = set(nodes_of(shape))
         for node, belief in self.beliefs.items():
             if node in shown:
                 belief.learn(node in hits)
@@ -128,7 +129,7 @@ class Policy:
 
     def expected(self, shape: DraftShape) -> float:
         """Tokens that a step with ``shape`` is believed to emit."""
-        return 1 + sum(self.beliefs[node].share for node in self._likeliest(shape))
+        return 1 + min(sum(self.beliefs[node].share for node in nodes_of(shape)), shape.depth)
 
     def rate(self, shape: DraftShape) -> float:
         """Expected tokens per plain step of time."""
@@ -154,13 +155,8 @@ class Policy:
         return best if best is None or self.cost[best] - 1 <= self.purse else None
 
     def _hoped_rate(self, shape: DraftShape) -> float:
-        hopes = sorted((self.beliefs[node].optimistic() for node in nodes_of(shape)), reverse=True)
-        return (1 + sum(hopes[: shape.size - 1])) / self.cost[shape]
-
-    def _likeliest(self, shape: DraftShape) -> list[Node]:
-        """The nodes that the shape is taken to verify."""
-        nodes = sorted(nodes_of(shape), key=lambda node: -self.beliefs[node].share)
-        return nodes[: shape.size - 1]
+        hoped = sum(self.beliefs[node].optimistic() for node in nodes_of(shape))
+        return (1 + min(hoped, shape.depth)) / self.cost[shape]
 
 
 def nodes_of(shape: DraftShape) -> Iterator[Node]:
