@@ -13,11 +13,11 @@ import json
 import math
 import os
 import sys
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from importlib import metadata
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from .blas import load_blas
 from .bundle import identity_of
 from .decoding import policy
 from .decoding.cache import Cache
-from .decoding.loop import GRAIN, Fixed, Policy, bucket, decode, view, with_room
+from .decoding.loop import GRAIN, Fixed, Policy, bucket, decode
+from .decoding.runner import TRIALS
 from .decoding.sampling import Sampling
 from .decoding.step import DraftShape, State, begin
 from .files import atomic_file
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
 
 SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 3  # times as long at most, where the rounds differ much
-LEAST_ROUNDS, MOST_ROUNDS = 3, 15  # in which every shape has its turn
-STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt
-SHORT, LONG = 64, 2048  # tokens of the texts behind which steps are timed
+LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
+STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of only two, a third
+SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 UNLIMITED = 1 << 40  # tokens
 
@@ -105,18 +106,50 @@ def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTim
     if found is None:
         if sys.stderr is not None and sys.stderr.isatty():
             print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
-        short, long = (measure(model, shapes, SECONDS / 2, rows) for rows in (SHORT, LONG))
-        found = between(short, long)
-        if short.steady and long.steady:
+        calibration = calibrate(model, shapes)
+        found = calibration.times
+        if calibration.steady:
             keep(model, shapes, found)
     return found
 
 
-def between(short: Measured, long: Measured) -> StepTimes:
-    """Step times from those behind texts of ``SHORT`` and ``LONG`` tokens."""
-    times = list(zip(short.seconds, long.seconds, strict=True))
-    per_row = [max(b - a, 0.0) / (LONG - SHORT) if b < math.inf else 0.0 for a, b in times]
-    return StepTimes([a - SHORT * more for (a, _), more in zip(times, per_row, strict=True)], per_row)
+@dataclass
+class Calibration:
+    """Step times, whether they leave no doubt, and in how many rounds they were measured."""
+
+    times: StepTimes
+    steady: bool
+    rounds: int
+
+
+def calibrate(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS) -> Calibration:
+    """Measure every shape behind a short text, and how the smallest and the largest grow with the text."""
+    short = measure(model, shapes, seconds / 2, SHORT, DOUBT)
+    timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
+    ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
+    long = measure(model, ends, seconds / 4, LONG)
+    times = between(shapes, short.seconds, dict(zip(ends, long.seconds, strict=True)))
+    return Calibration(times, short.steady and long.steady, len(short.rounds[0]))
+
+
+def between(
+    shapes: Sequence[DraftShape], short: Sequence[float], long: Mapping[DraftShape, float]
+) -> StepTimes:
+    """Step times from those behind texts of ``SHORT`` and ``LONG`` tokens.
+
+    Each node attends to the text, so what a step takes longer for a longer text grows evenly with its nodes.
+
+    Args:
+        shapes: plain decoding first.
+        short: seconds with each of them.
+        long: seconds with the first and with the largest one that may pay.
+    """
+    known = dict(zip(shapes, short, strict=True))
+    ends = [(shape.size, max(took - known[shape], 0.0) / (LONG - SHORT)) for shape, took in long.items()]
+    (least, first), (most, last) = ends[0], ends[-1]
+    slope = (last - first) / max(most - least, 1)
+    per_row = [first + slope * (shape.size - least) if known[shape] < math.inf else 0.0 for shape in shapes]
+    return StepTimes([max(a - SHORT * more, a / 2) for a, more in zip(short, per_row, strict=True)], per_row)
 
 
 def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes) -> Path | None:
@@ -160,8 +193,10 @@ class Measured:
     @property
     def steady(self) -> bool:
         """Whether there are some rounds, and the middle half of each shape's ratios lies close together."""
-        enough = len(self.rounds[0]) >= LEAST_ROUNDS or not any(self.rounds[1:])
-        return enough and all(_spread(x) <= STEADY * median(x) for x in self.ratios if x)
+        rounds = len(self.rounds[0])
+        limit = STEADY if rounds > 2 else STEADY / 3
+        enough = rounds >= LEAST_ROUNDS or not any(self.rounds[1:])
+        return enough and all(_spread(x) <= limit * median(x) for x in self.ratios if x)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -171,7 +206,11 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def measure(
-    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, rows: int = SHORT
+    model: SpeculativeModel,
+    shapes: Sequence[DraftShape],
+    seconds: float = SECONDS,
+    rows: int = SHORT,
+    doubt: float = math.inf,
 ) -> Measured:
     """Time steps of every shape in turn, as the decoding loop runs them.
 
@@ -180,41 +219,18 @@ def measure(
         shapes: to be timed, plain decoding first; the same number of rounds for each.
         seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
         rows: tokens of the text before.
+        doubt: how many times what it can ever emit a shape may take to be timed further.
     """
     with wired_limit(model.model):
-        timed = promising(model, shapes, rows)
-        watch = _Stopwatch(timed, seconds, measured=Measured([[] for _ in timed]))
         state, run = behind_text(model, rows), model.runner(Sampling())
+        watch = _Stopwatch(shapes, seconds, doubt, backend.current().compiled)
         grain = max(backend.current().grain, GRAIN)  # so that nothing is compiled on the way
         steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=grain)
         del state
         with contextlib.closing(steps):
             while not watch.finished:
                 next(steps)
-    rounds = dict(zip(timed, watch.measured.rounds, strict=True))
-    return Measured([rounds.get(shape, []) for shape in shapes])
-
-
-def promising(model: SpeculativeModel, shapes: Sequence[DraftShape], rows: int) -> list[DraftShape]:
-    """The shapes without those that cannot pay, because a step takes longer than it can ever emit.
-
-    They are tried from the smallest on, and all that verify more than a hopeless one are hopeless too:
-    a slow machine is not kept busy with them.
-    """
-    state, run, plain = behind_text(model, rows), model.runner(Sampling()), 0.0
-    found: list[DraftShape] = []
-    for shape in sorted(shapes, key=lambda shape: shape.size):
-        for _ in range(2):  # the first one may have to be compiled
-            state = with_room(state, rows, shape)
-            start = time.perf_counter()
-            state, output = run(shape, state, view(state, rows, shape))
-            mx.eval(output.tokens, vars(state.cache))
-            took, rows = time.perf_counter() - start, rows + shape.depth + 1
-        plain = plain or took
-        if took > DOUBT * (1 + shape.depth) * plain:
-            break
-        found.append(shape)
-    return [shape for shape in shapes if shape in found]
+    return watch.measured
 
 
 def behind_text(model: SpeculativeModel, rows: int) -> State:
@@ -243,44 +259,86 @@ def _blank(buffer: mx.array, rows: int) -> mx.array:
     return mx.zeros((batch, heads, bucket(rows), size), buffer.dtype)
 
 
-@dataclass
 class _Stopwatch:
-    """A policy that gives every shape its turn, and times the second of its two steps.
+    """A policy that times one step of every shape in each round.
 
-    The first step after a change is not timed: something may have to be compiled or moved for it. Every
-    other round goes backwards, so that a drift of the machine's speed cancels.
+    The first round goes from the smallest size on, with a plain step behind each: the loop asks one step
+    ahead, so a hopeless size is known before a larger one is tried, and a slow machine is not kept busy.
+    Every other round goes backwards, so that a drift of the machine's speed cancels.
+
+    Args:
+        shapes: to be timed, plain decoding first.
+        seconds: to spend, about.
+        doubt: how many times what it can ever emit a shape may take to be timed further.
+        compiled: steps that may be traced, or that follow another shape's, are not timed.
     """
 
-    shapes: list[DraftShape]
-    seconds: float
-    finished: bool = False
-    measured: Measured = field(default_factory=lambda: Measured([]))
-    _chosen: int = 0
-    _observed: int = 0
-    _spent: float = 0.0
+    def __init__(
+        self, shapes: Sequence[DraftShape], seconds: float, doubt: float = math.inf, compiled: bool = False
+    ) -> None:
+        self.measured = Measured([[] for _ in shapes])
+        self.finished = False
+        self._rounds = dict(zip(shapes, self.measured.rounds, strict=True))
+        self._shapes = sorted(shapes, key=lambda shape: shape.size)  # the hopeless ones are taken out
+        self._seconds, self._doubt, self._compiled = seconds, doubt, compiled
+        self._spent, self._tried = 0.0, False  # whether every shape was
+        self._times: defaultdict[DraftShape, list[float]] = defaultdict(list)  # of this round
+        self._ahead: deque[bool] = deque()  # whether each step that was chosen, and not observed, is timed
+        self._plan = self._steps()
 
     def choose(self, rows: int = 0) -> DraftShape:
-        self._chosen += 1
-        return self._turn(self._chosen - 1)
+        shape, timed = next(self._plan)
+        self._ahead.append(timed)
+        return shape
 
     def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float) -> None:
         self._spent += seconds
-        per_round = 2 * len(self.shapes)
-        if self._observed % 2:
-            self.measured.rounds[self.shapes.index(shape)].append(seconds)
-        self._observed += 1
-        if self._observed % per_round == 0:
-            self.finished = self._enough(self._spent)
+        if self._ahead.popleft():
+            self._times[shape].append(seconds)
+        if self._tried and all(self._times[shape] for shape in self._shapes):
+            for each in self._shapes:
+                self._rounds[each].append(median(self._times[each]))
+            self._times.clear()
+            self.finished = self._enough()
 
-    def _enough(self, spent: float) -> bool:
+    def _enough(self) -> bool:
         rounds = len(self.measured.rounds[0])
-        if spent > PATIENCE * self.seconds or rounds >= MOST_ROUNDS:
+        if rounds < LEAST_ROUNDS:  # which would be measured again at every use, as they are not kept
+            return False
+        if self._spent > PATIENCE * self._seconds or rounds >= MOST_ROUNDS:
             return True
-        return spent > self.seconds and self.measured.steady
+        return self._spent > self._seconds and self.measured.steady
 
-    def _turn(self, step: int) -> DraftShape:
-        turn, place = divmod(step // 2, len(self.shapes))
-        return self.shapes[place if turn % 2 else -1 - place]
+    def _steps(self) -> Iterator[tuple[DraftShape, bool]]:
+        """Shapes, and whether their steps are timed."""
+        plain, *others = self._shapes
+        yield from self._turn(plain, TRIALS + 1)
+        for size, group in groupby(others, key=lambda shape: shape.size):
+            doubtful = list(group)
+            for _ in range(2):  # the first steps may have waited for something that is done once
+                for shape in doubtful:
+                    yield from self._turn(shape, TRIALS + 1)
+                yield from self._turn(plain)
+                doubtful = [shape for shape in doubtful if self._hopeless(shape)]
+                if not doubtful:
+                    break
+            else:
+                self._shapes = [x for x in self._shapes if x.size <= size and x not in doubtful]
+                break
+        self._tried = True
+        order = self._shapes
+        while True:
+            order = order[::-1]
+            for shape in order:
+                yield from self._turn(shape)
+
+    def _turn(self, shape: DraftShape, before: int = 1) -> Iterator[tuple[DraftShape, bool]]:
+        yield from [(shape, False)] * (before if self._compiled else 0)
+        yield shape, True
+
+    def _hopeless(self, shape: DraftShape) -> bool:
+        plain = min(self._times[self._shapes[0]])
+        return min(self._times[shape]) > self._doubt * (1 + shape.depth) * plain
 
 
 def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[str, Any]:

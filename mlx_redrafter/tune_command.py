@@ -5,18 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from .calibrate import (
-    LONG,
-    PATIENCE,
-    SHORT,
-    StepTimes,
-    between,
-    candidates,
-    conditions,
-    keep,
-    measure,
-    policy_for,
-)
+from .calibrate import LONG, PATIENCE, SHORT, StepTimes, calibrate, candidates, conditions, keep, policy_for
 from .decoding.policy import Policy
 from .decoding.step import DraftShape
 from .generate_command import describe_shape
@@ -58,19 +47,17 @@ def run(args: argparse.Namespace) -> int:
     shapes = candidates(model, args.lookup)
     if model.target is None or len(shapes) == 1:
         raise ValueError(f"{args.model or DEFAULT_MODEL} is decoded plainly: there is nothing to choose.")
-    short, long = (measure(model, shapes, args.seconds / 2, rows) for rows in (SHORT, LONG))
-    times = between(short, long)
+    calibration = calibrate(model, shapes, args.seconds)
+    times, steady = calibration.times, calibration.steady
     policy, read = policy_for(shapes, times), 0
     model.use_policy(policy, args.lookup)
     for prompt in prompts if args.tokens else ():
         ids = encode(prompt, tokenizer)
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))
-    steady = short.steady and long.steady
     file = keep(model, shapes, times) if steady else None
-    rounds = min(len(short.rounds[0]), len(long.rounds[0]))
     record = {
         "conditions": conditions(model, shapes),
-        "rounds": rounds,
+        "rounds": calibration.rounds,
         "steady": steady,
         "tokens": read,
         **choice(shapes, times, policy),
@@ -119,7 +106,8 @@ def table(record: dict[str, Any]) -> str:
     )
     lines += [
         "",
-        f"Step times behind texts of {SHORT} and {LONG} tokens: medians of {record['rounds']} rounds.",
+        f"Step times behind a text of {SHORT} tokens: medians of {record['rounds']} rounds; behind {LONG}:",
+        "measured for plain decoding and the largest shape, for the others by their nodes.",
         f"Tokens per step: as accepted {learned}.",
     ]
     if not record["steady"]:
