@@ -100,3 +100,17 @@ def test_check_refuses_another_device(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["check.py", "--expect", other])
     with pytest.raises(SystemExit, match="not " + other):
         importlib.import_module("check").main()
+
+
+def test_training_prompts_are_none_that_drafters_are_measured_with() -> None:
+    training = importlib.import_module("training_prompts").conversations(960)
+    held_out = (Path(__file__).parents[1] / "benchmarks/held_out.jsonl").read_text().splitlines()
+    measured = [turn for line in held_out for turn in json.loads(line)["turns"]]
+    assert measured and {len(turns) for turns in training} == {4}
+    assert not set().union(*map(pieces, measured)) & set().union(*(pieces(t) for x in training for t in x))
+
+
+def pieces(text: str, words: int = 9) -> set[tuple[str, ...]]:
+    """All runs of so many words."""
+    found = text.lower().split()
+    return set(zip(*(found[i:] for i in range(words)), strict=False))
