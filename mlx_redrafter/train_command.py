@@ -127,7 +127,7 @@ def _add_training(group: Any) -> None:
     add(
         "--dropout",
         type=float,
-        default=0.1,
+        default=0.2,
         metavar="SHARE",
         help="share of the drafter's inputs that a step does not see, against overfitting "
         "(default: %(default)s)",
