@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> dict[str, Any]:
     """What each shape costs and gives, and the one that is chosen, behind a text of ``SHORT`` tokens."""
-    chosen, rows = policy.choose(SHORT), []
+    policy.choose(SHORT)  # what it returns may be a trial of another shape
+    rows = []
     for shape, seconds, more in zip(shapes, times.seconds, times.per_row, strict=True):
         row: dict[str, Any] = dict(describe_shape(shape))
         if shape in policy.cost:  # the others are hopeless
@@ -81,7 +82,7 @@ def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> di
                 "speedup": policy.rate(shape),
             }
         rows.append(row)
-    return {"shapes": rows, "chosen": rows[list(shapes).index(chosen)]}
+    return {"shapes": rows, "chosen": rows[list(shapes).index(policy.current)]}
 
 
 def table(record: dict[str, Any]) -> str:

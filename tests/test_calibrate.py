@@ -12,11 +12,12 @@ import mlx.nn as nn
 import pytest
 from models import VOCABULARY, make_model
 
-from mlx_redrafter import calibrate, tune_command
+from mlx_redrafter import backend, calibrate, tune_command
 from mlx_redrafter.calibrate import (
     LONG,
     SHORT,
     Measured,
+    StepTimes,
     _Stopwatch,
     behind_text,
     between,
@@ -292,6 +293,15 @@ def test_tune_has_reasons_for_plain_and_for_drafting() -> None:
         and "1.80 tokens" in parked
     )
     assert tune_command.reason({"shapes": rows, "chosen": rows[1]}).startswith("2 x 3 drafted")
+
+
+def test_tune_names_what_is_used_and_not_a_trial() -> None:
+    shapes = list(backend.CPU.shapes)
+    times = StepTimes([0.071, 0.087, 0.102, 0.093, 0.110, 0.140], [0.0] * 6)
+    policy = policy_for(shapes, times)
+    chosen = tune_command.choice(shapes, times, policy)["chosen"]
+    assert chosen["speedup"] == max(policy.rate(shape) for shape in shapes)
+    assert policy_for(shapes, times).choose(SHORT) != policy.current  # a trial comes first
 
 
 @pytest.mark.parametrize("flags", [("--seconds", "0"), ("--tokens", "-1"), ("--lookup", "-1")])

@@ -145,7 +145,8 @@ def category_table(measured: Iterable[Measured]) -> str:
 def shape_text(measured: Measured) -> str:
     """The draft shape in a table."""
     shape = measured.shape
-    return f"{shape.width} × {shape.length}, {shape.size}"
+    copied = f" + {shape.lookup} copied" if shape.lookup else ""
+    return f"{shape.width} × {shape.length}{copied}, {shape.size}"
 
 
 def escape(text: object) -> str:
