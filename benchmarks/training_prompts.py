@@ -9,7 +9,8 @@ Combined from templates and subjects, always the same; none is taken from what d
 import json
 import random
 
-RANDOM = random.Random(20261123)
+SEED = 20261123
+RANDOM = random.Random()
 
 
 def lines(text: str) -> list[str]:
@@ -491,6 +492,7 @@ What should I do next?""")
 
 def conversations(count: int) -> list[list[str]]:
     """``count`` times four user turns; the first ones go through all kinds."""
+    RANDOM.seed(SEED)
     seen: set[str] = set()
     found = []
     for i in range(count):

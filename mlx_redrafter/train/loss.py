@@ -214,8 +214,8 @@ def gradients(
     Returns:
         [L, 2] losses and positions at each depth, and gradients like ``parameters``.
     """
-    mask, share = reachable(batch, objective.length), objective.dropout if key is not None else 0.0
-    keys = mx.random.split(mx.random.key(0) if key is None else key)
+    mask, share = reachable(batch, objective.length), objective.dropout
+    keys = [None, None] if key is None else mx.random.split(key)
     seen = replace(batch, context=_drop(batch.context, share, keys[0]))
 
     def surrogate(parameters: Any) -> tuple[mx.array, mx.array]:
@@ -232,9 +232,9 @@ def gradients(
     return mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1), found
 
 
-def _drop(x: mx.array, share: float, key: mx.array) -> mx.array:
-    """``x`` without a random ``share`` of its elements, the others larger by as much."""
-    if share == 0:
+def _drop(x: mx.array, share: float, key: mx.array | None) -> mx.array:
+    """``x`` without a random ``share`` of its elements, the others larger; without a key, all of ``x``."""
+    if share == 0 or key is None:
         return x
     kept = mx.random.bernoulli(1 - share, x.shape, key)
     return mx.where(kept, x / (1 - share), 0).astype(x.dtype)
