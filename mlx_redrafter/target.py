@@ -198,7 +198,8 @@ class TreeCache:
         self.masks = masks  # by window, shared by all layers
         self.keys, self.values = keys, values
         self.node_keys = self.node_values = mx.array(0)
-        self.offset = length[:, None] + tree.depths  # [B, N] positions
+        # positions: [B] of the root, from which a chain counts up, else [B, N] of each node
+        self.offset = length if tree.is_chain else length[:, None] + tree.depths
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None

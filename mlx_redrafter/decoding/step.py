@@ -13,7 +13,7 @@ from .beam import Drafter, draft
 from .cache import Cache, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .sampling import keys_at
-from .tree import Tree, build_tree, from_beam, root_only
+from .tree import Tree, build_chain, build_tree, from_beam
 
 Pick = Callable[[mx.array, mx.array], mx.array]  # logits [B, N, V], random keys [B, N, 2] -> tokens [B, N]
 
@@ -185,7 +185,7 @@ def step(
 def propose(target: Target, drafter: Drafter | None, shape: DraftShape, state: State) -> Proposed:
     """The tree of the likeliest candidates: the drafter's beams, and what the text itself suggests."""
     if shape.size == 1:
-        return Proposed(root_only(state.token), None)
+        return Proposed(build_chain(state.token, None, 1), None)
     drafted, found = None, None
     if shape.width:
         assert drafter is not None
@@ -196,6 +196,8 @@ def propose(target: Target, drafter: Drafter | None, shape: DraftShape, state: S
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
+    if shape.is_chain:
+        return Proposed(build_chain(state.token, drafted, shape.size), found)
     return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found)
 
 

@@ -35,6 +35,7 @@ class Tree:
     depths: mx.array  # [B, N], 0 for the root
     ancestors: mx.array  # [B, N, N] bool: column is the row's node itself or an ancestor of it
     ranks: mx.array  # [B, N] as in ``Candidates``, 0 for the root
+    is_chain: bool = False  # known beforehand: each node's parent is the one before it
 
 
 def from_beam(beam: Beam) -> Candidates:
@@ -74,10 +75,19 @@ def build_tree(token: mx.array, candidates: Candidates, nodes: int, depth: int) 
     return make_tree(tokens, parents, depth, ranks)
 
 
-def root_only(token: mx.array) -> Tree:
-    """The tree of plain decoding."""
-    root = mx.zeros((token.shape[0], 1), mx.int32)
-    return Tree(token[:, None], root, root, mx.ones((token.shape[0], 1, 1), mx.bool_), root)
+def build_chain(token: mx.array, candidates: Candidates | None, nodes: int) -> Tree:
+    """The root [B] and the first ``nodes - 1`` candidates, each of which continues the one before."""
+    tokens, ranks = token[:, None], [0]
+    if candidates is not None and nodes > 1:
+        drafted = candidates.tokens[:, : nodes - 1]
+        tokens = mx.concatenate([tokens.astype(drafted.dtype), drafted], axis=1)  # [B, N]
+        ranks += candidates.ranks[: nodes - 1]
+    shape = (token.shape[0], nodes)
+    place = mx.arange(nodes, dtype=mx.int32)
+    ancestors = mx.broadcast_to(place <= place[:, None], (*shape, nodes))
+    parents = mx.broadcast_to(mx.maximum(place - 1, 0), shape)
+    depths = mx.broadcast_to(place, shape)
+    return Tree(tokens, parents, depths, ancestors, mx.broadcast_to(mx.array(ranks), shape), is_chain=True)
 
 
 def make_tree(tokens: mx.array, parents: mx.array, depth: int, ranks: mx.array | None = None) -> Tree:
