@@ -11,6 +11,7 @@ from .cache import Cache, View, commit, grow
 from .step import DraftShape, Output, State
 
 GRAIN = 256  # rows: the smallest unit by which buffers grow
+FIRST_LAYERS = 2  # are handed over first, enough work for a device while the host does the rest
 
 Step = Callable[[DraftShape, State, View], tuple[State, Output]]
 
@@ -88,7 +89,7 @@ def decode(
     state, output = step(shape, state, view(state, rows, shape, grain))
     waited, before = 0.0, time.perf_counter()
     try:
-        mx.async_eval(output.verified)
+        start(state, output)
         while True:
             most = rows + shape.depth + 1
             following = policy.choose(most)
@@ -111,15 +112,25 @@ def decode(
             shape, (state, output) = following, ahead
             del ahead
             waited = time.perf_counter() - arrived
-            mx.async_eval(output.verified)
+            start(state, output)
             policy.observe(emitted.shape, emitted.ranks, took)
             yield emitted
     finally:
         release(commit(state.cache), rows)
 
 
+def start(state: State, output: Output) -> None:
+    """Hand the heavy part of a step over to the device: its first layers at once.
+
+    MLX walks all of a graph before it hands over the first operation, so with the first layers going
+    ahead, the device need not wait for the walk through the others.
+    """
+    mx.async_eval(state.cache.keys[:FIRST_LAYERS][-1])
+    mx.async_eval(output.verified)
+
+
 def enqueue(state: State, output: Output) -> None:
-    """Hand a step over to the device."""
+    """Hand over what remains of a step."""
     parts = {**vars(state), "cache": vars(state.cache)}
     mx.async_eval(output.tokens, output.count, output.ranks, parts)
 
