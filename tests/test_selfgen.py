@@ -187,6 +187,17 @@ def test_seed_and_index_decide_everything(model):
     assert rows_of(generate(target, tokenizer, changed, 0)) != first
 
 
+def test_a_batch_can_be_cut(model):
+    tokenizer = make_tokenizer("chatml")
+    target = target_of(model, tokenizer)
+    whole = generate(target, tokenizer, RECIPE, 0, features=True)
+    cut = generate(target, tokenizer, RECIPE, 0, features=True, progress=lambda done, _: done == 60)
+    assert [row.tokens.tolist() for row in cut.conversations] == [
+        row.tokens[:60].tolist() for row in whole.conversations
+    ]
+    assert mx.array_equal(cut.features, whole.features[:, :60])
+
+
 @pytest.mark.parametrize("name", ["chatml", "inst", None])
 def test_workers_change_nothing(model, name):
     tokenizer = make_tokenizer(name)

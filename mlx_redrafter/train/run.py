@@ -67,6 +67,7 @@ MOST_EPOCHS = 10.0
 SCORES = 12  # held-out scores in a run
 SAVE_SECONDS = 120.0
 UNLIMITED = 1 << 62
+SHORTEST_CUT = 96  # tokens of a conversation that is cut because the time is up
 ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
 EVALUATION_SHAPES = (DraftShape(1, 4), DraftShape(2, 4), DraftShape(4, 5))
@@ -375,11 +376,15 @@ def _read_written(work: Work, cleaner: Cleaner, batches: int) -> int:
     return trained
 
 
-def _advance(bar: Any, recipe: Recipe, work: Work, limit: float, done: int, total: int) -> None:
-    """Show a batch's progress; what part of it is the model's answers is known only in the end."""
+def _advance(bar: Any, recipe: Recipe, work: Work, limit: float, done: int, total: int) -> bool:
+    """Show a batch's progress, and say when the time is up.
+
+    What part of it is the model's answers is known only in the end.
+    """
     bar.update(round(ANSWERS * recipe.batch))
     if limit < math.inf:
         bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
+    return work.elapsed > limit and done >= SHORTEST_CUT
 
 
 def _has_room(work: Work) -> bool:

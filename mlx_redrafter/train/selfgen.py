@@ -84,7 +84,7 @@ class Recipe:
 
 @dataclass
 class Generated:
-    """A batch of B conversations of exactly T tokens.
+    """A batch of B conversations of exactly T tokens, the recipe's ``length`` unless they were cut.
 
     Attributes:
         conversations: B of them; one whose prompt alone fills the row has no trained token.
@@ -384,7 +384,7 @@ def generate(
     prompts: Sequence[list[str]] = (),
     features: bool = False,
     workers: Workers | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], bool | None] | None = None,
 ) -> Generated:
     """Let the model write one batch of conversations; its seed and index decide everything.
 
@@ -395,7 +395,8 @@ def generate(
             without a chat template continues the first tokens of a prompt.
         features: also return the hidden states.
         workers: each computes a group of the rows; which one does not matter to the result.
-        progress: called with the tokens per row written so far and their total.
+        progress: called with the tokens per row written so far and their total; if it returns True, the
+            conversations end there.
 
     Raises:
         ValueError: the template cannot be used, or takes no system prompt; or the logits are NaN.
@@ -411,8 +412,8 @@ def generate(
         key, step_key = mx.random.split(key)
         for row, token in zip(rows, _next(rows, groups, recipe, step_key, workers), strict=True):
             row.advance(token)
-        if progress is not None:
-            progress(done + 1, recipe.length)
+        if progress is not None and progress(done + 1, recipe.length):
+            break
     conversations = [_conversation(row) for row in rows]
     return Generated(conversations, _features(rows, groups, workers) if features else None)
 
