@@ -365,7 +365,7 @@ def test_only_what_the_model_says_counts_for_cleaning():
 
 def test_tokens_are_counted():
     counts = data.count_tokens([conversation([1, 2, 2]), conversation([4, 2])], 6)
-    assert counts.tolist() == [0, 1, 3, 0, 1, 0]
+    assert counts.tolist() == [[0, 1, 3, 0, 1, 0], [0, 1, 2, 0, 1, 0]]
     assert counts.dtype == np.int64
     with pytest.raises(ValueError, match="token 6 is not in the vocabulary of 6"):
         data.count_tokens([conversation([6])], 6)

@@ -391,10 +391,11 @@ def test_the_first_head_is_the_models(target, exit_dim):
 
 
 def test_vocabulary():
-    counts = np.array([0, 5, 0, 9, 1, 5])
-    assert run.choose_vocabulary(counts, 2).tolist() == [1, 3]
+    counts = np.array([[0, 5, 0, 9, 1, 5], [0, 2, 0, 3, 1, 3]])
+    assert run.choose_vocabulary(counts, 1).tolist() == [3]
+    assert run.choose_vocabulary(counts, 2).tolist() == [3, 5]  # in more conversations than token 1
     assert run.choose_vocabulary(counts, 0).tolist() == list(range(6))
-    wide = np.ones(5000, np.int64)
+    wide = np.ones((2, 5000), np.int64)
     assert len(run.choose_vocabulary(wide, None)) == 5000  # 96 % are 4800, in steps of 1024
 
 

@@ -479,12 +479,12 @@ def _hashes(tokens: Array, size: int) -> npt.NDArray[np.uint64]:
 
 
 def count_tokens(conversations: Iterable[Conversation], vocab_size: int) -> npt.NDArray[np.int64]:
-    """How often the model says each token: int64 [vocab_size], over trained tokens.
+    """How often the model says each token, and in how many conversations: int64 [2, vocab_size].
 
     Raises:
         ValueError: a token is outside the vocabulary.
     """
-    counts = np.zeros(vocab_size, np.int64)
+    counts = np.zeros((2, vocab_size), np.int64)
     for conversation in conversations:
         spoken = conversation.tokens[conversation.trained]
         if spoken.size and int(spoken.max()) >= vocab_size:
@@ -492,5 +492,6 @@ def count_tokens(conversations: Iterable[Conversation], vocab_size: int) -> npt.
                 f"token {int(spoken.max())} is not in the vocabulary of {vocab_size}: "
                 "use data of the same model."
             )
-        counts += np.bincount(spoken, minlength=vocab_size)
+        times = np.bincount(spoken, minlength=vocab_size)
+        counts += np.stack([times, times > 0])
     return counts

@@ -442,9 +442,8 @@ def make_features(work: Work, target: Target, request: Request, workers: Workers
     tokens = {"tokens": sum(len(row.tokens) for shard in train for row in rows[shard])}
     conversations = sum(len(rows[shard]) for shard in train)
     held_out = sum(len(rows[shard]) for shard in held)
-    work.note(
-        counted={**tokens, "conversations": conversations, "held_out": held_out, "trained": int(counts.sum())}
-    )
+    trained = int(counts[0].sum())
+    work.note(counted={**tokens, "conversations": conversations, "held_out": held_out, "trained": trained})
     return Data(shards_of(train), shards_of(held), choose_vocabulary(counts, request.draft_vocab))
 
 
@@ -474,17 +473,20 @@ def _cached(
 
 
 def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndarray[Any, Any]:
-    """The draft tokens: the ``size`` most frequent, in ascending order.
+    """The draft tokens, in ascending order: those of the most conversations.
+
+    They cover more of other texts than those said most often, which may all be one conversation's.
 
     Args:
-        counts: [V], how often the model said each token.
-        size: None takes as many as cover ``COVERAGE`` of the data; 0 takes all.
+        counts: [2, V], how often the model said each token, and in how many conversations.
+        size: how many; None takes as many as cover ``COVERAGE`` of the data; 0 takes all.
     Returns:
         int32 [Vd].
     """
-    order = np.argsort(-counts, kind="stable")
+    said, conversations = counts
+    order = np.lexsort((-said, -conversations))
     if size is None:
-        covered = np.cumsum(counts[order]) / max(1, counts.sum())
+        covered = np.cumsum(said[order]) / max(1, said.sum())
         needed = int(np.searchsorted(covered, COVERAGE)) + 1
         size = -(-needed // VOCAB_STEP) * VOCAB_STEP
     return np.sort(order[: size or len(order)]).astype(np.int32)
