@@ -131,7 +131,7 @@ class Target:
         )
 
     def check(self) -> None:
-        """Compare a branching tree's logits with sequential decoding on this very model.
+        """Compare a branching tree's and a chain's logits with sequential decoding on this very model.
 
         Raises:
             ValueError: they differ, so drafting would change what the model says.
@@ -141,12 +141,15 @@ class Target:
         #          \ g - h
         parents = mx.array([[0, 0, 1, 2, 1, 4]], mx.int32)
         tree = make_tree(mx.array([[root, d, e, f, g, h]], mx.int32), parents, depth=3)
+        chain = make_tree(mx.array([[root, d, e, f]], mx.int32), parents[:, :4], depth=3)
+        chain.is_chain = True
         try:
             caches = self.make_cache()
             self.forward(mx.array([[a, b, c]]), caches)
-            found = self.verify(tree, grow(from_prompt_cache(caches), 16), mx.array([3])).logits[0]
+            cache = grow(from_prompt_cache(caches), 16)
+            found = mx.concatenate([self.verify(x, cache, mx.array([3])).logits[0] for x in (tree, chain)])
             first = self._sequential([a, b, c, root], [d, e, f])
-            wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:]])
+            wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:], *first])
             error = float(mx.abs(found.astype(mx.float32) - wanted).max())
             scale = float(mx.abs(wanted).max())
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as reason:
