@@ -11,7 +11,7 @@ from mlx_redrafter.decoding.cache import Cache, commit, grow, leave_path, visibl
 from mlx_redrafter.decoding.lookup import PRIOR, Found, alone, find, first_record, learn, merge, scores
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.decoding.topk import top_k
-from mlx_redrafter.decoding.tree import build_tree, from_beam, make_tree
+from mlx_redrafter.decoding.tree import build_chain, build_tree, from_beam, make_tree
 
 SIZES = [(1, 1), (7, 7), (128, 3), (1000, 1), (1001, 4), (1024, 8), (1024, 100), (5000, 2), (5000, 40)]
 
@@ -136,6 +136,16 @@ def test_the_documented_tree():
     pruned = build_tree(mx.array([10]), from_beam(beam), 4, 2)
     assert pruned.tokens.tolist() == [[10, 11, 13, 14]]  # 12 is the least likely
     assert pruned.parents.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("nodes", [1, 3, 4])
+def test_a_chain_is_the_tree_that_a_search_would_find(nodes):
+    beam = Beam(mx.array([[[11], [12], [13]]] * 2), mx.zeros((2, 3, 1), mx.int32), -mx.ones((2, 3, 1)))
+    root = mx.array([10, 20])
+    chain, tree = build_chain(root, from_beam(beam), nodes), build_tree(root, from_beam(beam), nodes, 3)
+    assert chain.is_chain and not tree.is_chain
+    for name in ("tokens", "parents", "depths", "ancestors", "ranks"):
+        assert getattr(chain, name).tolist() == getattr(tree, name).tolist(), name
 
 
 def test_accept_follows_the_targets_picks():
