@@ -303,7 +303,7 @@ def test_a_model_whose_positions_are_not_reached_is_refused(monkeypatch):
 
 
 def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
-    everything = lambda tree, length, capacity, window: mx.ones((1, 6, capacity), mx.bool_)  # noqa: E731
+    everything = lambda tree, length, capacity, window: mx.ones((1, tree.tokens.shape[1], capacity), mx.bool_)  # noqa: E731
     monkeypatch.setattr("mlx_redrafter.target.visible", everything)
     with pytest.raises(ValueError, match="its logits differ"):
         Target(make_model("llama")).check()
