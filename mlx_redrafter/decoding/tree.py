@@ -78,7 +78,7 @@ def build_tree(token: mx.array, candidates: Candidates, nodes: int, depth: int) 
 def build_chain(token: mx.array, candidates: Candidates | None, nodes: int) -> Tree:
     """The root [B] and the first ``nodes - 1`` candidates, each of which continues the one before."""
     tokens, ranks = token[:, None], [0]
-    if candidates is not None and nodes > 1:
+    if candidates is not None:
         drafted = candidates.tokens[:, : nodes - 1]
         tokens = mx.concatenate([tokens.astype(drafted.dtype), drafted], axis=1)  # [B, N]
         ranks += candidates.ranks[: nodes - 1]
