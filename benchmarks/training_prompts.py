@@ -1,6 +1,6 @@
 """Conversations' user turns, of which the model's answers were part of the default drafter's data.
 
-    python benchmarks/training_prompts.py [COUNT] > prompts.jsonl
+    python benchmarks/training_prompts.py [COUNT] > prompts.jsonl     # 5,000; the first ones of any count are the same
 
 Combined from templates and subjects, always the same; none is taken from what drafters are measured with.
 """
