@@ -103,7 +103,7 @@ def test_check_refuses_another_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_training_prompts_are_none_that_drafters_are_measured_with() -> None:
-    training = importlib.import_module("training_prompts").conversations(5000)
+    training = importlib.import_module("training_prompts").conversations(20000)
     held_out = (Path(__file__).parents[1] / "benchmarks/held_out.jsonl").read_text().splitlines()
     measured = [turn for line in held_out for turn in json.loads(line)["turns"]]
     assert measured and {len(turns) for turns in training} == {4}
