@@ -116,6 +116,10 @@ def flags(name: str, command: argparse.ArgumentParser) -> None:
 def compiled(name: str) -> ctypes.CDLL:
     """A C program of this folder, compiled with the MKL of this environment."""
     base, folder = Path(sys.prefix), Path(tempfile.mkdtemp())
+    if "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        raise SystemExit("This CPU has no bfloat16 matrix units (amx_bf16): use mlx-redrafter train.")
+    if not (base / "lib/libmkl_rt.so.3").exists():
+        raise SystemExit(f"{base} has no MKL: uv pip install mkl mkl-include")
     library = folder / f"{name}.so"
     flags = ["-O3", "-ffast-math", "-march=sapphirerapids", "-shared", "-fPIC"]
     mkl = [f"-I{base}/include", f"-L{base}/lib", f"-Wl,-rpath,{base}/lib", "-l:libmkl_rt.so.3", "-lm"]
@@ -252,6 +256,8 @@ def write(args: argparse.Namespace) -> None:
         prompts.sort(key=lambda turns: len(tokenizer.encode(turns[0])))
         order = np.random.default_rng(1).permutation(len(prompts) // args.batch)
         prompts = [prompts[i * args.batch + j] for i in order for j in range(args.batch)]
+    for part in ("data", "features"):
+        (args.folder / part).mkdir(parents=True, exist_ok=True)
     cleaner, begin, last, number = Cleaner(), time.time(), 0.0, args.first
     while time.time() - begin + last < args.seconds:
         started, name = time.time(), f"{args.name + number:05d}"
@@ -277,6 +283,8 @@ def train(args: argparse.Namespace) -> None:
     target = Target(model.model, LAYERS)
     names = sorted(path.stem for path in (args.folder / "features").glob("*.safetensors"))
     names = [name for name in names if name not in args.held_out]
+    if not names:
+        raise SystemExit(f"{args.folder} has no shards to train on: write some.")
     weights = dict(mx.load(str(args.start)))  # type: ignore[arg-type]
     if args.draft_vocab:
         rows = (row for name in names for row in read_shard(args.folder / "data" / f"{name}.npz"))
