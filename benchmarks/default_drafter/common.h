@@ -50,10 +50,6 @@ static inline __m512 sigmoid(__m512 x) {
 
 static inline __m512 silu(__m512 x) { return _mm512_mul_ps(x, sigmoid(x)); }
 
-static void round_to_bf16(bf16 *to, const float *from, long n) {
-    for (long i = 0; i < n; i += 16) put(to + i, f32(from + i));
-}
-
 // c[m, n] = a[m, k] b[n, k]^T, added to c if add is 1
 static void multiply(long m, long n, long k, const bf16 *a, const bf16 *b, float add, float *c) {
     cblas_gemm_bf16bf16f32(CblasRowMajor, CblasNoTrans, CblasTrans, m, n, k, 1, a, k, b, k, add, c, n);

@@ -126,7 +126,7 @@ static void attend(const Layer *layer, int row, int group, int position, float *
         for (int i = 0; i < blocks * 16; i += 16) {
             __m512 above = _mm512_sub_ps(_mm512_load_ps(scores[j] + i), most);
             __m512 weight = power2(_mm512_mul_ps(above, _mm512_set1_ps(LOG2_E)));
-            // a score of never is 2^-126, which bfloat16 keeps, but zero values follow it
+            // positions to come weigh 2^-126, which is nothing
             sum = _mm512_add_ps(sum, weight);
             put(weights[j] + i, weight);
         }

@@ -38,7 +38,7 @@ from mlx_redrafter.train.features import read_features, select, write_features
 from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, score
 from mlx_redrafter.train.run import choose_vocabulary
 from mlx_redrafter.train.selfgen import Recipe, generate, read_openings
-from mlx_redrafter.train.trainer import with_vocabulary
+from mlx_redrafter.train.trainer import Settings, rate, with_vocabulary
 
 import mlx.core as mx  # isort: skip
 from mlx.utils import tree_flatten  # isort: skip
@@ -55,59 +55,42 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    parsers = {}
     for function in (write, train, check):
-        command = commands.add_parser(function.__name__)
+        parsers[function] = command = commands.add_parser(function.__name__)
         command.add_argument("folder", type=Path)
         command.set_defaults(function=function)
-        flags(function.__name__, command)
+    command = parsers[write]
+    command.add_argument("--prompts", type=Path, help="turns to answer; without, the model writes them too")
+    command.add_argument("--skip", type=int, default=0, help="prompts to leave out at the start")
+    command.add_argument("--by-length", action="store_true", help="prompts of a batch are of similar length")
+    command.add_argument("--first", type=int, default=0, help="batch")
+    command.add_argument("--name", type=int, default=0, help="of batch 0's shard; each batch's is one more")
+    command.add_argument("--batch", type=int, default=256)
+    command.add_argument("--length", type=int, default=288)
+    command.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.5], help="batch by batch")
+    command.add_argument("--seed", type=int, default=6)
+    command.add_argument("--seconds", type=float, default=3600, help="no batch begins that would take longer")
+    command = parsers[train]
+    command.add_argument("output", type=Path)
+    command.add_argument("--start", type=Path, required=True)
+    command.add_argument("--held-out", nargs="+", default=[], help="shards")
+    command.add_argument("--draft-vocab", type=int, help="choose the draft tokens again, so many")
+    command.add_argument("--steps", type=int, required=True)
+    command.add_argument("--batch", type=int, default=64, help="segments")
+    command.add_argument("--length", type=int, default=3)
+    command.add_argument("--last", type=float, default=0.2, help="share of the steps that are of length 5")
+    command.add_argument("--rate", type=float, default=1e-3)
+    command.add_argument("--warm-up", type=float, default=0.03)
+    command.add_argument("--weight-decay", type=float, default=0.01)
+    command.add_argument("--depth-weight", type=float, default=0.7)
+    command.add_argument("--dropout", type=float, default=0.2)
+    command.add_argument("--negatives", type=float, default=0.2)
+    command.add_argument("--average", type=float, default=0.001, help="a step's share of the running average")
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument("--scores", type=int, default=4, help="how often to score")
     args = parser.parse_args()
     args.function(args)
-
-
-def flags(name: str, command: argparse.ArgumentParser) -> None:
-    if name == "write":
-        command.add_argument(
-            "--prompts", type=Path, help="turns to answer; without, the model writes them too"
-        )
-        command.add_argument("--skip", type=int, default=0, help="prompts to leave out at the start")
-        command.add_argument(
-            "--by-length", action="store_true", help="prompts of a batch are of similar length"
-        )
-        command.add_argument("--first", type=int, default=0, help="batch")
-        command.add_argument(
-            "--name", type=int, default=0, help="of batch 0's shard; each batch's is one more"
-        )
-        command.add_argument("--batch", type=int, default=256)
-        command.add_argument("--length", type=int, default=288)
-        command.add_argument(
-            "--temperature", type=float, nargs="+", default=[0.0, 0.5], help="batch by batch"
-        )
-        command.add_argument("--seed", type=int, default=6)
-        command.add_argument(
-            "--seconds", type=float, default=3600, help="no batch begins that would take longer"
-        )
-    if name == "train":
-        command.add_argument("output", type=Path)
-        command.add_argument("--start", type=Path, required=True)
-        command.add_argument("--held-out", nargs="+", default=[], help="shards")
-        command.add_argument("--draft-vocab", type=int, help="choose the draft tokens again, so many")
-        command.add_argument("--steps", type=int, required=True)
-        command.add_argument("--batch", type=int, default=64, help="segments")
-        command.add_argument("--length", type=int, default=3)
-        command.add_argument(
-            "--last", type=float, default=0.2, help="share of the steps that are of length 5"
-        )
-        command.add_argument("--rate", type=float, default=1e-3)
-        command.add_argument("--warm-up", type=float, default=0.03)
-        command.add_argument("--weight-decay", type=float, default=0.01)
-        command.add_argument("--depth-weight", type=float, default=0.7)
-        command.add_argument("--dropout", type=float, default=0.2)
-        command.add_argument("--negatives", type=float, default=0.2)
-        command.add_argument(
-            "--average", type=float, default=0.001, help="a step's share of the running average"
-        )
-        command.add_argument("--seed", type=int, default=1)
-        command.add_argument("--scores", type=int, default=4, help="how often to score")
 
 
 # --- The C programs ------------------------------------------------------------------------------------
@@ -115,17 +98,18 @@ def flags(name: str, command: argparse.ArgumentParser) -> None:
 
 def compiled(name: str) -> ctypes.CDLL:
     """A C program of this folder, compiled with the MKL of this environment."""
-    base, folder = Path(sys.prefix), Path(tempfile.mkdtemp())
+    base = Path(sys.prefix)
     if "amx_bf16" not in Path("/proc/cpuinfo").read_text():
         raise SystemExit("This CPU has no bfloat16 matrix units (amx_bf16): use mlx-redrafter train.")
     if not (base / "lib/libmkl_rt.so.3").exists():
         raise SystemExit(f"{base} has no MKL: uv pip install mkl mkl-include")
-    library = folder / f"{name}.so"
     flags = ["-O3", "-ffast-math", "-march=sapphirerapids", "-shared", "-fPIC"]
     mkl = [f"-I{base}/include", f"-L{base}/lib", f"-Wl,-rpath,{base}/lib", "-l:libmkl_rt.so.3", "-lm"]
-    subprocess.run(["gcc", *flags, str(HERE / f"{name}.c"), "-o", str(library), *mkl], check=True)
     ctypes.CDLL(f"{base}/lib/libmkl_rt.so.3").MKL_Set_Threading_Layer(1)  # sequential
-    return ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/{name}.so"
+        subprocess.run(["gcc", *flags, str(HERE / f"{name}.c"), "-o", library, *mkl], check=True)
+        return ctypes.CDLL(library)
 
 
 def address(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
@@ -294,25 +278,28 @@ def train(args: argparse.Namespace) -> None:
         weights = named
     net = Net(weights, target)
     held_out = {name: held_out_batches(args.folder, name, net) for name in args.held_out}
-    steps, done = args.steps, 0
+    head = LabelHead(
+        target,
+        mx.array(net.ids),
+        read_features(args.folder / "features" / f"{names[0]}.safetensors").context[:64, :HIDDEN],
+    )
+    settings, steps, done = Settings(learning_rate=args.rate, warm_up=args.warm_up), args.steps, 0
     marks = {0, *(round(steps * (i + 1) / args.scores) for i in range(args.scores))}
 
     def report() -> None:
         for what, flat in (("now", net.parameters), ("average", net.average)):
-            print(done, what, scores(net.weights(flat), target, held_out), flush=True)
-            mx.save_safetensors(str(args.output / f"{what}.safetensors"), net.weights(flat))
+            weights = net.weights(flat)
+            print(done, what, scores(weights, target, head, held_out), flush=True)
+            mx.save_safetensors(str(args.output / f"{what}.safetensors"), weights)
 
     args.output.mkdir(parents=True, exist_ok=True)
     report()
     recent, begun = [], time.time()
     for segments in batches(args.folder, names, args.batch, args.seed):
-        warm = args.warm_up * steps
-        cosine = 0.5 * (1 + math.cos(math.pi * (done - warm) / (steps - warm)))
-        rate = args.rate * min((done + 1) / warm, cosine if done >= warm else 1)
         length = 5 if done >= steps * (1 - args.last) else args.length
         objective = Objective(length, args.depth_weight, negatives=args.negatives, dropout=args.dropout)
         losses = net.add_gradients(segments, objective, args.seed * 1_000_003 + done)
-        net.update(losses[0, 1], rate, args.weight_decay, args.average)
+        net.update(losses[0, 1], rate(settings, steps, done), args.weight_decay, args.average)
         recent.append(losses[:3, 0] / losses[:3, 1])
         done += 1
         if done % 100 == 0:
@@ -346,7 +333,8 @@ def check(args: argparse.Namespace) -> None:
     batch.context = batch.context.astype(mx.float32)
     head = LabelHead(target, mx.array(net.ids), features.context[:64, :HIDDEN])
     losses, wanted = gradients(made, made.trainable_parameters(), target, head, objective, batch)
-    found = net.add_gradients([(arrays(args.folder, name), int(i)) for i in starts], objective, 1)
+    shard = arrays(args.folder, name)
+    found = net.add_gradients([(shard, int(i)) for i in starts], objective, 1)
     print("losses", differ(losses, mx.array(found)))
     gradient = net.weights(np.add(*net.gradients))
     for key, value in tree_flatten(wanted):
@@ -417,11 +405,12 @@ def held_out_batches(folder: Path, name: str, net: Net) -> list[Any]:
     return made
 
 
-def scores(weights: dict[str, mx.array], target: Target, held_out: dict[str, list[Any]]) -> dict[str, float]:
+def scores(
+    weights: dict[str, mx.array], target: Target, head: LabelHead, held_out: dict[str, list[Any]]
+) -> dict[str, float]:
     """Tokens per step on held-out shards, their own tokens given."""
     made, found = drafter(weights).train(), {}
     for name, parts in held_out.items():
-        head = LabelHead(target, weights["draft_to_target"], parts[0].context[0, :, :HIDDEN])
         found[name] = round(score(made, target, head, Objective(), parts).tokens_per_step, 4)
     return found
 

@@ -13,6 +13,10 @@ static const bf16 *embedding, *label_head; // the base model's: all rows, and th
 static const int *to_draft;
 static bf16 *rounded; // the parameters
 
+static void round_to_bf16(bf16 *to, const float *from, long n) {
+    for (long i = 0; i < n; i += 16) put(to + i, f32(from + i));
+}
+
 long layout(int draft_tokens) {
     long *places[] = {&rnn_w, &rnn_u, &rnn_bias, &in_context, &in_state, &in_bias, block, block_bias, block + 1,
                       block_bias + 1, &head};
@@ -121,8 +125,8 @@ static int draw(long label_rows, int of_256, uint64_t *random) {
         for (int j = 0; j < tokens; j += 16)
             _mm512_storeu_ps(s.likeliest + j, _mm512_max_ps(f32(s.likeliest + j), f32(s.labels + r * tokens + j)));
     int spare[16], spares = 0; // to make a multiple of 16
+    __mmask16 chance = 0;
     for (int j = 0; j < tokens; j++) {
-        static _Thread_local __mmask16 chance;
         if (j % 16 == 0) chance = coins(random, of_256);
         int likely = s.likeliest[j] > LIKELY;
         if (likely || (chance >> j % 16 & 1)) {

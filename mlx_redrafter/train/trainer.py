@@ -184,6 +184,14 @@ def steps_of(sizes: Sequence[int], settings: Settings) -> int:
     return max(1, count + math.ceil(part * last))
 
 
+def rate(settings: Settings, steps: int, step: int) -> float:
+    """The learning rate of a step (from 0) of so many: linear warm-up, then a cosine down to 0."""
+    warm = max(1, round(settings.warm_up * steps))
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
 class Trainer:
     """A run of training: its weights, its optimizer, and its place in the data.
 
@@ -314,26 +322,15 @@ class Trainer:
             mx.sqrt(mx.stack([mx.square(x).sum() for _, x in sorted(flat, key=itemgetter(0))]).sum()) * scale
         )
         factor = scale * mx.minimum(1.0, self.settings.clip / (norm + 1e-6))
-        rate = self.rate(self.progress.step)
-        keep = 1 - rate * self.settings.weight_decay
+        now = rate(self.settings, self.steps, self.progress.step)
+        keep = 1 - now * self.settings.weight_decay
         decayed = tree_map(lambda x: x * keep if x.ndim > 1 else x, self.parameters)
-        self.optimizer.learning_rate = rate
+        self.optimizer.learning_rate = now
         gradients = tree_map(lambda x: x * factor, gradients)
         updated = self.optimizer.apply_gradients(gradients, decayed)
         # In the layout that a checkpoint is read back in, as products of other layouts round differently.
         self.parameters = tree_map(mx.contiguous, updated)
         mx.eval(self.parameters, self.optimizer.state)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step (from 0): linear warm-up, then a cosine down to 0."""
-        warm = max(1, round(self.settings.warm_up * self.steps))
-        if step < warm:
-            return self.settings.learning_rate * (step + 1) / warm
-        return (
-            self.settings.learning_rate
-            * 0.5
-            * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-        )
 
     def _cast(self, parameters: Any) -> Any:
         return tree_map(lambda x: x.astype(self.dtype), parameters)
