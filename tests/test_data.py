@@ -349,6 +349,7 @@ def test_duplicates_and_loops_are_dropped():
     kept, dropped = data.clean(talks)
     assert [i for i, talk in enumerate(talks) if any(talk is c for c in kept)] == [0, 1, 3, 5]
     assert dropped == Dropped(duplicates=2, loops=1)
+    assert Cleaner(least_distinct=0.05).keep(talks[4])
 
 
 def test_only_what_the_model_says_counts_for_cleaning():

@@ -33,7 +33,7 @@ import numpy as np
 from mlx_redrafter import load
 from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.target import Target
-from mlx_redrafter.train.data import Cleaner, count_tokens, read_shard, write_shard
+from mlx_redrafter.train.data import LEAST_DISTINCT, Cleaner, count_tokens, read_shard, write_shard
 from mlx_redrafter.train.features import read_features, select, write_features
 from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, score
 from mlx_redrafter.train.run import choose_vocabulary
@@ -69,6 +69,7 @@ def main() -> None:
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--length", type=int, default=288)
     command.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.5], help="batch by batch")
+    command.add_argument("--least-distinct", type=float, default=LEAST_DISTINCT, help="of what is no loop")
     command.add_argument("--seed", type=int, default=6)
     command.add_argument("--seconds", type=float, default=3600, help="no batch begins that would take longer")
     command = parsers[train]
@@ -242,7 +243,7 @@ def write(args: argparse.Namespace) -> None:
         prompts = [prompts[i * args.batch + j] for i in order for j in range(args.batch)]
     for part in ("data", "features"):
         (args.folder / part).mkdir(parents=True, exist_ok=True)
-    cleaner, begin, last, number = Cleaner(), time.time(), 0.0, args.first
+    cleaner, begin, last, number = Cleaner(args.least_distinct), time.time(), 0.0, args.first
     while time.time() - begin + last < args.seconds:
         started, name = time.time(), f"{args.name + number:05d}"
         data = args.folder / "data" / f"{name}.npz"

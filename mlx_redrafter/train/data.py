@@ -429,17 +429,18 @@ class Cleaner:
     A conversation is a near-duplicate if 70 % of its shingles (runs of 8 trained tokens) occurred in
     those kept before. They are remembered as marks in a table of 2^26 hash values: with 10 million
     tokens kept, a new shingle is taken for a known one in 14 % of all cases, far from 70 %. A loop is one
-    whose runs of 4 trained tokens are to less than 30 % distinct; it is dropped whole.
+    whose runs of 4 trained tokens are to less than ``least_distinct`` distinct; it is dropped whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least_distinct: float = LEAST_DISTINCT) -> None:
         self.dropped = Dropped()
+        self._least_distinct = least_distinct
         self._seen = np.zeros(1 << TABLE_BITS, bool)
 
     def keep(self, conversation: Conversation) -> bool:
         """Whether to keep the conversation; counted in ``dropped`` if not, remembered if so."""
         spoken = conversation.tokens[conversation.trained]
-        if len(spoken) >= LOOP_TOKENS and _distinct(spoken) < LEAST_DISTINCT:
+        if len(spoken) >= LOOP_TOKENS and _distinct(spoken) < self._least_distinct:
             self.dropped.loops += 1
             return False
         places = _hashes(spoken, SHINGLE) >> np.uint64(64 - TABLE_BITS)
