@@ -415,14 +415,17 @@ def test_another_vocabulary_keeps_what_is_known(target):
     old, new = np.arange(0, DRAFT, dtype=np.int32), np.arange(40, 100, dtype=np.int32)
     config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT)
     drafter = initial_drafter(target, config, old, 0)
-    drafter.lm_head[-1].weight = drafter.lm_head[-1].weight + 1
+    drafter.lm_head[-1].weight = drafter.lm_head[-1].weight / 2 + 1  # new rows shall follow
     for ids in (new, None):
         found = with_vocabulary(drafter, target, ids, 0)
         tokens = np.arange(VOCABULARY) if ids is None else ids
         assert found.to_target(mx.arange(found.config.head_outputs)).tolist() == tokens.tolist()
-        wanted = target.embed.weight[mx.array(tokens)] + mx.array(tokens < DRAFT)[:, None]
-        assert mx.allclose(found.lm_head[-1].weight, wanted)
+        wanted = target.embed.weight[mx.array(tokens)] / 2 + 1
+        assert mx.allclose(found.lm_head[-1].weight, wanted, atol=1e-5)
         assert mx.array_equal(found.rnn_u.weight, drafter.rnn_u.weight)
+    unknown = mx.arange(DRAFT, 100)
+    found = with_vocabulary(drafter, target, np.array(unknown), 0)
+    assert mx.array_equal(found.lm_head[-1].weight, target.embed.weight[unknown])
 
 
 # --- The command ---------------------------------------------------------------------------------------

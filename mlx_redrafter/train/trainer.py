@@ -129,19 +129,28 @@ def initial_drafter(
 
 
 def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] | None, seed: int) -> Drafter:
-    """The same network for the draft tokens ``ids`` (None: all); rows of new ones are the base model's."""
+    """The same network for the draft tokens ``ids`` (None: all).
+
+    Rows of new tokens are the base model's, scaled and shifted as training did it with the others on
+    average: as they are, their logits would drown the trained ones'.
+    """
     size = drafter.config.vocab_size if ids is None else len(ids)
     config = replace(drafter.config, draft_vocab_size=None if ids is None else size)
     other = initial_drafter(target, config, ids, seed)
+    known = drafter.config.head_outputs
     place = np.full(config.vocab_size, -1)
-    place[np.array(drafter.to_target(mx.arange(drafter.config.head_outputs)))] = np.arange(
-        drafter.config.head_outputs
-    )
-    old = mx.array(place if ids is None else place[ids])  # [Vd]
-    head = other.lm_head[-1].weight
+    place[np.array(drafter.to_target(mx.arange(known)))] = np.arange(known)
+    old = place if ids is None else place[ids]  # [Vd]
+    head, kept = np.array(other.lm_head[-1].weight), old >= 0
     other.update(drafter.parameters())
-    rows = drafter.lm_head[-1].weight[mx.maximum(old, 0)]
-    other.lm_head[-1].weight = mx.where((old >= 0)[:, None], rows, head)
+    if kept.any():
+        rows = np.array(drafter.lm_head[-1].weight.astype(mx.float32))[old[kept]]
+        before, after = head[kept].mean(axis=0), rows.mean(axis=0)
+        base = head[kept] - before
+        gain = (base * (rows - after)).sum() / max(np.square(base).sum(), 1e-12)
+        head = after + gain * (head - before)
+        head[kept] = rows
+    other.lm_head[-1].weight = mx.array(head)
     mx.eval(other.parameters())
     return other
 
