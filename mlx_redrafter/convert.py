@@ -31,6 +31,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
+DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
 LINES_AT_ONCE = 256
 
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -58,7 +59,7 @@ def convert_drafter(
     *,
     base: str | Path | BaseIdentity | None = None,
     q_bits: int | None = None,
-    q_group_size: int = 64,
+    q_group_size: int = DRAFTER_GROUP_SIZE,
     dtype: str | None = None,
     draft_vocab: int | None = None,
     frequencies: str | Path | None = None,
@@ -307,7 +308,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drafters")
     group.add_argument("--drafter", help="convert this drafter; --model then names the base it belongs to")
     group.add_argument("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
-    group.add_argument("--drafter-q-group-size", type=int, help="weights per scale (default: 64)")
+    group.add_argument("--drafter-q-group-size", type=int, help="weights per scale (default: 32)")
     group.add_argument("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
     group.add_argument(
         "--frequencies", help="where to count them: text, JSONL conversations, or saved counts"
@@ -394,7 +395,7 @@ def _run_drafter(args: argparse.Namespace) -> str:
         args.mlx_path,
         base=args.hf_path,
         q_bits=args.drafter_q_bits,
-        q_group_size=64 if args.drafter_q_group_size is None else args.drafter_q_group_size,
+        q_group_size=DRAFTER_GROUP_SIZE if args.drafter_q_group_size is None else args.drafter_q_group_size,
         dtype=args.dtype,
         draft_vocab=args.draft_vocab,
         frequencies=args.frequencies,
