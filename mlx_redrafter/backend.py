@@ -19,7 +19,8 @@ class Backend:
         dtype: the type that weights are given at load, dequantized if need be; None keeps them.
         shapes: what the automatic choice chooses from, plain decoding first. Which of them pays is
             measured on the machine; here stands what its kernels are made for.
-        grain: rows by which attention's view of the buffers grows, while it is short.
+        grain: rows by which attention's view of the buffers grows, while it is short. 1: by single rows
+            always, for nothing is compiled, and a plain step that sees its own rows only needs no mask.
         compiled: whether steps are compiled.
     """
 

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from .model import SpeculativeModel
 
 SECONDS = 2.0  # that a calibration takes, about
-PATIENCE = 3  # times as long at most, where the rounds differ much
+PATIENCE = 2  # times as long at most, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
-STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of only two, a third
+STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
 SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 UNLIMITED = 1 << 40  # tokens
@@ -171,7 +171,7 @@ class Measured:
 
     Attributes:
         rounds: for each shape, seconds of one step in each round; the first shape is plain decoding.
-            None at all for a shape that can never pay.
+            Only doubtful ones take part in the last rounds, and one that can never pay in none.
     """
 
     rounds: list[list[float]]
@@ -191,18 +191,25 @@ class Measured:
         return [plain * max(median(ratios), 1.0) if ratios else math.inf for ratios in self.ratios]
 
     @property
+    def doubtful(self) -> list[bool]:
+        """For each shape, whether too few of its ratios are close together: not two, or half or less."""
+        return [len(x) > 0 and _in_doubt(x) for x in self.ratios]
+
+    @property
     def steady(self) -> bool:
-        """Whether there are some rounds, and the middle half of each shape's ratios lies close together."""
-        rounds = len(self.rounds[0])
-        limit = STEADY if rounds > 2 else STEADY / 3
-        enough = rounds >= LEAST_ROUNDS or not any(self.rounds[1:])
-        return enough and all(_spread(x) <= limit * median(x) for x in self.ratios if x)
+        """Whether no shape is doubtful."""
+        return not any(self.doubtful)
+
+
+def _in_doubt(ratios: Sequence[float]) -> bool:
+    limit = STEADY if len(ratios) > 3 else STEADY / 2
+    return len(ratios) < LEAST_ROUNDS or _spread(ratios) > limit * median(ratios)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Between the quarter points; between the extremes of a few."""
-    ordered, cut = sorted(values), len(values) // 4
-    return ordered[-1 - cut] - ordered[cut]
+    """Of the closest ones that are more than half of all: the median is one of them, or among them."""
+    ordered, most = sorted(values), len(values) // 2
+    return min(last - first for first, last in zip(ordered, ordered[most:], strict=False))
 
 
 def measure(
@@ -222,9 +229,10 @@ def measure(
         doubt: how many times what it can ever emit a shape may take to be timed further.
     """
     with wired_limit(model.model):
+        device = backend.current()
         state, run = behind_text(model, rows), model.runner(Sampling())
-        watch = _Stopwatch(shapes, seconds, doubt, backend.current().compiled)
-        grain = max(backend.current().grain, GRAIN)  # so that nothing is compiled on the way
+        watch = _Stopwatch(shapes, seconds, doubt, device.compiled)
+        grain = max(device.grain, GRAIN) if device.compiled else device.grain  # nothing to compile on the way
         steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=grain)
         del state
         with contextlib.closing(steps):
@@ -262,9 +270,9 @@ def _blank(buffer: mx.array, rows: int) -> mx.array:
 class _Stopwatch:
     """A policy that times one step of every shape in each round.
 
-    The first round goes from the smallest size on, with a plain step behind each: the loop asks one step
-    ahead, so a hopeless size is known before a larger one is tried, and a slow machine is not kept busy.
-    Every other round goes backwards, so that a drift of the machine's speed cancels.
+    The first round goes from the smallest size on. The loop asks one step ahead; so where no shape of a size
+    has come out worth its time yet, a plain step gives it time to, and a slow machine is not kept busy with
+    larger ones. Every other round goes backwards, so that a drift of the machine's speed cancels.
 
     Args:
         shapes: to be timed, plain decoding first.
@@ -307,7 +315,11 @@ class _Stopwatch:
             return False
         if self._spent > PATIENCE * self._seconds or rounds >= MOST_ROUNDS:
             return True
-        return self._spent > self._seconds and self.measured.steady
+        if self._spent > self._seconds:  # only what differs is measured once more
+            doubtful = zip(self._rounds, self.measured.doubtful, strict=True)
+            again = [shape for shape, doubt in doubtful if doubt]
+            self._shapes = [x for x in self._shapes if x == self._shapes[0] or x in again]
+        return len(self._shapes) == 1
 
     def _steps(self) -> Iterator[tuple[DraftShape, bool]]:
         """Shapes, and whether their steps are timed."""
@@ -318,8 +330,10 @@ class _Stopwatch:
             for _ in range(2):  # the first steps may have waited for something that is done once
                 for shape in doubtful:
                     yield from self._turn(shape, TRIALS + 1)
+                if any(self._worth(shape) for shape in doubtful):
+                    break
                 yield from self._turn(plain)
-                doubtful = [shape for shape in doubtful if self._hopeless(shape)]
+                doubtful = [shape for shape in doubtful if not self._worth(shape)]
                 if not doubtful:
                     break
             else:
@@ -330,15 +344,16 @@ class _Stopwatch:
         while True:
             order = order[::-1]
             for shape in order:
-                yield from self._turn(shape)
+                if shape in self._shapes:  # as is known only now
+                    yield from self._turn(shape)
 
     def _turn(self, shape: DraftShape, before: int = 1) -> Iterator[tuple[DraftShape, bool]]:
         yield from [(shape, False)] * (before if self._compiled else 0)
         yield shape, True
 
-    def _hopeless(self, shape: DraftShape) -> bool:
+    def _worth(self, shape: DraftShape) -> bool:
         plain = min(self._times[self._shapes[0]])
-        return min(self._times[shape]) > self._doubt * (1 + shape.depth) * plain
+        return min(self._times[shape], default=math.inf) <= self._doubt * (1 + shape.depth) * plain
 
 
 def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[str, Any]:

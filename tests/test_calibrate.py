@@ -77,12 +77,13 @@ def play(watch: _Stopwatch, took: Callable[[DraftShape], float]) -> list[DraftSh
 def test_rounds_go_up_and_down_and_are_few_where_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "STEADY", 0.3)
     copy, draft, large = DraftShape(0, 0, None, 3), DraftShape(1, 3), DraftShape(3, 3, 8)
+    up, down = [PLAIN, copy, draft, large], [large, draft, copy, PLAIN]
     watch = _Stopwatch([PLAIN, large, copy, draft], 15.0)
-    assert play(watch, lambda shape: float(shape.size)) == [
-        *(PLAIN, copy, draft, PLAIN, large, PLAIN),
-        *(large, draft, copy, PLAIN),
-    ]
+    assert play(watch, lambda shape: float(shape.size)) == up + down
     assert watch.measured.rounds == [[1, 1], [8, 8], [4, 4], [4, 4]]
+    watch = _Stopwatch([PLAIN, large, copy, draft], 15.0, doubt=2.0)
+    chosen = play(watch, lambda shape: float(shape.size))
+    assert chosen == [*up, PLAIN, *down]  # whether the large one was worth it had to be seen
 
 
 def test_rounds_that_differ_are_followed_by_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +92,19 @@ def test_rounds_that_differ_are_followed_by_more(monkeypatch: pytest.MonkeyPatch
     draft, slow = DraftShape(1, 3), iter([6.0])
     watch = _Stopwatch([PLAIN, draft], 10.0)
     play(watch, lambda shape: next(slow, 2.0) if shape == draft else 1.0)
-    assert watch.measured.rounds[1] == [6, 2, 2, 2]
+    assert watch.measured.rounds[1] == [6, 2, 2]
     assert watch.measured.seconds == [1, 2]
+
+
+def test_only_what_differs_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "STEADY", 0.3)
+    monkeypatch.setattr(calibrate, "MOST_ROUNDS", 15)
+    copy, draft, slow = DraftShape(0, 0, None, 3), DraftShape(1, 3), iter([9.0])
+    watch = _Stopwatch([PLAIN, copy, draft], 15.0)
+    steps = play(watch, lambda shape: next(slow, 2.0) if shape == copy else float(shape.size))
+    assert steps == [PLAIN, copy, draft, draft, copy, PLAIN, PLAIN, copy]
+    assert watch.measured.rounds == [[1, 1, 1], [9, 2, 2], [4, 4]]
+    assert watch.measured.seconds == [1, 2, 4] and watch.measured.steady
 
 
 def test_steps_that_may_be_traced_are_not_timed() -> None:
@@ -111,7 +123,7 @@ def test_what_a_slow_machine_measures_can_be_kept(monkeypatch: pytest.MonkeyPatc
     """Or it would be measured again at every start; but it takes no more rounds than that."""
     monkeypatch.setattr(calibrate, "STEADY", 0.3)
     watch = _Stopwatch(THREE, 0.001)
-    assert len(play(watch, lambda shape: float(shape.size))) == 8
+    assert len(play(watch, lambda shape: float(shape.size))) == 6
     assert watch.measured.steady
 
 
@@ -138,8 +150,11 @@ def test_a_drift_of_the_machine_cancels() -> None:
 def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "STEADY", 0.3)
     assert Measured([[1, 1.1, 1], [2, 2, 2.1]]).steady
-    assert not Measured([[1, 1.1, 1], [2, 9, 2.1]]).steady
-    assert Measured([[1.0] * 8, [2, 9, 2, 2, 2, 2, 2, 2.1]]).steady  # a single outlier of many
+    assert Measured([[1, 1.1, 1], [2, 9, 2.1]]).steady  # a single outlier
+    assert Measured([[1, 1, 1], [2, 0.1, 2.1]]).steady
+    assert not Measured([[1, 1, 1], [2, 9, 4]]).steady
+    assert Measured([[1.0] * 8, [2, 9, 2, 2, 2, 2, 2, 2.1]]).steady
+    assert not Measured([[1.0] * 4, [2, 9, 2, 5]]).steady  # half is not enough
     assert not Measured([[1], [2]]).steady
     assert Measured([[1, 1], [2, 2.1]]).steady
     assert not Measured([[1, 1], [2, 2.4]]).steady  # two must agree more closely than three

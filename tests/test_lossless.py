@@ -10,8 +10,9 @@ from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import backend
-from mlx_redrafter.decoding.cache import Cache, commit
-from mlx_redrafter.decoding.loop import Fixed, bucket, decode
+from mlx_redrafter.backend import PLAIN
+from mlx_redrafter.decoding.cache import Cache, View, commit
+from mlx_redrafter.decoding.loop import Fixed, bucket, decode, view, with_room
 from mlx_redrafter.decoding.runner import TRIALS, Runner
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape, State, begin, step
@@ -156,6 +157,14 @@ def test_buckets_hold_their_rows_and_waste_little():
             assert rows <= size < max(rows + grain, rows * 1.13 + 1)
             assert bucket(size, grain) == size
             assert size <= bucket(rows + 1, grain)
+
+
+def test_a_plain_step_that_is_not_compiled_sees_its_own_rows_only_and_needs_no_mask():
+    target = Target(make_model("llama", num_hidden_layers=1))
+    for rows in range(len(PROMPT), 200):
+        state = with_room(start(target), rows, PLAIN)
+        assert view(state, rows, PLAIN, grain=1) == View(rows + 1, exact=True)
+        assert not view(state, rows, PLAIN, grain=1, known=False).exact
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -82,7 +82,7 @@ def decode(
         limit: tokens to emit at most, 1 or more.
         stop: token ids that end the text.
         release: gets the cache in the end, and how many rows belong to what was emitted.
-        grain: rows by which attention's view of the buffers grows, while it is short.
+        grain: rows by which attention's view of the buffers grows, while it is short; 1: always one by one.
     """
     shape = policy.choose(rows)
     state = with_room(state, rows, shape)
@@ -139,8 +139,9 @@ def bucket(rows: int, grain: int = GRAIN) -> int:
     """The next larger of the sizes in use: eight for each doubling, multiples of ``grain``.
 
     So a text of T tokens meets few of them, about 8 * log2(T / grain), and wastes at most an eighth.
+    With a ``grain`` of 1, all sizes are in use.
     """
-    unit = max(grain, 1 << max(rows.bit_length() - 4, 0))
+    unit = max(grain, 1 << max(rows.bit_length() - 4, 0)) if grain > 1 else 1
     return -(-rows // unit) * unit
 
 
