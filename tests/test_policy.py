@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_redrafter.decoding.policy import LOOKUP, MOST, SHARE, START, Policy, nodes_of
+from mlx_redrafter.decoding.policy import (
+    LOOKUP,
+    MOST,
+    SHARE,
+    START,
+    Policy,
+    copied_tokens,
+    drafted_tokens,
+)
 from mlx_redrafter.decoding.step import DraftShape
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -30,6 +38,12 @@ SHAPES = [
 ]
 CHIPS = ("m3-max-4bit", "m4-pro-4bit", "m5-max-4bit", "m1-m2-fp16", "cpu-openblas")
 DRAFTER = 0.03  # plain steps for each drafted depth
+
+
+def nodes_of(shape: DraftShape) -> list[tuple[int, int]]:
+    """Depths and ranks that a tree of the shape can have below its root."""
+    drafted = [(depth, rank) for depth in range(1, shape.length + 1) for rank in range(shape.width)]
+    return drafted + [(depth, LOOKUP) for depth in range(1, shape.lookup + 1)]
 
 
 @dataclass(frozen=True)
@@ -163,68 +177,79 @@ def test_follows_the_text_when_it_changes(chip: str) -> None:
     assert sum(later) / len(later) >= 0.85, later
 
 
-def test_wider_shapes_are_found_from_a_narrow_one() -> None:
-    """A drafter whose second guesses are worth more than is believed, where they cost nothing."""
-    decoding, text = Decoding("m1-m2-fp16"), Text(0.4, 0.7, 0)
-    for (_, rank), belief in decoding.policy.beliefs.items():
-        belief.share *= rank == 0
-    wide = {shape for shape in decoding.shapes if shape.width > 1}
-    assert max(decoding.shapes, key=decoding.policy.rate) not in wide
-    decoding.run(text, 1000)
-    assert decoding.policy.current in wide
-    assert decoding.run(text, 1000) >= 0.93 * decoding.best(text)
+@pytest.mark.parametrize("text", [Text(0.4, 0.7, 0), Text(0.6, 0.3, 0.02, 0.9), Text(0.3, 0.9, 0.2, 0.4)])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_texts_that_the_model_does_not_fit_lose_little(chip: str, text: Text) -> None:
+    """Acceptance that falls slower or faster with depth than first guesses say."""
+    decoding = Decoding(chip)
+    decoding.run(text, 300)
+    assert decoding.run(text, 1500) >= 0.88 * decoding.best(text)
 
 
-def test_expected_counts_all_nodes_that_a_tree_can_have() -> None:
+def test_the_model_takes_the_likeliest_nodes() -> None:
+    second = 2**-1.7
+    assert drafted_tokens(PLAIN, 0.5) == 0
+    assert drafted_tokens(DraftShape(1, 3), 0.5) == 0.5 + 0.25 + 0.125
+    assert drafted_tokens(DraftShape(2, 1), 0.5) == pytest.approx(0.5 + 0.5 * second)
+    assert drafted_tokens(DraftShape(2, 2, nodes=3), 0.5) == 0.5 + 0.25
+    assert drafted_tokens(DraftShape(2, 2, nodes=3), 0.2) == pytest.approx(0.2 + 0.2 * second)
+    assert drafted_tokens(DraftShape(0, 0, lookup=3), 0.5) == 0
+    assert copied_tokens(DraftShape(1, 3), 0.5) == 0
+    assert copied_tokens(DraftShape(1, 3, lookup=3), 0.0625) == 0.0625 * (1 + 0.5 + 0.25)
+    assert copied_tokens(DraftShape(1, 3, nodes=3, lookup=3), 0.0625) == 0.0625 * (1 + 0.5)
+    assert copied_tokens(DraftShape(0, 0, lookup=1), 0.0625) > 0.0625  # no drafter says the same
+
+
+def test_expected_never_exceeds_the_depth() -> None:
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
-    shares = dict.fromkeys(policy.beliefs, 0.0) | {
-        (1, 0): 0.5,
-        (1, 1): 0.25,
-        (2, 0): 0.125,
-        (1, LOOKUP): 0.2,
-    }
-    for node, share in shares.items():
-        policy.beliefs[node].share = share
-    assert policy.expected(PLAIN) == 1
-    assert policy.expected(DraftShape(1, 1)) == 1.5
-    assert policy.expected(DraftShape(1, 3)) == 1.625
-    assert policy.expected(DraftShape(3, 3, nodes=4)) == 1.875
-    assert policy.expected(DraftShape(1, 3, nodes=3, lookup=3)) == 1.825
-    assert policy.expected(DraftShape(0, 0, lookup=3)) == 1.2
-    for belief in policy.beliefs.values():
-        belief.share = 1.0
-    assert policy.expected(DraftShape(1, 1, nodes=2, lookup=1)) == 2  # there is no more
+    policy.drafts.share = policy.copies.share = 1.0
+    assert [policy.expected(shape) for shape in SHAPES] == [1 + shape.depth for shape in SHAPES]
+    policy.drafts.share = policy.copies.share = 0.0
+    assert [policy.expected(shape) for shape in SHAPES] == [1.0] * len(SHAPES)
 
 
-def test_beliefs_are_not_biased_by_what_a_tree_leaves_out() -> None:
-    """A tree takes what is likeliest at its step, so that few places hold many different nodes."""
-    shape = DraftShape(2, 2, nodes=4, lookup=3)
+@pytest.mark.parametrize("shape", [DraftShape(2, 2, nodes=4, lookup=3), DraftShape(3, 3, nodes=8)])
+def test_what_the_shape_in_use_gives_is_believed(shape: DraftShape) -> None:
+    """On average, whatever the model makes of it."""
     policy, chance = Policy([PLAIN, shape], [1.0, 1.2]), random.Random(3)
-    paths = [[LOOKUP] * 3, *[[0]] * 4, *[[0, 0]] * 2, *[[1]] * 2, *[[]] * 3]
-    believed, copied = [], []
+    copy = LOOKUP if shape.lookup else 0
+    paths = [[copy] * 3, *[[0]] * 4, *[[0, 0]] * 2, *[[1]] * 2, *[[]] * 3]
+    believed = []
     for _ in range(3000):
         policy.observe(shape, chance.choice(paths))
         believed.append(policy.expected(shape))
-        copied.append(policy.beliefs[1, LOOKUP].share)
     assert sum(believed) / 3000 == pytest.approx(1 + sum(map(len, paths)) / len(paths), rel=0.03)
-    assert sum(copied) / 3000 == pytest.approx(1 / len(paths), rel=0.25)
 
 
-def test_learns_only_what_a_shape_could_have_shown() -> None:
+def test_learns_only_of_what_a_shape_could_have_shown() -> None:
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
-    before = {node: belief.share for node, belief in policy.beliefs.items()}
-    policy.observe(DraftShape(1, 3), [0])
-    after = {node: belief.share for node, belief in policy.beliefs.items()}
-    assert after[1, 0] > before[1, 0]
-    assert after[2, 0] < before[2, 0] and after[3, 0] < before[3, 0]
-    same = set(before) - {(1, 0), (2, 0), (3, 0)}
-    assert all(after[node] == before[node] for node in same)
+    drafts, copies = policy.drafts.share, policy.copies.share
+    policy.observe(DraftShape(1, 3), [0, 0])
+    assert policy.drafts.share > drafts and policy.copies.share == copies
+    drafts = policy.drafts.share
+    policy.observe(DraftShape(1, 3), [])
+    assert policy.drafts.share < drafts
+    drafts = policy.drafts.share
     policy.observe(DraftShape(0, 0, lookup=3), [LOOKUP])
-    assert policy.beliefs[1, LOOKUP].share > before[1, LOOKUP] > policy.beliefs[2, LOOKUP].share
+    assert policy.copies.share > copies and policy.drafts.share == drafts
+    policy.observe(PLAIN, [])
+    assert policy.drafts.share == drafts
+    policy.observe(DraftShape(1, 3, nodes=6, lookup=3), [LOOKUP, LOOKUP])
+    assert policy.drafts.share < drafts
+
+
+def test_what_was_not_seen_for_long_may_have_changed() -> None:
+    policy = Policy(SHAPES, [1.0] * len(SHAPES))
+    for _ in range(100):
+        policy.observe(SHAPES[-1], [])
+    before = policy.drafts.optimistic(), policy.copies.optimistic()
+    for _ in range(100):
+        policy.observe(PLAIN, [])
+    assert policy.drafts.optimistic() > before[0] + 0.2 and policy.copies.optimistic() > before[1] + 0.1
 
 
 def test_ties_go_to_plain_decoding() -> None:
-    policy = Policy([PLAIN, DraftShape(1, 1)], [1.0, 1.41])  # the first belief: 1.41 tokens per step
+    policy = Policy([PLAIN, DraftShape(1, 1)], [1.0, 1.45])  # the first belief: 1.45 tokens per step
     assert policy.rate(DraftShape(1, 1)) == pytest.approx(1)
     policy.debt = 1.0  # no trials
     assert policy.choose() == PLAIN
@@ -271,7 +296,7 @@ def test_never_much_slower_than_plain_whatever_the_model_says(
         assert policy.debt >= 0
     for shape in SHAPES:
         assert 1 <= policy.expected(shape) <= shape.size
-    assert all(0 <= belief.share <= 1 for belief in policy.beliefs.values())
+    assert 0 <= policy.drafts.share <= 1 and 0 <= policy.copies.share <= 1
 
 
 @settings(max_examples=10, deadline=None)
