@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_redrafter.decoding.policy import (
     LOOKUP,
     MOST,
+    RANKS,
     SHARE,
     START,
     Policy,
@@ -58,7 +59,7 @@ class Text:
     def share(self, depth: int, rank: int) -> float:
         if rank == LOOKUP:
             return self.copied * self.copied_decay ** (depth - 1)
-        return self.first * self.decay ** (depth - 1) * (1 + rank) ** -1.7
+        return self.first * self.decay ** (depth - 1) * (1 + rank) ** -RANKS
 
     def path(self, coin: float) -> list[int]:
         """Ranks along the accepted path; one coin per step makes all marginals exact, and trees closed."""
@@ -166,15 +167,15 @@ def test_speculation_stops_after_a_few_steps_of_a_wrong_drafter(chip: str) -> No
 @pytest.mark.parametrize("chip", CHIPS)
 def test_follows_the_text_when_it_changes(chip: str) -> None:
     """After 600 hopeless tokens, a favourable text is noticed within about a hundred."""
-    later = []
+    before, later = [], []
     for seed in range(8):
         decoding = Decoding(chip, seed)
-        before = decoding.run(GOOD, 400)
-        assert before >= 0.9 * decoding.best(GOOD)
+        before.append(decoding.run(GOOD, 400) / decoding.best(GOOD))
         assert decoding.run(HOPELESS, 600) >= 0.97
         decoding.run(GOOD, 100)
         later.append(decoding.run(GOOD, 200) / decoding.best(GOOD))
-    assert sum(later) / len(later) >= 0.85, later
+    assert sum(before) / len(before) >= 0.94, before
+    assert sum(later) / len(later) >= 0.9, later
 
 
 @pytest.mark.parametrize("text", [Text(0.4, 0.7, 0), Text(0.6, 0.3, 0.02, 0.9), Text(0.3, 0.9, 0.2, 0.4)])
@@ -187,7 +188,7 @@ def test_texts_that_the_model_does_not_fit_lose_little(chip: str, text: Text) ->
 
 
 def test_the_model_takes_the_likeliest_nodes() -> None:
-    second = 2**-1.7
+    second = 2**-RANKS
     assert drafted_tokens(PLAIN, 0.5) == 0
     assert drafted_tokens(DraftShape(1, 3), 0.5) == 0.5 + 0.25 + 0.125
     assert drafted_tokens(DraftShape(2, 1), 0.5) == pytest.approx(0.5 + 0.5 * second)

@@ -33,7 +33,7 @@ MARGIN = 1.02  # another shape must promise to be faster by this
 LEAST_STEPS = 5.0  # of evidence that a belief stands for: the first one's, and one not renewed for long
 DRAFT_STEPS, LOOKUP_STEPS = 30.0, 12.0  # of evidence, at most; repetitions in a text come in bursts
 SHARES = np.linspace(0, 1, 51)  # for which the model is computed; between them it is interpolated
-RANKS = 1.7  # the r-th guess is right r ** RANKS times less often than the first one
+RANKS = 1.4  # the r-th guess is right r ** RANKS times less often than the first one
 COPIES = 0.25  # a copied token behind a right one is right as often as the first one to this power
 ALONE = 1.25  # as many copies are accepted where no drafter guesses some of the same tokens
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
@@ -177,7 +177,7 @@ def drafted_tokens(shape: DraftShape, share: float) -> float:
 
     A node is accepted as often as first guesses are right all the way down to its depth, and the r-th guess
     there r ** RANKS times less; trees take the likeliest nodes. For each of three drafters, the shares that
-    explain what was accepted with 4, 8 and 16 nodes are the same within 0.02 (docs/log.md).
+    explain what was accepted with 4, 8 and 16 nodes are the same within 0.01 (docs/log.md).
     """
     depths = [share**depth for depth in range(1, shape.length + 1)]
     nodes = [depth * rank**-RANKS for depth in depths for rank in range(1, shape.width + 1)]
