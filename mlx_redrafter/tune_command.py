@@ -109,7 +109,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         f"Step times behind a text of {SHORT} tokens: medians of {record['rounds']} rounds; behind {LONG}:",
         "measured for plain decoding and the largest shape, for the others by their nodes.",
-        f"Tokens per step: as accepted {learned}.",
+        f"Tokens per step: expected from what was accepted {learned}.",
     ]
     if not record["steady"]:
         lines.append(
