@@ -31,7 +31,7 @@ from .blas import load_blas
 from .bundle import identity_of
 from .decoding import policy
 from .decoding.cache import Cache
-from .decoding.loop import GRAIN, Fixed, Policy, bucket, decode
+from .decoding.loop import Fixed, Policy, bucket, decode
 from .decoding.runner import TRIALS
 from .decoding.sampling import Sampling
 from .decoding.step import DraftShape, State, begin
@@ -232,8 +232,7 @@ def measure(
         device = backend.current()
         state, run = behind_text(model, rows), model.runner(Sampling())
         watch = _Stopwatch(shapes, seconds, doubt, device.compiled)
-        grain = max(device.grain, GRAIN) if device.compiled else device.grain  # nothing to compile on the way
-        steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=grain)
+        steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=device.grain)
         del state
         with contextlib.closing(steps):
             while not watch.finished:
@@ -316,9 +315,9 @@ class _Stopwatch:
         if self._spent > PATIENCE * self._seconds or rounds >= MOST_ROUNDS:
             return True
         if self._spent > self._seconds:  # only what differs is measured once more
-            doubtful = zip(self._rounds, self.measured.doubtful, strict=True)
-            again = [shape for shape, doubt in doubtful if doubt]
-            self._shapes = [x for x in self._shapes if x == self._shapes[0] or x in again]
+            plain, *others = self._shapes
+            doubtful = dict(zip(self._rounds, self.measured.doubtful, strict=True))
+            self._shapes = [plain, *(shape for shape in others if doubtful[shape])]
         return len(self._shapes) == 1
 
     def _steps(self) -> Iterator[tuple[DraftShape, bool]]:

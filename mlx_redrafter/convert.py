@@ -308,7 +308,9 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("drafters")
     group.add_argument("--drafter", help="convert this drafter; --model then names the base it belongs to")
     group.add_argument("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
-    group.add_argument("--drafter-q-group-size", type=int, help="weights per scale (default: 32)")
+    group.add_argument(
+        "--drafter-q-group-size", type=int, help=f"weights per scale (default: {DRAFTER_GROUP_SIZE})"
+    )
     group.add_argument("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
     group.add_argument(
         "--frequencies", help="where to count them: text, JSONL conversations, or saved counts"
