@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import io
 import json
-import tempfile
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -19,13 +19,19 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_p
 from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize_model, save
 from safetensors import SafetensorError, safe_open
 
-from mlx_redrafter.files import atomic_folder
-from mlx_redrafter.gguf import convert_gguf
+from mlx_redrafter.bundle import PICKLES
+from mlx_redrafter.drafter import Q_BITS, Q_GROUP_SIZES
+from mlx_redrafter.files import atomic_folder, unfinished
+from mlx_redrafter.gguf import write_gguf
 from mlx_redrafter.tokenizers import load_tokenizer
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
-_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+_MODES = {  # their numbers of bits and group sizes
+    "affine": (Q_BITS, Q_GROUP_SIZES),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
 # What mlx-lm's code raises on a config.json that is not right.
 LOAD_ERRORS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError,
@@ -55,6 +61,7 @@ def convert_base(
     Args:
         source: a Hugging Face repository id, a folder, a ``.gguf`` file, or a folder with just that. A
             GGUF file keeps its quantization exactly unless ``quantize`` asks for another.
+        quantize: what is quantized in the affine mode already is dequantized first.
         output: a folder that does not exist yet; appears whole or not at all.
         q_bits: bits per weight, None for the mode's usual number.
         q_group_size: weights per scale, None for the mode's usual number.
@@ -68,47 +75,47 @@ def convert_base(
     Raises:
         ValueError: anything wrong with the source or the options, in one line with the remedy.
     """
-    _check_options(quantize, dequantize, dtype, q_mode, quant_predicate)
+    _check_options(quantize, dequantize, dtype, q_bits, q_group_size, q_mode, quant_predicate)
     say = progress or (lambda _: None)
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     gguf = find_gguf(source)
-    if gguf and not (quantize or dequantize or dtype):
-        convert_gguf(gguf, output, say)
-        return
     unpacked = _unpacked_gguf(gguf, output, say) if gguf else nullcontext(base_folder(source, revision))
-    with unpacked as folder, atomic_folder(output) as result:
-        say(f"loading {source}")
-        model, config = load_base(folder, trust_remote_code)
-        tokenizer = load_tokenizer(
-            folder,
-            name="" if Path(source).is_dir() else str(source),
-            eos_token_ids=config.get("eos_token_id"),
-            trust_remote_code=trust_remote_code,
-        )
-        if gguf and (quantize or dequantize):
-            model, config = _dequantize(_cast(model, mx.float32), config)  # exact
-        nested = config.get("text_config")
-        dtype = (
-            dtype or config.get("torch_dtype") or (nested if isinstance(nested, dict) else {}).get("dtype")
-        )
-        if dtype in MODEL_CONVERSION_DTYPES:
-            model = _cast(model, getattr(mx, dtype))
-        if quantize:
-            recipe: Any = None
-            if quant_predicate is not None:
-                recipe = mixed_quant_predicate_builder(quant_predicate, model, q_group_size or 64)
-            with redirect_stdout(io.StringIO()) as said:
-                model, config = quantize_model(
-                    model, config, q_group_size, q_bits, mode=q_mode, quant_predicate=recipe
+    with atomic_folder(output) as result:
+        if gguf and not (quantize or dequantize or dtype):
+            write_gguf(gguf, result, say)
+        else:
+            with unpacked as folder:
+                say(f"loading {source}")
+                model, config = load_base(folder, trust_remote_code)
+                tokenizer = load_tokenizer(
+                    folder,
+                    name=str(gguf or ("" if Path(source).is_dir() else source)),
+                    eos_token_ids=config.get("eos_token_id"),
+                    trust_remote_code=trust_remote_code,
                 )
-            say(said.getvalue().strip())
-            if not any(hasattr(module, "bits") for _, module in model.named_modules()):
-                raise ValueError(f"q_group_size {q_group_size} divides no layer's width: try 64 or 32.")
-        if dequantize:
-            model, config = _dequantize(model, config)
-        say(f"writing {output}")
-        save(result, folder, model, tokenizer, config)
+                if dequantize and not _quantized(model):
+                    raise ValueError(f"{source} is not quantized: leave out --dequantize.")
+                affine = config.get("quantization", {}).get("mode", "affine") == "affine"
+                again = dequantize or (quantize and affine)
+                model, config = _unquantized(model, config, dtype, again, exact=gguf is not None)
+                if quantize:
+                    model, config = _quantize(
+                        model, config, q_bits, q_group_size, q_mode, quant_predicate, say
+                    )
+                say(f"writing {output}")
+                save(result, folder, model, tokenizer, config)
+        card = result / "README.md"
+        if not card.exists():
+            card.write_text(base_card(source), "utf-8")
+
+
+def base_card(source: object) -> str:
+    """The README.md of a converted base model."""
+    return (
+        "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
+        f"Converted from {source} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
+    )
 
 
 def base_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -122,7 +129,7 @@ def base_folder(source: str | Path, revision: str | None = None) -> Path:
         _check_weight_format(str(source), [file.name for file in path.iterdir()])
         return path
     if path.is_file():
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLES:
             raise ValueError(
                 f"{source} is a pickle file, which can run code: convert it to safetensors{_HOW}"
             )
@@ -200,19 +207,30 @@ _HOW = (
 
 
 def _check_options(
-    quantize: bool, dequantize: bool, dtype: str | None, q_mode: str, quant_predicate: str | None
+    quantize: bool,
+    dequantize: bool,
+    dtype: str | None,
+    q_bits: int | None,
+    q_group_size: int | None,
+    q_mode: str,
+    quant_predicate: str | None,
 ) -> None:
     if quantize and dequantize:
-        raise ValueError("Choose either quantize or dequantize, not both.")
-    if dtype is not None and dtype not in MODEL_CONVERSION_DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(MODEL_CONVERSION_DTYPES)}.")
-    if q_mode not in _MODES:
-        raise ValueError(f"q_mode {q_mode!r} is not one of {', '.join(_MODES)}.")
-    if quant_predicate is not None and (quant_predicate not in QUANT_RECIPES or q_mode != "affine"):
-        recipes = ", ".join(QUANT_RECIPES)
-        raise ValueError(
-            f"quant_predicate {quant_predicate!r} with q_mode {q_mode!r}: affine, with {recipes}."
-        )
+        raise ValueError("-q and -d exclude each other: choose one, not both.")
+    if not quantize and (q_bits, q_group_size, q_mode, quant_predicate) != (None, None, "affine", None):
+        raise ValueError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
+    bits, group_sizes = _MODES.get(q_mode, ((), ()))
+    for flag, value, allowed in (
+        ("dtype", dtype, MODEL_CONVERSION_DTYPES),
+        ("q-mode", q_mode, _MODES),
+        ("quant-predicate", quant_predicate, QUANT_RECIPES),
+        ("q-bits", q_bits, bits),
+        ("q-group-size", q_group_size, group_sizes),
+    ):
+        if value is not None and value not in allowed:
+            raise ValueError(f"--{flag} is {value!r}: choose one of {', '.join(map(str, allowed))}.")
+    if quant_predicate is not None and (q_mode != "affine" or q_bits is not None):
+        raise ValueError("--quant-predicate sets the mode and the bits: leave out --q-mode and --q-bits.")
 
 
 def _check_weight_format(source: str, files: list[str]) -> None:
@@ -220,7 +238,7 @@ def _check_weight_format(source: str, files: list[str]) -> None:
     if any(name.endswith(".safetensors") for name in files):
         return
     for name in sorted(files):
-        if name.endswith(_PICKLES):
+        if name.endswith(PICKLES):
             danger = f"the pickle file {name}, which can run code"
             raise ValueError(f"{source} holds only {danger}: convert it to safetensors{_HOW}")
         if name.endswith(".gguf"):
@@ -232,7 +250,7 @@ def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     config = _json_object(folder / "config.json")
     name, own_code = str(config.get("model_type")), config.get("model_file")
     if own_code and not trust_remote_code:
-        raise ValueError(f"{folder} needs its own code, {own_code!r}: trust_remote_code runs it.")
+        raise ValueError(f"{folder} needs its own code, {own_code!r}: --trust-remote-code runs it.")
     known = name.isidentifier() and importlib.util.find_spec(
         f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}"
     )
@@ -258,30 +276,55 @@ def _check_weights(folder: Path, check_values: bool) -> int:
 
     With ``check_values`` refuse NaN too, one array in memory at a time.
     """
-    index = folder / "model.safetensors.index.json"
-    weight_map = _json_object(index).get("weight_map") if index.exists() else {}
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no weight_map: download it again.")
-    listed = {str(name) for name in weight_map.values()}
     shards = sorted(folder.glob("model*.safetensors"))
+    listed = _listed(folder, shards)
     if missing := sorted(listed - {shard.name for shard in shards}):
-        raise ValueError(f"{folder} lacks {missing[0]}, which its index lists: download it.")
+        raise ValueError(
+            f"{folder} lacks {missing[0]}, by its index or the names of its other files: get that file too."
+        )
     if not shards:
-        _check_weight_format(str(folder), [file.name for file in folder.iterdir()])
-        raise ValueError(f"{folder} holds no model*.safetensors: download the weights too.")
-    tensors = 0
+        files = [file.name for file in folder.iterdir()]
+        _check_weight_format(str(folder), files)
+        raise ValueError(
+            f"{folder} holds no model*.safetensors: get the weights too, or give them that name."
+        )
+    owners: dict[str, str] = {}
     for shard in shards:
         try:
             with safe_open(shard, "numpy"):
                 weights = dict(mx.load(str(shard)))  # type: ignore[arg-type]
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"{shard} is damaged ({_first_line(error)}): download it again.") from error
-        tensors += len(weights)
+            raise ValueError(
+                f"{shard.resolve()} is damaged ({_first_line(error)}): delete it and get the model again."
+            ) from error
+        if twice := sorted(weights.keys() & owners.keys()):
+            files = [owners[twice[0]], shard.name]
+            stray = [name for name in files if listed and name not in listed] or files
+            raise ValueError(
+                f"{folder} has {twice[0]} in {files[0]} and {files[1]}: move {' or '.join(stray)} elsewhere."
+            )
+        owners |= dict.fromkeys(weights, shard.name)
         while check_values and weights:
             name, array = weights.popitem()
             if mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any():
-                raise ValueError(f"{name} in {shard} holds NaN: download it again or use another model.")
-    return tensors
+                raise ValueError(f"{name} in {shard} holds NaN: get the model again or use another one.")
+    return len(owners)
+
+
+def _listed(folder: Path, shards: list[Path]) -> set[str]:
+    """The names of all files of weights, by the index, else by names as model-00001-of-00002."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _json_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map: get the model again.")
+        return {str(name) for name in weight_map.values()}
+    listed: set[str] = set()
+    for shard in shards:
+        if match := re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name):
+            before, count, after = match.groups()
+            listed |= {f"{before}{number:05d}-of-{count}{after}" for number in range(1, int(count) + 1)}
+    return listed
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -290,36 +333,76 @@ def _json_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path.parent} holds no {path.name}: give a folder with a whole model.") from error
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({_first_line(error)}): download it again.") from error
+        raise ValueError(f"{path} is not valid JSON ({_first_line(error)}): get the model again.") from error
     if isinstance(content, dict):
         return content
-    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: download it again.")
+    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: get the model again.")
 
 
 @contextmanager
 def _unpacked_gguf(gguf: Path, output: Path, say: Progress) -> Iterator[Path]:
     """Yield a temporary folder, beside ``output``, with the converted GGUF file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = Path(temporary) / gguf.stem
-        convert_gguf(gguf, folder, say)
+    with unfinished(output.parent) as folder:
+        write_gguf(gguf, folder, say)
         yield folder
 
 
-def _cast(model: Module, dtype: mx.Dtype) -> Module:
-    """Cast the floating-point parameters that the model allows to be cast."""
+def _unquantized(
+    model: Module, config: dict[str, Any], dtype: str | None, dequantize: bool, exact: bool
+) -> tuple[Module, dict[str, Any]]:
+    """The model in ``dtype``, or the config's, and dequantized if need be, ``exact``-ly in float32."""
+    nested = config.get("text_config")
+    known = config.get("torch_dtype") or (nested if isinstance(nested, dict) else {}).get("dtype")
+    if dtype is not None:
+        config = config | {key: dtype for key in ("torch_dtype", "dtype") if key in config}
+    if dequantize:
+        _cast(model, "float32" if exact else dtype or known)
+        config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+        model = dequantize_model(model)
+    _cast(model, dtype or known)
+    return model, config
+
+
+def _quantize(
+    model: Module,
+    config: dict[str, Any],
+    bits: int | None,
+    group_size: int | None,
+    mode: str,
+    recipe: str | None,
+    say: Progress,
+) -> tuple[Module, dict[str, Any]]:
+    """The model with all layers quantized that are not yet."""
+    before = _quantized(model)
+    predicate: Any = recipe and mixed_quant_predicate_builder(recipe, model, group_size or 64)
+    with redirect_stdout(io.StringIO()) as said:
+        model, config = quantize_model(model, config, group_size, bits, mode=mode, quant_predicate=predicate)
+    say(said.getvalue().strip())
+    if _quantized(model) > before:
+        return model, config
+    if before:
+        raise ValueError(
+            "the model is quantized already: dequantize it first (-d), then quantize the result."
+        )
+    raise ValueError("--q-group-size divides no layer's width: try 64 or 32.")
+
+
+def _quantized(model: Module) -> int:
+    """How many layers are quantized."""
+    return sum(hasattr(module, "bits") for _, module in model.named_modules())
+
+
+def _cast(model: Module, dtype: Any) -> None:
+    """Cast the floating-point parameters that the model allows to be cast to ``dtype``, if it is known."""
+    if dtype not in MODEL_CONVERSION_DTYPES:
+        return
     allowed = getattr(model, "cast_predicate", lambda _: True)
 
     def cast(path: str, array: mx.array) -> mx.array:
-        return array.astype(dtype) if allowed(path) and mx.issubdtype(array.dtype, mx.floating) else array
+        floating = allowed(path) and mx.issubdtype(array.dtype, mx.floating)
+        return array.astype(getattr(mx, dtype)) if floating else array
 
     model.update(tree_map_with_path(cast, model.parameters()))
-    return model
-
-
-def _dequantize(model: Module, config: dict[str, Any]) -> tuple[Module, dict[str, Any]]:
-    kept = {key: value for key, value in config.items() if not key.startswith("quantization")}
-    return dequantize_model(model), kept
 
 
 def _first_line(error: BaseException) -> str:

@@ -145,24 +145,10 @@ def write_drafter(
     section = {"format": FORMAT, "base": base and asdict(base), "unused_tensors": unused, **(extra or {})}
     raw = {"model_type": MODEL_TYPE, **config.to_dict(), SECTION: section}
     with atomic_folder(Path(folder)) as temporary:
-        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        save_weights(temporary / "model.safetensors", weights, "mlx")
+        (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
+        mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), {"format": "mlx"})
         if card:
-            (temporary / "README.md").write_text(card)
-
-
-def save_weights(path: Path, weights: Mapping[str, mx.array], framework: str) -> None:
-    """Write a safetensors file that says it comes from ``framework`` ("mlx" or "pt").
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    try:
-        mx.save_safetensors(str(path), dict(weights), metadata={"format": framework})
-    except RuntimeError as error:
-        raise OSError(
-            f"{path.name} cannot be written ({error}): make room on the disk, or write elsewhere."
-        ) from error
+            (temporary / "README.md").write_text(card, "utf-8")
 
 
 def load_drafter(
@@ -353,8 +339,7 @@ def refuse_pickles(paths: list[Path]) -> None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        single = folder / "model.safetensors"
-        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     else:
         files = [folder / name for name in _shards(index)]
     if not files:

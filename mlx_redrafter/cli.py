@@ -3,7 +3,9 @@
 import argparse
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -24,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success, 2 bad input, 130 an interrupt.
     """
     _quiet_libraries()
+    _stop_cleanly()
     try:
         args = build_parser().parse_args(arguments)
         args.words = sys.argv[1:] if arguments is None else list(arguments)
@@ -71,6 +74,14 @@ def one_line(text: str) -> str:
     """The text on one line that any terminal can show."""
     line = " ".join(part.strip() for part in text.strip().splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _stop_cleanly() -> None:
+    """Let SIGTERM and a closed terminal stop us as Ctrl-C does, so that nothing half-written stays."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+                signal.signal(number, signal.default_int_handler)
 
 
 def _let_go_of_output() -> None:

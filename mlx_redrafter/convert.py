@@ -24,8 +24,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from . import bundle
 from .bundle import BaseIdentity
-from .drafter import Q_BITS, Q_GROUP_SIZES, DrafterConfig, Quantization
-from .files import atomic_folder
+from .drafter import DrafterConfig, Quantization
+from .files import atomic_file, atomic_folder
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
@@ -139,8 +139,8 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
                 f"{folder} has a {how}, which Apple's layout lacks: export the original drafter."
             )
     with atomic_folder(Path(output)) as temporary:
-        (temporary / "config.json").write_text(json.dumps(_source_config(raw), indent=2) + "\n")
-        bundle.save_weights(temporary / "model.safetensors", weights, "pt")
+        (temporary / "config.json").write_text(json.dumps(_source_config(raw), indent=2) + "\n", "utf-8")
+        mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "pt"})
 
 
 def trim(
@@ -231,17 +231,12 @@ def count_tokens(
 
 def save_counts(path: str | Path, counts: Counts) -> None:
     """Write counts int64 [V] as .npz or .json, for ``count_tokens`` to read."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        if path.suffix == ".npz":
+    with atomic_file(Path(path)) as temporary:
+        if temporary.suffix == ".npz":
             np.savez_compressed(temporary, counts=counts)
         else:
             seen = {str(token): int(counts[token]) for token in np.flatnonzero(counts)}
-            temporary.write_text(json.dumps({"vocab_size": len(counts), "counts": seen}) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            temporary.write_text(json.dumps({"vocab_size": len(counts), "counts": seen}) + "\n", "utf-8")
 
 
 def upload(folder: str | Path, repo: str) -> None:
@@ -278,14 +273,6 @@ def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
         f"{config.vocab_size} tokens{bits}.\n\n"
         "```bash\npip install mlx-redrafter\n"
         f'mlx-redrafter generate --model {model} --drafter THIS_FOLDER --prompt "Hello"\n```\n'
-    )
-
-
-def base_card(source: str) -> str:
-    """The README.md of a converted base model."""
-    return (
-        "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
-        f"Converted from {source} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
     )
 
 
@@ -360,7 +347,6 @@ def _run_base(args: argparse.Namespace) -> str:
     for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
-    _check_quantization_arguments(args)
     from .base import convert_base
 
     convert_base(
@@ -377,9 +363,6 @@ def _run_base(args: argparse.Namespace) -> str:
         trust_remote_code=args.trust_remote_code,
         progress=_say if sys.stderr.isatty() else None,
     )
-    card = Path(args.mlx_path) / "README.md"
-    if not card.exists():
-        card.write_text(base_card(args.hf_path))
     return f"{args.mlx_path}: the model {args.hf_path}"
 
 
@@ -436,25 +419,6 @@ def _check_parent(path: Path) -> None:
 def _check_repo(repo: str) -> None:
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
         raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
-
-
-def _check_quantization_arguments(args: argparse.Namespace) -> None:
-    if args.quantize and args.dequantize:
-        raise ValueError("-q and -d exclude each other: choose one.")
-    if not args.quantize and (
-        args.q_bits is not None
-        or args.q_group_size is not None
-        or args.q_mode != "affine"
-        or args.quant_predicate is not None
-    ):
-        raise ValueError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
-    if args.quant_predicate is not None and args.q_mode != "affine":
-        raise ValueError("--quant-predicate is for --q-mode affine: leave one of them out.")
-    if args.q_mode == "affine":
-        if args.q_bits is not None and args.q_bits not in Q_BITS:
-            raise ValueError(f"--q-bits is {args.q_bits}: choose one of {Q_BITS}.")
-        if args.q_group_size is not None and args.q_group_size not in Q_GROUP_SIZES:
-            raise ValueError(f"--q-group-size is {args.q_group_size}: choose one of {Q_GROUP_SIZES}.")
 
 
 def _check_frequency_arguments(size: int | None, source: str | Path | None, save: str | Path | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def read_gguf(path: Path) -> GGUFFile:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return _parse(_Cursor(np.frombuffer(mapped, np.uint8)))
     except (ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} is not a readable GGUF file ({error}): download it again.") from error
+        raise ValueError(f"{path} is not a readable GGUF file ({error}): get it again.") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}): check the path.") from error
 
@@ -327,6 +328,12 @@ GROUP = 32
 
 
 def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | None = None) -> None:
+    """``write_gguf`` to ``output``, a folder that does not exist yet; it appears whole or not at all."""
+    with atomic_folder(output) as folder:
+        write_gguf(path, folder, progress)
+
+
+def write_gguf(path: Path, folder: Path, progress: Callable[[str], None] | None = None) -> None:
     """Convert a GGUF file of the Llama family to a folder that ``mlx_lm.load`` loads.
 
     Quantized tensors keep their exact values: Q4_0, Q4_1 and Q8_0 become MLX's affine quantization in
@@ -336,13 +343,14 @@ def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | Non
 
     Args:
         path: the ``.gguf`` file.
-        output: a folder that does not exist yet; appears whole or not at all.
+        folder: an empty folder.
         progress: called with one line per shard written.
 
     Raises:
         ValueError: a file that is damaged, or of a type or architecture that is not supported.
     """
     file = read_gguf(path)
+    _check_whole(path, file.metadata)
     config = _config(file)
     names = _names(file, config)
     dtype = _model_dtype([tensor for tensor in file.tensors.values() if tensor.name in names])
@@ -351,11 +359,21 @@ def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | Non
         config["quantization"] = config["quantization_config"] = quantization
     tokens = _vocabulary_size(file.metadata)
     if tokens > config["vocab_size"]:
-        raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: download it again.")
-    with atomic_folder(output) as folder:
-        write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"], path.name)
-        _write_weights(file, names, config, dtype, folder, progress)
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: get it again.")
+    write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"], path.name)
+    _write_weights(file, names, config, dtype, folder, progress)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+
+
+def _check_whole(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse one part of a model in several files."""
+    number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
+    if isinstance(number, int) and isinstance(count, int) and count > 1:
+        first = path.with_name(re.sub(r"-\d+-of-", "-00001-of-", path.name))
+        raise ValueError(
+            f"{path} is part {number + 1} of {count} of a split model: join them with llama.cpp's "
+            f"`llama-gguf-split --merge {first} joined.gguf`, and give joined.gguf."
+        )
 
 
 def _names(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, str]:
@@ -461,7 +479,7 @@ def _write_weights(
             progress(f"wrote {target}: {len(arrays)} arrays")
     size = sum((folder / target).stat().st_size for target in set(weight_map.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
 
 
 def _shards(file: GGUFFile, names: Mapping[str, str]) -> list[list[str]]:
@@ -492,7 +510,7 @@ def _arrays(
         arrays = {hf_name: _floats(rows, tensor, dtype)}
     for name, array in arrays.items():
         if mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any():
-            raise ValueError(f"GGUF tensor {tensor.name} holds NaN ({name}): download the file again.")
+            raise ValueError(f"GGUF tensor {tensor.name} holds NaN ({name}): get the file again.")
     return arrays
 
 

