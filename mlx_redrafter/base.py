@@ -4,9 +4,10 @@ import importlib.util
 import inspect
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from mlx_redrafter.bundle import PICKLES
 from mlx_redrafter.drafter import Q_BITS, Q_GROUP_SIZES
 from mlx_redrafter.files import atomic_folder, unfinished
-from mlx_redrafter.gguf import write_gguf
+from mlx_redrafter.gguf import convert_gguf
 from mlx_redrafter.tokenizers import load_tokenizer
 
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
@@ -75,39 +76,37 @@ def convert_base(
     Raises:
         ValueError: anything wrong with the source or the options, in one line with the remedy.
     """
-    _check_options(quantize, dequantize, dtype, q_bits, q_group_size, q_mode, quant_predicate)
+    options = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode}
+    _check_options(quantize, dequantize, dtype=dtype, quant_predicate=quant_predicate, **options)
     say = progress or (lambda _: None)
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     gguf = find_gguf(source)
-    unpacked = _unpacked_gguf(gguf, output, say) if gguf else nullcontext(base_folder(source, revision))
-    with atomic_folder(output) as result:
-        if gguf and not (quantize or dequantize or dtype):
-            write_gguf(gguf, result, say)
-        else:
-            with unpacked as folder:
-                say(f"loading {source}")
-                model, config = load_base(folder, trust_remote_code)
-                tokenizer = load_tokenizer(
-                    folder,
-                    name=str(gguf or ("" if Path(source).is_dir() else source)),
-                    eos_token_ids=config.get("eos_token_id"),
-                    trust_remote_code=trust_remote_code,
-                )
-                if dequantize and not _quantized(model):
-                    raise ValueError(f"{source} is not quantized: leave out --dequantize.")
-                affine = config.get("quantization", {}).get("mode", "affine") == "affine"
-                again = dequantize or (quantize and affine)
-                model, config = _unquantized(model, config, dtype, again, exact=gguf is not None)
-                if quantize:
-                    model, config = _quantize(
-                        model, config, q_bits, q_group_size, q_mode, quant_predicate, say
-                    )
-                say(f"writing {output}")
-                save(result, folder, model, tokenizer, config)
+    as_it_is = gguf is not None and not (quantize or dequantize or dtype)
+    with atomic_folder(output) as result, unfinished(result.parent) as unpacked:
+        if gguf:
+            convert_gguf(gguf, result if as_it_is else unpacked, say)
+        if not as_it_is:
+            folder = unpacked if gguf else base_folder(source, revision)
+            say(f"loading {source}")
+            model, config = load_base(folder, trust_remote_code)
+            tokenizer = load_tokenizer(
+                folder,
+                name=str(gguf or ("" if Path(source).is_dir() else source)),
+                eos_token_ids=config.get("eos_token_id"),
+                trust_remote_code=trust_remote_code,
+            )
+            if dequantize and not _quantized(model):
+                raise ValueError(f"{source} is not quantized: leave out --dequantize.")
+            again = quantize and config.get("quantization", {}).get("mode", "affine") == "affine"
+            model, config = _float(model, config, dtype, dequantize or again, exact=gguf is not None)
+            if quantize:
+                model, config = _quantize(model, config, say, quant_predicate, **options)
+            say(f"writing {output}")
+            save(result, folder, model, tokenizer, config)
         card = result / "README.md"
         if not card.exists():
-            card.write_text(base_card(source), "utf-8")
+            card.write_text(base_card(source), "utf-8", "replace")
 
 
 def base_card(source: object) -> str:
@@ -124,7 +123,7 @@ def base_folder(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         ValueError: no such folder and no such repository, or it holds no safetensors weights.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source and path.is_dir():
         _check_weight_format(str(source), [file.name for file in path.iterdir()])
         return path
@@ -153,7 +152,7 @@ def find_gguf(source: str | Path) -> Path | None:
     Raises:
         ValueError: the folder holds several, or ``source`` is named like a GGUF file and missing.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"{source} does not exist: check the path.")
@@ -206,30 +205,18 @@ _HOW = (
 )
 
 
-def _check_options(
-    quantize: bool,
-    dequantize: bool,
-    dtype: str | None,
-    q_bits: int | None,
-    q_group_size: int | None,
-    q_mode: str,
-    quant_predicate: str | None,
-) -> None:
+def _check_options(quantize: bool, dequantize: bool, **values: Any) -> None:
     if quantize and dequantize:
         raise ValueError("-q and -d exclude each other: choose one, not both.")
-    if not quantize and (q_bits, q_group_size, q_mode, quant_predicate) != (None, None, "affine", None):
+    bits, sizes = _MODES.get(values["q_mode"], ((), ()))
+    allowed: dict[str, Any] = {"dtype": MODEL_CONVERSION_DTYPES, "quant_predicate": QUANT_RECIPES}
+    for name, choices in {**allowed, "q_mode": _MODES, "q_bits": bits, "q_group_size": sizes}.items():
+        if values[name] is not None and values[name] not in choices:
+            choices = ", ".join(map(str, choices))
+            raise ValueError(f"--{name.replace('_', '-')} is {values[name]!r}: choose one of {choices}.")
+    if not quantize and any(values[name] not in (None, "affine") for name in values.keys() - {"dtype"}):
         raise ValueError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
-    bits, group_sizes = _MODES.get(q_mode, ((), ()))
-    for flag, value, allowed in (
-        ("dtype", dtype, MODEL_CONVERSION_DTYPES),
-        ("q-mode", q_mode, _MODES),
-        ("quant-predicate", quant_predicate, QUANT_RECIPES),
-        ("q-bits", q_bits, bits),
-        ("q-group-size", q_group_size, group_sizes),
-    ):
-        if value is not None and value not in allowed:
-            raise ValueError(f"--{flag} is {value!r}: choose one of {', '.join(map(str, allowed))}.")
-    if quant_predicate is not None and (q_mode != "affine" or q_bits is not None):
+    if values["quant_predicate"] and (values["q_mode"] != "affine" or values["q_bits"]):
         raise ValueError("--quant-predicate sets the mode and the bits: leave out --q-mode and --q-bits.")
 
 
@@ -283,11 +270,8 @@ def _check_weights(folder: Path, check_values: bool) -> int:
             f"{folder} lacks {missing[0]}, by its index or the names of its other files: get that file too."
         )
     if not shards:
-        files = [file.name for file in folder.iterdir()]
-        _check_weight_format(str(folder), files)
-        raise ValueError(
-            f"{folder} holds no model*.safetensors: get the weights too, or give them that name."
-        )
+        _check_weight_format(str(folder), [file.name for file in folder.iterdir()])
+        raise ValueError(f"{folder} holds no model*.safetensors: get the weights, or give them that name.")
     owners: dict[str, str] = {}
     for shard in shards:
         try:
@@ -319,12 +303,8 @@ def _listed(folder: Path, shards: list[Path]) -> set[str]:
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index} has no weight_map: get the model again.")
         return {str(name) for name in weight_map.values()}
-    listed: set[str] = set()
-    for shard in shards:
-        if match := re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name):
-            before, count, after = match.groups()
-            listed |= {f"{before}{number:05d}-of-{count}{after}" for number in range(1, int(count) + 1)}
-    return listed
+    names = [re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name) for shard in shards]
+    return {f"{m[1]}{number:05d}-of-{m[2]}{m[3]}" for m in names if m for number in range(1, int(m[2]) + 1)}
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -339,15 +319,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} holds a {type(content).__name__}, not an object: get the model again.")
 
 
-@contextmanager
-def _unpacked_gguf(gguf: Path, output: Path, say: Progress) -> Iterator[Path]:
-    """Yield a temporary folder, beside ``output``, with the converted GGUF file."""
-    with unfinished(output.parent) as folder:
-        write_gguf(gguf, folder, say)
-        yield folder
-
-
-def _unquantized(
+def _float(
     model: Module, config: dict[str, Any], dtype: str | None, dequantize: bool, exact: bool
 ) -> tuple[Module, dict[str, Any]]:
     """The model in ``dtype``, or the config's, and dequantized if need be, ``exact``-ly in float32."""
@@ -356,35 +328,29 @@ def _unquantized(
     if dtype is not None:
         config = config | {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     if dequantize:
-        _cast(model, "float32" if exact else dtype or known)
+        cast(model, "float32" if exact else dtype or known)
         config = {key: value for key, value in config.items() if not key.startswith("quantization")}
         model = dequantize_model(model)
-    _cast(model, dtype or known)
+    cast(model, dtype or known)
     return model, config
 
 
 def _quantize(
-    model: Module,
-    config: dict[str, Any],
-    bits: int | None,
-    group_size: int | None,
-    mode: str,
-    recipe: str | None,
-    say: Progress,
+    model: Module, config: dict[str, Any], say: Progress, recipe: str | None, **options: Any
 ) -> tuple[Module, dict[str, Any]]:
     """The model with all layers quantized that are not yet."""
-    before = _quantized(model)
-    predicate: Any = recipe and mixed_quant_predicate_builder(recipe, model, group_size or 64)
+    before, size = _quantized(model), options["q_group_size"]
+    predicate: Any = recipe and mixed_quant_predicate_builder(recipe, model, size or 64)
     with redirect_stdout(io.StringIO()) as said:
-        model, config = quantize_model(model, config, group_size, bits, mode=mode, quant_predicate=predicate)
+        model, config = quantize_model(
+            model, config, size, options["q_bits"], mode=options["q_mode"], quant_predicate=predicate
+        )
     say(said.getvalue().strip())
     if _quantized(model) > before:
         return model, config
     if before:
-        raise ValueError(
-            "the model is quantized already: dequantize it first (-d), then quantize the result."
-        )
-    raise ValueError("--q-group-size divides no layer's width: try 64 or 32.")
+        raise ValueError("the model is quantized already: dequantize it first (-d), then quantize that.")
+    raise ValueError("the group size divides no layer's width: give --q-group-size 64 or 32.")
 
 
 def _quantized(model: Module) -> int:
@@ -392,17 +358,17 @@ def _quantized(model: Module) -> int:
     return sum(hasattr(module, "bits") for _, module in model.named_modules())
 
 
-def _cast(model: Module, dtype: Any) -> None:
-    """Cast the floating-point parameters that the model allows to be cast to ``dtype``, if it is known."""
+def cast(model: Module, dtype: Any) -> None:
+    """Give the float parameters that the model allows to be cast this type; unless it is none of three."""
     if dtype not in MODEL_CONVERSION_DTYPES:
         return
     allowed = getattr(model, "cast_predicate", lambda _: True)
 
-    def cast(path: str, array: mx.array) -> mx.array:
+    def one(path: str, array: mx.array) -> mx.array:
         floating = allowed(path) and mx.issubdtype(array.dtype, mx.floating)
         return array.astype(getattr(mx, dtype)) if floating else array
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(one, model.parameters()))
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ names in use. Every value is checked on the way in; weights are only ever read f
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -148,7 +149,7 @@ def write_drafter(
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), {"format": "mlx"})
         if card:
-            (temporary / "README.md").write_text(card, "utf-8")
+            (temporary / "README.md").write_text(card, "utf-8", "replace")
 
 
 def load_drafter(
@@ -203,7 +204,7 @@ def resolve_drafter(source: str | Path | None, target: BaseIdentity | None = Non
         if found is None:
             raise ValueError(f"no drafter ships for {target or 'this model'}: name one, or train one.")
         return found
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         refuse_pickles([path])
         raise ValueError(f"{path} is a file: name the folder that holds config.json and model.safetensors.")

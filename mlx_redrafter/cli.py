@@ -1,11 +1,11 @@
 """The ``mlx-redrafter`` command."""
 
 import argparse
+import contextlib
 import io
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -26,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 is success, 2 bad input, 130 an interrupt.
     """
     _quiet_libraries()
-    _stop_cleanly()
+    with contextlib.suppress(ValueError):  # where this is not the main thread
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # as Ctrl-C, so that nothing half-written stays
     try:
         args = build_parser().parse_args(arguments)
         args.words = sys.argv[1:] if arguments is None else list(arguments)
@@ -74,14 +77,6 @@ def one_line(text: str) -> str:
     """The text on one line that any terminal can show."""
     line = " ".join(part.strip() for part in text.strip().splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
-def _stop_cleanly() -> None:
-    """Let SIGTERM and a closed terminal stop us as Ctrl-C does, so that nothing half-written stays."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
-                signal.signal(number, signal.default_int_handler)
 
 
 def _let_go_of_output() -> None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-UNFINISHED = ".mlx-redrafter-"  # begins the name of what is still being written
+UNFINISHED = ".mlx-redrafter-"  # begins the names of temporary folders
 
 
 @contextmanager
 def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside ``destination`` that takes its name when the block succeeds.
+    """Yield an empty folder near ``destination`` that takes its name when the block succeeds.
 
     Any exception (Ctrl-C and a full disk included) removes the temporary folder and leaves
     ``destination`` as it was. With ``usable``, one that is there in the end makes way unless it is usable.
@@ -23,32 +23,25 @@ def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -
         ValueError: ``destination`` exists already.
         OSError: the disk is full or not writable.
     """
-    if usable is None:
-        _check_free(destination)
-    with _writing(destination), _parents(destination), unfinished(destination.parent) as temporary:
-        yield temporary
-        for path in temporary.rglob("*"):
-            _sync(path)
-        old = temporary.with_name(f"{temporary.name}-old")
+    if usable is None and destination.exists():
+        raise ValueError(f"{destination} exists already: delete it or name another output folder.")
+    above = next(folder for folder in destination.absolute().parents if folder.exists())
+    with _writing(destination), unfinished(above) as old, unfinished(above) as new:
+        yield new
+        _sync(new)
+        destination.parent.mkdir(parents=True, exist_ok=True)
         if usable is not None and destination.exists():
             if usable():  # another process was faster
                 return
             destination.rename(old)
-        try:
-            temporary.rename(destination)
-        except OSError:
-            _check_free(destination)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+        new.rename(destination)
 
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Yield an empty file beside ``destination``, with its suffix, that takes its name in the end.
+    """Yield a path near ``destination``, of its name; the file written there takes its place in the end.
 
-    A symbolic link stays one, and what it names is replaced; what is no file (a device, a pipe) is written
-    to directly.
+    Symbolic links are followed. What is no file, such as a device or a pipe, is written to directly.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -58,79 +51,46 @@ def atomic_file(destination: Path) -> Iterator[Path]:
             yield destination
             return
         target = destination.resolve()
-        with unfinished(target.parent, destination.suffix) as temporary:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(target)
+        with unfinished(target.parent) as folder:
+            yield folder / destination.name
+            _sync(folder)
+            (folder / destination.name).replace(target)
 
 
 @contextmanager
-def unfinished(parent: Path, suffix: str | None = None) -> Iterator[Path]:
-    """Yield a new folder in ``parent``, or a file with this suffix; it is gone in the end unless renamed.
+def unfinished(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in ``parent`` that is gone in the end, unless renamed, and locked meanwhile.
 
-    It is locked meanwhile, so that what a killed process left behind is known, and removed here.
+    One that is not locked was left by a process that was killed, and is removed.
     """
-    for stale in parent.glob(f"{UNFINISHED}*"):
-        with suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 1:  # a new one may not be locked yet
-                os.close(_lock(stale))
-                _remove(stale)
-    path = parent / f"{UNFINISHED}{secrets.token_hex(4)}{suffix or ''}"
-    path.mkdir() if suffix is None else path.touch(exist_ok=False)
-    lock = None
+    for left in parent.glob(f"{UNFINISHED}*"):
+        if time.time() - left.lstat().st_mtime > 1:  # or it may just be about to be locked
+            with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                shutil.rmtree(left)
+    folder = parent / f"{UNFINISHED}{secrets.token_hex(4)}"
+    folder.mkdir()
     try:
-        with suppress(OSError):  # not every file system has locks
-            lock = _lock(path)
-        yield path
+        with _locked(folder, fcntl.LOCK_SH):
+            yield folder
     finally:
-        _remove(path)
-        if lock is not None:
-            os.close(lock)
-
-
-def _lock(path: Path) -> int:
-    """A descriptor that locks ``path`` until it is closed; OSError if another process does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the data on the disk before a rename, or a power cut may leave an empty file of that name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_free(destination: Path) -> None:
-    if destination.exists() or destination.is_symlink():
-        raise ValueError(f"{destination} exists already: delete it or name another output folder.")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _parents(destination: Path) -> Iterator[None]:
-    """Make the folders above ``destination``; those that stay empty are removed again."""
-    missing = [folder for folder in destination.absolute().parents if not folder.exists()]
-    destination.parent.mkdir(parents=True, exist_ok=True)
+def _locked(folder: Path, kind: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
+        fcntl.flock(descriptor, kind)
         yield
     finally:
-        with suppress(OSError):  # it holds something
-            for folder in missing:
-                folder.rmdir()
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Have all data on the disk before a rename, or a power cut may leave empty files of the right name."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 @contextmanager
@@ -139,13 +99,8 @@ def _writing(destination: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError):
-            names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-            above = {str(folder) for folder in (*destination.parents, *destination.absolute().parents)}
-            ours = not names or any(UNFINISHED in name or name in above for name in names)
-        else:
-            ours = type(error) in (RuntimeError, Exception)
-        if not ours or isinstance(error, BrokenPipeError):
+        written = isinstance(error, OSError) or type(error) in (RuntimeError, Exception)
+        if not written or isinstance(error, BrokenPipeError):
             raise
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()).rstrip(".")
         raise OSError(

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from mlx_redrafter.files import atomic_folder
 from mlx_redrafter.tokenizers import write_gguf_tokenizer
 
 # --- Reading -----------------------------------------------------------------------------------------
@@ -327,13 +326,7 @@ _SHARD_BYTES = 2 << 30
 GROUP = 32
 
 
-def convert_gguf(path: Path, output: Path, progress: Callable[[str], None] | None = None) -> None:
-    """``write_gguf`` to ``output``, a folder that does not exist yet; it appears whole or not at all."""
-    with atomic_folder(output) as folder:
-        write_gguf(path, folder, progress)
-
-
-def write_gguf(path: Path, folder: Path, progress: Callable[[str], None] | None = None) -> None:
+def convert_gguf(path: Path, folder: Path, progress: Callable[[str], None] | None = None) -> None:
     """Convert a GGUF file of the Llama family to a folder that ``mlx_lm.load`` loads.
 
     Quantized tensors keep their exact values: Q4_0, Q4_1 and Q8_0 become MLX's affine quantization in
@@ -343,14 +336,19 @@ def write_gguf(path: Path, folder: Path, progress: Callable[[str], None] | None 
 
     Args:
         path: the ``.gguf`` file.
-        folder: an empty folder.
+        folder: where it is written to; made if need be.
         progress: called with one line per shard written.
 
     Raises:
         ValueError: a file that is damaged, or of a type or architecture that is not supported.
     """
     file = read_gguf(path)
-    _check_whole(path, file.metadata)
+    if isinstance(count := file.metadata.get("split.count"), int) and count > 1:
+        first = path.with_name(re.sub(r"-\d+-of-", "-00001-of-", path.name))
+        raise ValueError(
+            f"{path} is one of the {count} parts of a model: join them with llama.cpp's `llama-gguf-split "
+            f"--merge {first} joined.gguf`, and give joined.gguf."
+        )
     config = _config(file)
     names = _names(file, config)
     dtype = _model_dtype([tensor for tensor in file.tensors.values() if tensor.name in names])
@@ -360,20 +358,10 @@ def write_gguf(path: Path, folder: Path, progress: Callable[[str], None] | None 
     tokens = _vocabulary_size(file.metadata)
     if tokens > config["vocab_size"]:
         raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: get it again.")
+    folder.mkdir(parents=True, exist_ok=True)
     write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"], path.name)
     _write_weights(file, names, config, dtype, folder, progress)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
-
-
-def _check_whole(path: Path, metadata: Mapping[str, Any]) -> None:
-    """Refuse one part of a model in several files."""
-    number, count = metadata.get("split.no", 0), metadata.get("split.count", 1)
-    if isinstance(number, int) and isinstance(count, int) and count > 1:
-        first = path.with_name(re.sub(r"-\d+-of-", "-00001-of-", path.name))
-        raise ValueError(
-            f"{path} is part {number + 1} of {count} of a split model: join them with llama.cpp's "
-            f"`llama-gguf-split --merge {first} joined.gguf`, and give joined.gguf."
-        )
 
 
 def _names(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, str]:

@@ -4,20 +4,20 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters
 
 from . import backend
-from .base import LOAD_ERRORS, find_gguf, load_base
+from .base import LOAD_ERRORS, cast, find_gguf, load_base
 from .blas import packaged
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .decoding.loop import Policy
@@ -26,7 +26,7 @@ from .decoding.sampling import Sampling
 from .decoding.step import Pick
 from .drafter import Drafter
 from .files import atomic_folder
-from .gguf import write_gguf
+from .gguf import convert_gguf
 from .target import Target
 from .tokenizers import load_tokenizer
 
@@ -231,11 +231,10 @@ def _converted(gguf: Path) -> Path:
     if not usable():
         try:
             with atomic_folder(folder, usable) as new:
-                write_gguf(gguf, new)
+                convert_gguf(gguf, new)
                 (new / RECORD).write_text(json.dumps([made_from, _digests(new)]), "utf-8")
         except OSError as error:
-            where = "with MLX_REDRAFTER_CACHE set to another folder"
-            raise OSError(f"{str(error).rstrip('.')}, {where}.") from error
+            raise OSError(f"{str(error)[:-1]}, with MLX_REDRAFTER_CACHE set to another folder.") from error
     return folder
 
 
@@ -299,17 +298,10 @@ def _finite(value: mx.array) -> bool:
 
 def _cast(model: nn.Module, dtype: str | None) -> None:
     """Give all float weights one type, dequantized; None leaves the model as it is."""
-    if dtype is None:
-        return
-    wanted: mx.Dtype = getattr(mx, dtype)
-    may_cast: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
-
-    def cast(name: str, value: mx.array) -> mx.array:
-        return value.astype(wanted) if mx.issubdtype(value.dtype, mx.floating) and may_cast(name) else value
-
-    model.update(tree_map_with_path(cast, model.parameters()))
-    dequantize_model(model)
-    mx.eval(model.parameters())
+    if dtype is not None:
+        cast(model, dtype)
+        dequantize_model(model)
+        mx.eval(model.parameters())
 
 
 def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Drafter | None:
