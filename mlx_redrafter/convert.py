@@ -282,11 +282,15 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf-path", "--model", help="base model: a folder, a GGUF file or a Hugging Face repository"
     )
     parser.add_argument("--mlx-path", default="mlx_model", help="output folder (default: %(default)s)")
-    parser.add_argument("-q", "--quantize", action="store_true", help="quantize the base model")
+    parser.add_argument(
+        "-q", "--quantize", action="store_true", help="quantize the base model, anew if it is"
+    )
     parser.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
     parser.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
     parser.add_argument("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
-    parser.add_argument("--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe")
+    parser.add_argument(
+        "--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe (without --q-bits)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are not quantized")
     parser.add_argument("-d", "--dequantize", action="store_true", help="dequantize the base model")
     parser.add_argument("--upload-repo", help="upload the result to this Hugging Face repository")

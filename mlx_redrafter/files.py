@@ -33,7 +33,7 @@ def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -
         if usable is not None and destination.exists():
             if usable():  # another process was faster
                 return
-            destination.rename(old)
+            destination.rename(old / destination.name)
         new.rename(destination)
 
 
@@ -64,24 +64,27 @@ def unfinished(parent: Path) -> Iterator[Path]:
     One that is not locked was left by a process that was killed, and is removed.
     """
     for left in parent.glob(f"{UNFINISHED}*"):
-        if time.time() - left.lstat().st_mtime > 1:  # or it may just be about to be locked
-            with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(left)
+        with suppress(OSError):
+            if time.time() - left.lstat().st_mtime > 1:  # or it may just be about to be locked
+                with _opened(left) as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left)
     folder = parent / f"{UNFINISHED}{secrets.token_hex(4)}"
     folder.mkdir()
     try:
-        with _locked(folder, fcntl.LOCK_SH):
+        with _opened(folder) as lock:
+            with suppress(OSError):  # not every file system has locks
+                fcntl.flock(lock, fcntl.LOCK_SH)
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[None]:
+def _opened(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, kind)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -130,6 +130,67 @@ def test_dtype(source, tmp_path):
     assert logits(tmp_path / "out").dtype == mx.bfloat16
 
 
+def widths(folder):
+    """The bits of all quantized layers."""
+    model, _ = mlx_lm.load(str(folder))
+    return {module.bits for _, module in model.named_modules() if hasattr(module, "bits")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"q_bits": 2, "q_group_size": 32}, {2}),
+        ({"q_bits": 8}, {8}),
+        ({"quant_predicate": "mixed_3_6", "q_group_size": 32}, {3, 6}),
+        ({"q_mode": "mxfp4"}, {4}),
+    ],
+)
+def test_quantized_folders_are_quantized_anew(source, tmp_path, options, expected):
+    convert_base(source, tmp_path / "q", quantize=True, q_bits=4, q_group_size=32)
+    convert_base(tmp_path / "q", tmp_path / "again", quantize=True, **options)
+    assert widths(tmp_path / "again") == expected
+    convert_base(tmp_path / "q", tmp_path / "d", dequantize=True)
+    convert_base(tmp_path / "d", tmp_path / "twice", quantize=True, **options)
+    assert mx.array_equal(logits(tmp_path / "again"), logits(tmp_path / "twice"))
+
+
+def test_what_is_quantized_in_another_mode_is_not_said_to_be_quantized_anew(source, tmp_path):
+    convert_base(source, tmp_path / "q", quantize=True, q_mode="mxfp4")
+    with pytest.raises(ValueError, match=r"quantized already: dequantize it first \(-d\)"):
+        convert_base(tmp_path / "q", tmp_path / "out", quantize=True, q_bits=8)
+    convert_base(tmp_path / "q", tmp_path / "d", dequantize=True)  # as the message says
+    convert_base(tmp_path / "d", tmp_path / "out", quantize=True, q_bits=8)
+    assert widths(tmp_path / "out") == {8}
+
+
+def test_what_is_not_quantized_is_not_dequantized(source, tmp_path):
+    write_model(tmp_path / "m.gguf")
+    for name in ("source", "m.gguf"):
+        with pytest.raises(ValueError, match=f"{name} is not quantized: leave out --dequantize"):
+            convert_base(tmp_path / name, tmp_path / "out", dequantize=True)
+
+
+def test_dtype_of_a_quantized_folder_stays(source, tmp_path):
+    convert_base(source, tmp_path / "q", quantize=True)
+    convert_base(tmp_path / "q", tmp_path / "half", dtype="float16")
+    convert_base(tmp_path / "half", tmp_path / "again")
+    assert (widths(tmp_path / "again"), logits(tmp_path / "again").dtype) == ({4}, mx.float16)
+    convert_base(tmp_path / "q", tmp_path / "d", dequantize=True, dtype="bfloat16")
+    assert (widths(tmp_path / "d"), logits(tmp_path / "d").dtype) == (set(), mx.bfloat16)
+
+
+def test_the_card_comes_with_the_model(tmp_path):
+    write_model(tmp_path / "m.gguf", kind=2)
+    convert_base(tmp_path / "m.gguf", tmp_path / "out")
+    assert "m.gguf by mlx-redrafter" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_shards_without_an_index(source, tmp_path):
+    (source / "model.safetensors.index.json").unlink()
+    convert_base(source, tmp_path / "out")
+    assert mx.array_equal(logits(tmp_path / "out"), write_weights(source)(PROMPT))
+
+
 def test_progress_is_told(source, tmp_path):
     lines = []
     convert_base(source, tmp_path / "out", progress=lines.append)
@@ -225,6 +286,15 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def stale(folder):
+    """Leave a model of one file beside that of two."""
+    weights = mx.load(str(folder / "model-00001-of-00002.safetensors"))
+    mx.save_safetensors(str(folder / "model.safetensors"), {name: 0 * x for name, x in weights.items()})
+
+
 def only_pickle(folder):
     for path in folder.glob("model*"):
         path.unlink()
@@ -238,6 +308,16 @@ def only_pickle(folder):
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "lacks model-00002-of-00002"),
+        (
+            lambda f: [(f / name).unlink() for name in ("model-00002-of-00002.safetensors", INDEX)],
+            "lacks model-00002-of-00002.safetensors, by .* the names of its other files",
+        ),
+        (stale, "in model-.* and model.safetensors: move model.safetensors elsewhere"),
+        (lambda f: stale(f) or (f / INDEX).unlink(), "move model.safetensors elsewhere"),
+        (
+            lambda f: [p.rename(f / f"x{p.name}") for p in f.glob("model-*")],
+            "lacks model-00001|give them that",
+        ),
         (lambda f: cut(f / "model-00002-of-00002.safetensors"), "00002.safetensors is damaged"),
         (lambda f: (f / "model-00002-of-00002.safetensors").write_bytes(b""), "00002.safetensors is damaged"),
         (spoil, "holds NaN"),
@@ -247,12 +327,13 @@ def only_pickle(folder):
         (lambda f: rewrite(f / "config.json", model_type="cache"), "mlx-lm cannot load"),
         (lambda f: rewrite(f / "config.json", hidden_size=32), "mlx-lm cannot load"),
         (lambda f: rewrite(f / "config.json", hidden_size="64"), "mlx-lm cannot load"),
-        (lambda f: rewrite(f / "config.json", model_file="evil.py"), "own code, 'evil.py'"),
+        (lambda f: rewrite(f / "config.json", model_file="evil.py"), "'evil.py': --trust-remote-code runs"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer"),
         (lambda f: (f / "tokenizer.json").unlink(), "tokenizer"),
     ],
 )
 def test_bad_folders(source, tmp_path, damage, message):
+    """``generate`` loads with the same ``load_base``."""
     damage(source)
     with pytest.raises(ValueError, match=message) as raised:
         convert_base(source, tmp_path / "out")
@@ -291,6 +372,12 @@ def test_pickle_files(tmp_path, name):
         ({"quantize": True, "q_mode": "best"}, "'best'"),
         ({"quantize": True, "q_bits": 7}, "7"),
         ({"quantize": True, "q_group_size": 48}, "48"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 8}, "--q-bits is 8: choose one of 4"),
+        ({"quantize": True, "q_mode": "mxfp8", "q_group_size": 64}, "--q-group-size is 64: choose one of 32"),
+        ({"quantize": True, "quant_predicate": "mixed_3_6", "q_bits": 4}, "leave out --q-mode and --q-bits"),
+        ({"q_bits": 4}, "need -q"),
+        ({"q_mode": "mxfp4"}, "need -q"),
+        ({"quant_predicate": "mixed_3_6"}, "need -q"),
     ],
 )
 def test_bad_options(source, tmp_path, options, message):

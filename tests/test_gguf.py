@@ -406,6 +406,7 @@ def test_flipped_bytes_never_crash(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.add_tensor("extra.weight", np.zeros((2, 32), np.float32)), "extra.weight has no place"),
+        (lambda w: w.add_uint16("split.count", 3), "m.gguf is one of the 3 parts of a model: join them"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "dimension_count is 8"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.tensors[0].pop("blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
@@ -428,6 +429,17 @@ def test_unsuitable_models_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_later_part_names_the_first(tmp_path):
+    def later(writer):
+        writer.kv_data[0].clear()
+        writer.add_uint16("split.no", 1)
+        writer.add_uint16("split.count", 3)
+
+    write_model(tmp_path / "m-00002-of-00003.gguf", change=later)
+    with pytest.raises(ValueError, match=r"--merge .*/m-00001-of-00003\.gguf joined\.gguf`"):
+        convert_gguf(tmp_path / "m-00002-of-00003.gguf", tmp_path / "out")
 
 
 def test_other_quantizations_are_refused_by_name(tmp_path):
