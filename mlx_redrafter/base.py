@@ -140,7 +140,7 @@ def base_folder(source: str | Path, revision: str | None = None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ValueError(
             f"{source} is neither a folder nor a repository that can be downloaded ({_first_line(error)}):"
-            " check the name and the connection, or give a local folder."
+            " check the name, the connection and the disk, or give a local folder."
         ) from error
     _check_weight_format(str(source), files)
     return folder

@@ -232,7 +232,7 @@ def download(
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
             f"{repo} is no folder here, and cannot be downloaded from Hugging Face ({reason}): "
-            "check the name, the network, and for private models `hf auth login`."
+            "check the name, the network, the disk, and for private models `hf auth login`."
         ) from error
 
 

@@ -23,14 +23,17 @@ def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -
         ValueError: ``destination`` exists already.
         OSError: the disk is full or not writable.
     """
+    taken = ValueError(f"{destination} exists already: delete it or name another output folder.")
     if usable is None and destination.exists():
-        raise ValueError(f"{destination} exists already: delete it or name another output folder.")
+        raise taken
     above = next(folder for folder in destination.absolute().parents if folder.exists())
     with _writing(destination), unfinished(above) as old, unfinished(above) as new:
         yield new
         _sync(new)
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if usable is not None and destination.exists():
+        if destination.exists():
+            if usable is None:
+                raise taken
             if usable():  # another process was faster
                 return
             destination.rename(old / destination.name)
@@ -63,7 +66,7 @@ def unfinished(parent: Path) -> Iterator[Path]:
 
     One that is not locked was left by a process that was killed, and is removed.
     """
-    for left in parent.glob(f"{UNFINISHED}*"):
+    for left in parent.glob(UNFINISHED + "[0-9a-f]" * 8):
         with suppress(OSError):
             if time.time() - left.lstat().st_mtime > 1:  # or it may just be about to be locked
                 with _opened(left) as lock:

@@ -104,7 +104,7 @@ def test_the_result_has_what_it_promises(benchmark):
         assert all(set(repeat) >= REPEAT for repeat in prompt["repeats"])
         assert len(prompt["repeats"]) == 2 * 2 * 2  # turns, trials, contenders
         assert [len(answer["tokens"]) for answer in prompt["answers"]] == [8, 8]
-    assert not list(Path().glob("new-*"))  # nothing half written is left
+    assert not list(Path().glob(".mlx-redrafter-*"))  # nothing half written is left
     assert all(word in out for word in ("speed-up", "kind 0", "overall", "tokens per step", "not available"))
     assert "Measuring" in err
 

@@ -63,6 +63,14 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert tree(tmp_path) == {"a.json": b"first", "new-a.json": b"the user's"}
 
 
+def test_two_writers_of_one_folder_do_not_mix(tmp_path):
+    with pytest.raises(ValueError, match="out exists already"), atomic_folder(tmp_path / "out") as slow:
+        (slow / "slow").touch()
+        with atomic_folder(tmp_path / "out") as fast:
+            (fast / "fast").touch()
+    assert list(tree(tmp_path)) == ["out/fast"]
+
+
 def test_links_and_devices_stay(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to("real")
@@ -104,28 +112,34 @@ def test_data_is_on_the_disk_before_the_name(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_process_left_is_removed_and_what_is_used_is_not(tmp_path):
-    (tmp_path / f"{UNFINISHED}dead").mkdir()
-    (tmp_path / f"{UNFINISHED}dead" / "part").write_text("x")
+    (tmp_path / f"{UNFINISHED}0123dead").mkdir()
+    (tmp_path / f"{UNFINISHED}0123dead" / "part").write_text("x")
     (tmp_path / ".out-of-the-user").mkdir()
-    age(tmp_path / f"{UNFINISHED}dead")
+    (tmp_path / f"{UNFINISHED}of-the-user").mkdir()
+    age(tmp_path / f"{UNFINISHED}of-the-user")
+    age(tmp_path / f"{UNFINISHED}0123dead")
     with unfinished(tmp_path) as used:
         age(used)
         with atomic_folder(tmp_path / "out"):
             assert used.is_dir()
-            assert not (tmp_path / f"{UNFINISHED}dead").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out-of-the-user", "out"]
+            assert not (tmp_path / f"{UNFINISHED}0123dead").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{UNFINISHED}of-the-user",
+        ".out-of-the-user",
+        "out",
+    ]
 
 
 def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOTSUP, "no locks here")
 
-    (tmp_path / f"{UNFINISHED}other").mkdir()
-    age(tmp_path / f"{UNFINISHED}other")
+    (tmp_path / f"{UNFINISHED}0123cafe").mkdir()
+    age(tmp_path / f"{UNFINISHED}0123cafe")
     monkeypatch.setattr(fcntl, "flock", none)
     with atomic_folder(tmp_path / "out"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{UNFINISHED}other", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{UNFINISHED}0123cafe", "out"]
 
 
 def test_a_failure_leaves_no_folders_above(tmp_path):
