@@ -5,4 +5,5 @@ import sys
 from mlx_redrafter.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["generate", *sys.argv[1:]]))
+    sys.argv.insert(1, "generate")
+    sys.exit(main())

@@ -20,18 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("compare", nargs="*", metavar="compare A B", help="instead: show two results of --json side by side")
-    add("--prompts", default="mt-bench", help="JSONL file, mt-bench, spec-bench, or - (default: %(default)s)")
+    add("--prompts", default="mt-bench", help="JSONL file, mt-bench, spec-bench, or -")
     add("--limit", type=int, help="prompts at most: evenly spaced ones")
     add("--turns", type=int, help="of each prompt at most (default: all)")
     add("--first-turns", dest="turns", action="store_const", const=1, help="the same as --turns 1")
-    add("--trials", type=int, default=1, help="how often each turn is answered (default: %(default)s)")
-    add("--warm-up", type=int, default=32, help="tokens decoded before measuring (default: %(default)s)")
-    add(
-        "--profile",
-        type=int,
-        default=2,
-        help="prompts for the time per phase; 0: none (default: %(default)s)",
-    )
+    add("--trials", type=int, default=1, help="how often each turn is answered")
+    add("--warm-up", type=int, default=32, help="tokens decoded before measuring")
+    add("--profile", type=int, default=2, help="prompts for the time per phase; 0: none")
     add("--cost-curve", action="store_true", help="time one verification against its number of tokens")
     add("--sweep", action="store_true", help="try draft shapes: every width, length and number of nodes")
     add("--sweep-widths", type=int, nargs="+", default=[1, 2, 4], metavar="W", help="(default: 1 2 4)")
@@ -44,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(default: 4 8 16, and all)",
     )
-    add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most (default: %(default)s)")
+    add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most")
     add("--json", nargs="?", const=STDOUT, metavar="FILE", help="write the result; without FILE, print it")
     add(
         "--markdown",

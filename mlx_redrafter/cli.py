@@ -10,7 +10,22 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .blas import load_blas
+
 DEBUG = "MLX_REDRAFTER_DEBUG"  # environment variable: show tracebacks
+
+
+class Diagnostics(io.TextIOWrapper):
+    """Standard error that never fails: a full disk, or a reader who has left, stops no work there."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 is success, 2 bad input, 130 an interrupt.
     """
-    _quiet_libraries()
-    with contextlib.suppress(ValueError):  # where this is not the main thread
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # as Ctrl-C, so that nothing half-written stays
     try:
+        with contextlib.suppress(ValueError):  # where this is not the main thread
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing half-written stays
+        _use_utf_8(arguments)
+        _open_streams()
+        _quiet_libraries()
+        load_blas()
         args = build_parser().parse_args(arguments)
         args.words = sys.argv[1:] if arguments is None else list(arguments)
         code = int(args.run(args))
@@ -69,6 +85,9 @@ def build_parser() -> Parser:
     ):
         command: Any = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         add(command)
+        for action in command._actions:
+            if action.nargs != 0 and action.default not in (None, "", []) and "(default" not in action.help:
+                action.help += " (default: %(default)s)"
         command.set_defaults(run=run)
     return parser
 
@@ -77,6 +96,31 @@ def one_line(text: str) -> str:
     """The text on one line that any terminal can show."""
     line = " ".join(part.strip() for part in text.strip().splitlines())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _use_utf_8(arguments: Sequence[str] | None) -> None:
+    """Start this process anew where Python takes file names for ASCII, which cannot name all files."""
+    ascii_only = sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1"
+    if arguments is None and ascii_only:
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
+
+
+def _open_streams() -> None:
+    """Open the null device for streams that are closed, or other files would get their descriptors.
+
+    Raises:
+        ValueError: standard output is closed.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    if type(sys.stderr) is io.TextIOWrapper:
+        encoding = sys.stderr.encoding
+        sys.stderr = Diagnostics(sys.stderr.detach(), encoding, "replace", line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where a terminal cannot show a character
+    if "stdout" in closed:
+        raise ValueError("standard output is closed: redirect it to a file, or to /dev/null.")
 
 
 def _let_go_of_output() -> None:
@@ -91,7 +135,4 @@ def _quiet_libraries() -> None:
     """Keep other libraries' chatter out of the way of ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # where a terminal cannot show a character
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import io
 import json
+import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.sample_utils import make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from tqdm import tqdm
 
 from . import backend
@@ -20,31 +22,37 @@ from .bundle import parse_config, read_config, resolve_drafter
 from .decoding.sampling import Sampling
 from .decoding.step import DraftShape
 from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
-from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache
-from .stream import (
-    PREFILL_STEP_SIZE,
-    Response,
-    Sampler,
-    check_shape,
-    statistics,
-    stream_generate,
-)
+from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
+from .prompts import render
+from .stream import PREFILL_STEP_SIZE, Response, Sampler, check_shape, statistics, stream_generate
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"
 GREEN, PLAIN = "\033[32m", "\033[0m"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # what a terminal may obey
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``mlx_lm.generate``, and the drafter's."""
     add = parser.add_argument
-    add("--prompt", "-p", default=DEFAULT_PROMPT, help="what to say to the model; - reads standard input")
-    add("--prefill-response", help="beginning of the answer, for the chat template")
+    add(
+        "--prompt",
+        "-p",
+        default=DEFAULT_PROMPT,
+        help="what to say to the model; - reads standard input. This and all other texts are taken as typed: "
+        "a line break is the shell's, such as $'one\\ntwo'",
+    )
+    add(
+        "--prefill-response",
+        help="beginning of the answer, for the chat template; the output goes on from it",
+    )
     add("--prompt-cache-file", type=Path, help="a prompt's cache, saved by mlx_lm.cache_prompt")
     add_decoding_arguments(parser)
-    add("--verbose", type=_boolean, default=True, help="False prints the text alone (default: True)")
+    add("--verbose", type=_boolean, default=True, help="False prints the text alone")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--show-draft", action="store_true", help="show drafted tokens in colour")
+    output.add_argument(
+        "--show-draft", action="store_true", help="show drafted tokens in colour, in a terminal"
+    )
     output.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
 
 
@@ -71,33 +79,20 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extra-eos-token", nargs="+", default=[], help="further tokens that end the output")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
     add("--prefill-step-size", type=int, default=PREFILL_STEP_SIZE, help="prompt tokens processed at once")
-    add(
-        "--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="quantize the cache (decodes without drafter)"
-    )
+    add("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="of a quantized cache (without drafter)")
     add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="of the quantized cache")
     add("--quantized-kv-start", type=int, default=5000, help="first step with a quantized cache")
-    add(
-        "--drafter", default="auto", help="folder, shipped name or repository; auto: the one that ships; none"
-    )
+    add("--drafter", default="auto", help="folder, shipped name, repository; auto: the one that ships; none")
     add(
         "--beam-width",
         type=_beam_width,
         default="auto",
-        help="beams of the draft; auto (default): the draft shape that is fastest here for this text",
+        help="beams of the draft; auto: the shape that is fastest here for this text",
     )
     add("--beam-length", type=int, help="tokens drafted per step, the guaranteed one not counted")
     add("--max-nodes", type=int, help="tree nodes to verify, the root included")
-    add(
-        "--lookup",
-        type=int,
-        help="tokens to copy from the text itself per step, where it repeats (default: part of auto, else 0)",
-    )
-    add(
-        "--dtype",
-        choices=DTYPES,
-        default="auto",
-        help="of the weights; a float type dequantizes a quantized model",
-    )
+    add("--lookup", type=int, help="tokens to copy from the text per step (default: part of auto, else 0)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights; a float type dequantizes")
     add("--no-draft", action="store_true", help="plain decoding by mlx-lm, the baseline")
     add("--draft-model", help="mlx-lm's speculative decoding with this small model, instead of a drafter")
     add("--num-draft-tokens", type=int, default=3, help="tokens that --draft-model drafts at once")
@@ -109,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     _check_text("--prompt", args.prompt, empty=True)
     _check_text("--prefill-response", args.prefill_response, empty=True)
     shape = check_decoding(args)
-    prompt = _read_prompt(args)
+    prompt = _standard_input() if args.prompt == "-" else args.prompt
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give some text with --prompt, or pipe it to --prompt -.")
     args.no_draft = args.no_draft or args.draft_model is not None
     drafter = choose_drafter(args, shape)
     cache = _read_prompt_cache(args)
@@ -117,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load_model(args, drafter, cache.tokenizer_config if cache else None)
         if cache:
             fit(cache, model.model, args.prompt_cache_file)
+        if args.prefill_response or is_raw(args, tokenizer):
+            tokenizer = Continuing(tokenizer)
         ids = encode_prompt(tokenizer, prompt, args, cache is not None)
         responses = stream_generate(
             model,
@@ -160,7 +159,7 @@ def choose_drafter(args: argparse.Namespace, shape: DraftShape | None) -> str | 
 def load_model(
     args: argparse.Namespace, drafter: str | Path | None, tokenizer_config: dict[str, Any] | None = None
 ) -> tuple[SpeculativeModel, TokenizerWrapper]:
-    """The model with its drafter and tokenizer; warns if a drafter was to be found and none was."""
+    """The model with its drafter and tokenizer; warns of a drafter that was not found, and of idle flags."""
     model, tokenizer = load(
         args.model,
         tokenizer_config,
@@ -174,7 +173,32 @@ def load_model(
         tokenizer.add_eos_token(token)
     if model.drafter is None and drafter is not None:
         warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
+    _warn_of_idle_flags(args, is_raw(args, tokenizer))
     return model, tokenizer
+
+
+def _warn_of_idle_flags(args: argparse.Namespace, raw: bool) -> None:
+    """Say which flags were given and do nothing; ``raw``: the prompt gets no template."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    cached = getattr(args, "prompt_cache_file", None) is not None
+    beams = ("beam_width", "beam_length")
+    for idle, why, flags in (
+        (args.temp == 0, "with --temp 0, which is greedy", ("top_p", "top_k", "min_p", "xtc_probability")),
+        (args.min_p == 0, "without --min-p", ("min_tokens_to_keep",)),
+        (args.xtc_probability == 0, "without --xtc-probability", ("xtc_threshold",)),
+        (args.kv_bits is None and not cached, "without --kv-bits", ("kv_group_size",)),
+        (args.kv_bits is None, "without --kv-bits", ("quantized_kv_start",)),
+        (args.draft_model is None, "without --draft-model", ("num_draft_tokens",)),
+        (args.no_draft, "where nothing is drafted by us", ("drafter", *beams, "max_nodes", "lookup")),
+        (args.no_draft and args.draft_model is None, "with --no-draft", ("show_draft",)),
+        (args.drafter == "none", "with --drafter none", beams),
+        (raw, "without a chat template", ("system_prompt", "prefill_response", "chat_template_config")),
+        (cached, "with --prompt-cache-file: the cache decides", ("system_prompt", "max_kv_size")),
+    ):
+        for flag in flags if idle else ():
+            if getattr(args, flag, None) not in (None, 0, "none", parser.get_default(flag)):
+                warnings.warn(f"--{flag.replace('_', '-')} does nothing {why}.", stacklevel=1)
 
 
 def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
@@ -193,11 +217,31 @@ def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> d
     }
 
 
+class Continuing(TokenizerWrapper):  # type: ignore[misc]
+    """A tokenizer for output that goes on from a text: mlx-lm's drop a space that the output begins with."""
+
+    def __init__(self, tokenizer: TokenizerWrapper) -> None:
+        vars(self).update(vars(tokenizer))
+
+    @property
+    def detokenizer(self) -> StreamingDetokenizer:
+        """One that has had a token already."""
+        detokenizer = super().detokenizer
+        detokenizer.add_token(self.encode("a", add_special_tokens=False)[-1])
+        _ = detokenizer.last_segment
+        return detokenizer
+
+
+def is_raw(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> bool:
+    """Whether the model is given the prompt as it is."""
+    return bool(args.ignore_chat_template or not tokenizer.has_chat_template)
+
+
 def encode_prompt(
     tokenizer: TokenizerWrapper, prompt: str, args: argparse.Namespace, continues: bool = False
 ) -> list[int]:
     """Token ids of the prompt in its chat template, if there is one; only the end if it ``continues``."""
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
+    if is_raw(args, tokenizer):
         return list(tokenizer.encode(prompt))
     begun = args.prefill_response is not None
     answer = [{"role": "assistant", "content": args.prefill_response}] if begun else []
@@ -223,7 +267,7 @@ def render_messages(
     """The conversation in the model's chat template, after the system prompt, with the template's options."""
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt is not None else []
     options |= json.loads(args.chat_template_config or "{}")
-    return str(tokenizer.apply_chat_template([*system, *messages], tokenize=False, **options))
+    return render(tokenizer, [*system, *messages], **options)
 
 
 def record(
@@ -297,18 +341,7 @@ def _find_drafter(name: str, shape: DraftShape | None) -> Path:
     return folder
 
 
-def _read_prompt(args: argparse.Namespace) -> str:
-    prompt = (
-        _standard_input() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
-    )
-    if not prompt.strip():
-        raise ValueError("the prompt is empty: give some text with --prompt, or pipe it to --prompt -.")
-    return str(prompt)
-
-
 def _standard_input() -> str:
-    if sys.stdin is None:
-        raise ValueError("there is no standard input: give the prompt itself with --prompt.")
     try:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
@@ -403,7 +436,9 @@ def draft_model_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -
 
 
 def _boolean(text: str) -> bool:
-    return text.lower() not in ("false", "f")
+    if text.lower() not in ("true", "t", "false", "f"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable: give True or False.")
+    return text.lower() in ("true", "t")
 
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -420,8 +455,11 @@ def _read_prompt_cache(args: argparse.Namespace) -> PromptCache | None:
         return None
     cache = read_prompt_cache(args.prompt_cache_file)
     check_quantization(cache, args.kv_bits, args.kv_group_size)
-    if None not in (args.model, cache.model) and args.model != cache.model:
-        raise ValueError(f"--model {args.model} is not the model of {args.prompt_cache_file}, {cache.model}.")
+    if args.model and cache.model and not same_model(args.model, cache.model):
+        raise ValueError(
+            f"--model {args.model} is not the model of {args.prompt_cache_file}, {cache.model}: "
+            "leave --model out, or make a cache for it with mlx_lm.cache_prompt."
+        )
     args.model = args.model or cache.model
     return cache
 
@@ -466,15 +504,23 @@ def _print_record(
         raise interrupt
 
 
+def colours() -> bool:
+    """Whether standard output is to have colours: in a terminal, unless the usual variables differ."""
+    force, dumb = os.environ.get("FORCE_COLOR", "0") not in ("", "0"), os.environ.get("TERM") == "dumb"
+    return not os.environ.get("NO_COLOR") and (force or (sys.stdout.isatty() and not dumb))
+
+
 def _print(responses: Iterator[Response], show_draft: bool, verbose: bool) -> None:
     last = None
+    shown = GREEN + "{}" + PLAIN if show_draft and colours() else "{}"
     try:
         for response in responses:
             if last is None and verbose:
                 print("=" * 10)
-            last = response
-            drafted = show_draft and response.from_draft and response.text
-            print(f"{GREEN}{response.text}{PLAIN}" if drafted else response.text, end="", flush=True)
+            last, text = response, response.text
+            if sys.stdout.isatty():
+                text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+            print(shown.format(text) if response.from_draft and text else text, end="", flush=True)
     finally:
         if last is not None:
             print(*(["", "=" * 10, statistics(last)] if verbose else [""]), sep="\n")

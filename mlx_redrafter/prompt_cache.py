@@ -1,6 +1,7 @@
 """A prompt's cache in a file, as ``mlx_lm.cache_prompt`` and ``mlx_lm``'s ``save_prompt_cache`` write it."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def check_quantization(cache: PromptCache, bits: int | None, group_size: int) ->
     for flag, asked, found in (("bits", bits, first.bits), ("group-size", group_size, first.group_size)):
         if asked is not None and asked != found:
             raise ValueError(f"--kv-{flag} {asked} does not match the prompt cache: give {found}.")
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names mean the same folder, file or repository (one in the hub's cache included)."""
+    names = []
+    for name in (one, other):
+        path = Path(name).expanduser()
+        place = str(path.resolve()) if path.exists() else name
+        snapshot = re.search(r"/models--([^/]+)/snapshots/[^/]+$", place)
+        names.append(snapshot[1].replace("--", "/", 1) if snapshot else place)
+    return names[0] == names[1]
 
 
 def fit(cache: PromptCache, model: nn.Module, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files of prompts (JSON lines), and their token ids."""
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -77,9 +78,24 @@ def encode(prompt: Prompt, tokenizer: TokenizerWrapper) -> list[int]:
     return list(ids)
 
 
+def render(tokenizer: TokenizerWrapper, messages: list[Message], **options: Any) -> str:
+    """The messages in the model's chat template; in parts, where only that keeps what they say."""
+
+    def apply(given: list[Any]) -> str:
+        return str(tokenizer.apply_chat_template(given, tokenize=False, **options))
+
+    text = apply(messages)
+    if lost := [m["content"] for m in messages if m["content"].strip() not in text]:
+        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        with contextlib.suppress(Exception):  # a template may refuse parts
+            other = apply(parts)
+            return other if all(content.strip() in other for content in lost) else text
+    return text
+
+
 def _render(messages: list[Message], tokenizer: TokenizerWrapper) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return render(tokenizer, messages, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and may refuse a role or the order of roles
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(

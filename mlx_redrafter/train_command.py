@@ -18,20 +18,16 @@ NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on res
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     add = parser.add_argument
-    add(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="folder, GGUF file or Hugging Face repository (default: %(default)s)",
-    )
+    add("--model", default=DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
     add("--output", required=True, help="folder for the drafter; OUTPUT.train beside it holds the work")
     add("--resume", action="store_true", help="go on with an interrupted run; other flags may be left out")
     add("--time", help="for everything together, such as 30m or 1h30m; decides tokens and epochs")
-    add("--dtype", default="auto", choices=DTYPES, help="of the base model (default: %(default)s)")
+    add("--dtype", default="auto", choices=DTYPES, help="of the base model")
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
     add("--memory-limit", type=float, help="GB that may be used")
     add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
     add("--license", default="", help="of the drafter, for its model card, such as apache-2.0")
-    add("--seed", type=int, default=0, help="of data and training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of data and training")
     _add_data(parser.add_argument_group("data"))
     _add_network(parser.add_argument_group("drafter"))
     _add_training(parser.add_argument_group("training"))
@@ -53,25 +49,20 @@ def _add_data(group: Any) -> None:
         help="tokens of its own answers that the model writes (default: 2,000,000; with --time as many as "
         "time allows; none where conversations are given)",
     )
-    add("--row-length", type=int, default=512, help="tokens per conversation (default: %(default)s)")
-    add("--rows", type=int, default=64, help="conversations written at once (default: %(default)s)")
-    add("--temp", type=float, default=0.7, help="of the model's answers (default: %(default)s)")
-    add("--user-temp", type=float, default=1.0, help="of the user's turns it writes (default: %(default)s)")
-    add("--top-p", type=float, default=0.95, help="of the data's sampling (default: %(default)s)")
-    add("--top-k", type=int, default=40, help="of the data's sampling (default: %(default)s)")
+    add("--row-length", type=int, default=512, help="tokens per conversation")
+    add("--rows", type=int, default=64, help="conversations written at once")
+    add("--temp", type=float, default=0.7, help="of the model's answers")
+    add("--user-temp", type=float, default=1.0, help="of the user's turns it writes")
+    add("--top-p", type=float, default=0.95, help="of the data's sampling")
+    add("--top-k", type=int, default=40, help="of the data's sampling")
     add("--system-prompt", action="append", default=[], help="may be given several times; one is drawn")
     add("--openings", help="file with beginnings of the user's turn, one per line (a list ships)")
-    add(
-        "--opened",
-        type=float,
-        default=0.65,
-        help="share of conversations that begin so (default: %(default)s)",
-    )
+    add("--opened", type=float, default=0.65, help="share of conversations that begin so")
     add(
         "--cache-features",
         default="auto",
         choices=("auto", "disk", "off"),
-        help="keep the model's hidden states on disk (default: %(default)s, what is faster)",
+        help="keep hidden states on disk (auto: what is faster)",
     )
 
 
@@ -83,13 +74,8 @@ def _add_network(group: Any) -> None:
         help="tokens the drafter knows; 0: all (default: 96 %% of the data, or those of --start-from)",
     )
     add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
-    add("--blocks", type=int, default=2, help="residual blocks of its head (default: %(default)s)")
-    add(
-        "--cell",
-        default="simple",
-        choices=("simple", "gru", "none"),
-        help="recurrent cell (default: %(default)s)",
-    )
+    add("--blocks", type=int, default=2, help="residual blocks of its head")
+    add("--cell", default="simple", choices=("simple", "gru", "none"), help="recurrent cell")
     add(
         "--context-layers",
         type=int,
@@ -103,47 +89,31 @@ def _add_network(group: Any) -> None:
 
 def _add_training(group: Any) -> None:
     add = group.add_argument
-    add("--length", type=int, default=5, help="depths it is trained for (default: %(default)s)")
-    add(
-        "--labels",
-        default="soft",
-        choices=("soft", "hard"),
-        help="distribution or token (default: %(default)s)",
-    )
-    add(
-        "--loss",
-        default="kl",
-        choices=("kl", "tv"),
-        help="divergence or total variation (default: %(default)s)",
-    )
-    add("--label-temp", type=float, default=1.0, help="of soft labels (default: %(default)s)")
+    add("--length", type=int, default=5, help="depths it is trained for")
+    add("--labels", default="soft", choices=("soft", "hard"), help="distribution or token")
+    add("--loss", default="kl", choices=("kl", "tv"), help="divergence or total variation")
+    add("--label-temp", type=float, default=1.0, help="of soft labels")
     add(
         "--negatives",
         type=float,
         default=0.15,
         metavar="SHARE",
-        help="share of the draft tokens unlikely in a batch that its softmax has (default: %(default)s)",
+        help="of the draft tokens unlikely in a batch that its softmax has",
     )
     add(
         "--dropout",
         type=float,
         default=0.2,
         metavar="SHARE",
-        help="share of the drafter's inputs that a step does not see, against overfitting "
-        "(default: %(default)s)",
+        help="of the drafter's inputs that a step does not see",
     )
-    add(
-        "--depth-weight",
-        type=float,
-        default=0.9,
-        help="of each depth to the one before (default: %(default)s)",
-    )
-    add("--epochs", type=float, default=2.0, help="passes over the data (default: %(default)s)")
-    add("--batch", type=int, default=1024, help="positions per step (default: %(default)s)")
-    add("--learning-rate", type=float, default=1.5e-3, help="highest (default: %(default)s)")
-    add("--warm-up", type=float, default=0.05, help="share of the steps (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="(default: %(default)s)")
-    add("--clip", type=float, default=1.0, help="norm of gradients (default: %(default)s)")
+    add("--depth-weight", type=float, default=0.9, help="of each depth to the one before")
+    add("--epochs", type=float, default=2.0, help="passes over the data")
+    add("--batch", type=int, default=1024, help="positions per step")
+    add("--learning-rate", type=float, default=1.5e-3, help="highest")
+    add("--warm-up", type=float, default=0.05, help="share of the steps")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW")
+    add("--clip", type=float, default=1.0, help="norm of gradients")
     add(
         "--train-dtype",
         default="auto",
@@ -176,7 +146,7 @@ def _add_evaluation(group: Any) -> None:
         metavar="T",
         help="temperatures to measure at (default: 0 0.7)",
     )
-    add("--eval-tokens", type=int, default=128, help="per answer; 0: no evaluation (default: %(default)s)")
+    add("--eval-tokens", type=int, default=128, help="per answer; 0: no evaluation")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..files import atomic_file
-from ..generate_command import render_messages
+from ..generate_command import is_raw, render_messages
 from ..model import cache_folder
 from ..prompts import Message, Prompt, read_prompts
 
@@ -63,7 +63,7 @@ def encode_conversation(
     Raises:
         ValueError: the chat template refuses the conversation, or nothing is left to say.
     """
-    if args.ignore_chat_template or not tokenizer.has_chat_template:
+    if is_raw(args, tokenizer):
         ids = list(tokenizer.encode("\n".join(message["content"] for message in messages)))
     else:
         try:
