@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 from .blas import load_blas
 
 if TYPE_CHECKING:
-    from .model import load
-    from .stream import DraftShape, Response, Sampling, SpeculativeModel, generate, stream_generate
+    from .decoding.sampling import Sampling
+    from .decoding.step import DraftShape
+    from .model import SpeculativeModel, load
+    from .stream import Response, generate, stream_generate
 
 with contextlib.suppress(ValueError):  # raised again by the first use, where the command line reports it
     load_blas()  # before anything imports mlx.core

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .files import atomic_file, check_writable
+
 if TYPE_CHECKING:
     from .benchmark.tables import Table
 
@@ -106,8 +108,14 @@ def _check(args: argparse.Namespace) -> None:
         name = getattr(args, flag)
         if name not in (None, STDOUT) and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
             raise ValueError(f"--{flag} {name} cannot be written: name a file in a folder that exists.")
+        if name not in (None, STDOUT):
+            check_writable(name)
+    if args.json == args.markdown != None:
+        raise ValueError("--json and --markdown would be mixed: give one of them another file.")
     if args.plots is not None and Path(args.plots).exists() and not Path(args.plots).is_dir():
         raise ValueError(f"--plots {args.plots} is no folder: name one.")
+    if args.plots is not None:
+        check_writable(Path(args.plots, "speedup.png"))
 
 
 def _require(package: str, what: str) -> None:
@@ -138,7 +146,6 @@ def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
 def _show(markdown: str | None, tables: "Sequence[Table]", quiet: bool) -> None:
     """Print the tables, or write them as Markdown to a file besides."""
     from .benchmark import tables as form
-    from .files import atomic_file
 
     if markdown not in (None, STDOUT):
         assert markdown is not None

@@ -25,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from . import bundle
 from .bundle import BaseIdentity
 from .drafter import DrafterConfig, Quantization
-from .files import atomic_file, atomic_folder
+from .files import atomic_file, atomic_folder, check_writable, shell_word
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
@@ -255,7 +255,7 @@ def upload(folder: str | Path, repo: str) -> None:
         reason = str(error).strip().split("\n", 1)[0]
         raise ValueError(
             f"{folder} is converted, but uploading it to {repo} failed ({reason}): "
-            f"log in with `hf auth login`, then `hf upload {repo} {folder}`."
+            f"log in with `hf auth login`, then `hf upload {repo} {shell_word(folder)}`."
         ) from error
 
 
@@ -272,7 +272,7 @@ def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
         f"{config.num_draft_layers} residual blocks of width {config.exit_dim}, {config.head_outputs} of "
         f"{config.vocab_size} tokens{bits}.\n\n"
         "```bash\npip install mlx-redrafter\n"
-        f'mlx-redrafter generate --model {model} --drafter THIS_FOLDER --prompt "Hello"\n```\n'
+        f'mlx-redrafter generate --model {shell_word(model)} --drafter THIS_FOLDER --prompt "Hello"\n```\n'
     )
 
 
@@ -410,14 +410,7 @@ def _check_output(output: str | Path) -> None:
     path = Path(output)
     if os.path.lexists(path):
         raise ValueError(f"{str(output)!r} exists already: delete it or name another output folder.")
-    _check_parent(path)
-
-
-def _check_parent(path: Path) -> None:
-    """Raise ``ValueError`` if nothing can be written beside ``path``."""
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written, as {parent} is no folder of yours: name another place.")
+    check_writable(path)
 
 
 def _check_repo(repo: str) -> None:
@@ -443,7 +436,7 @@ def _check_frequency_arguments(size: int | None, source: str | Path | None, save
     if save is not None and (Path(save).is_dir() or not Path(save).absolute().parent.is_dir()):
         raise ValueError(f"counts cannot be saved as {save}: name a file in a folder that exists.")
     if save is not None:
-        _check_parent(Path(save))
+        check_writable(save)
 
 
 def _check_draft_vocab(size: int | None, config: DrafterConfig) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -112,3 +113,23 @@ def _writing(destination: Path) -> Iterator[None]:
         raise OSError(
             f"{destination} cannot be written ({reason}): make room on the disk, or write elsewhere."
         ) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise ``ValueError`` if nothing can be written as ``path``: before hours of work, not after them."""
+    target = Path(path).resolve()
+    parent = next(folder for folder in target.parents if folder.exists())
+    if target.exists() and not target.is_file() and not target.is_dir():
+        return  # a device, or a pipe
+    try:
+        with unfinished(parent) as folder:
+            (folder / target.name).touch()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({parent}: {error.strerror}): name another place."
+        ) from error
+
+
+def shell_word(path: str | Path) -> str:
+    """A file or folder as a word of a command line, which is not taken for a flag."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))

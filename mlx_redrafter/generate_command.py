@@ -93,7 +93,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-nodes", type=int, help="tree nodes to verify, the root included")
     add("--lookup", type=int, help="tokens to copy from the text per step (default: part of auto, else 0)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; a float type dequantizes")
-    add("--no-draft", action="store_true", help="plain decoding by mlx-lm, the baseline")
+    add("--no-draft", action="store_true", help="plain decoding by mlx-lm, whatever is to be drafted")
     add("--draft-model", help="mlx-lm's speculative decoding with this small model, instead of a drafter")
     add("--num-draft-tokens", type=int, default=3, help="tokens that --draft-model drafts at once")
     add("--quantize-activations", "-qa", action="store_true", help="as the weights of each layer are")
@@ -190,8 +190,12 @@ def _warn_of_idle_flags(args: argparse.Namespace, raw: bool) -> None:
         (args.kv_bits is None and not cached, "without --kv-bits", ("kv_group_size",)),
         (args.kv_bits is None, "without --kv-bits", ("quantized_kv_start",)),
         (args.draft_model is None, "without --draft-model", ("num_draft_tokens",)),
-        (args.no_draft, "where nothing is drafted by us", ("drafter", *beams, "max_nodes", "lookup")),
-        (args.no_draft and args.draft_model is None, "with --no-draft", ("show_draft",)),
+        (args.no_draft and args.draft_model is None, "where nothing is drafted", ("show_draft",)),
+        (
+            args.no_draft and args.draft_model,
+            "with --draft-model",
+            ("drafter", *beams, "max_nodes", "lookup"),
+        ),
         (args.drafter == "none", "with --drafter none", beams),
         (raw, "without a chat template", ("system_prompt", "prefill_response", "chat_template_config")),
         (cached, "with --prompt-cache-file: the cache decides", ("system_prompt", "max_kv_size")),

@@ -332,7 +332,7 @@ def _window(cache: Any, model: nn.Module) -> int | None:
         return int(cache.max_size)
     raise ValueError(
         f"{_name(model)} cannot be decoded with a drafter: its {type(cache).__name__} cannot be rolled "
-        "back after a rejected draft. Use --no-draft."
+        "back after a rejected draft: load it without one, as with --drafter none."
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .files import check_writable, shell_word
 from .model import DEFAULT_MODEL, DTYPES
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
@@ -157,6 +158,7 @@ def run(args: argparse.Namespace) -> int:
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
+    check_writable(output)
     import mlx.core as mx
 
     from .model import load
@@ -172,10 +174,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
     except KeyboardInterrupt:
-        again = shlex.join(["mlx-redrafter", "train", "--output", args.output, "--resume"])
+        again = f"mlx-redrafter train --output {shell_word(output)} --resume"
         print(f"\nSaved. Go on with: {again}", file=sys.stderr)
         raise
-    _report(output, measured)
+    base = "" if args.model == DEFAULT_MODEL else f" --model {shell_word(args.model)}"
+    base += " --trust-remote-code" * args.trust_remote_code
+    print(f"Wrote {output}. Use it with: mlx-redrafter generate{base} --drafter {shell_word(output)}")
+    _report(measured)
     return 0
 
 
@@ -298,8 +303,7 @@ def _evaluation(args: argparse.Namespace) -> Any:
     return Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
 
 
-def _report(output: Path, measured: dict[str, list[Any]]) -> None:
-    print(f"Wrote {output}. Use it with: mlx-redrafter generate --drafter {shlex.quote(str(output))}")
+def _report(measured: dict[str, list[Any]]) -> None:
     for name, found in measured.items():
         print(f"Tokens per step, {name}:")
         for m in found:

@@ -45,7 +45,9 @@ def show(tables: Sequence[Table]) -> None:
     """Print the tables on standard output."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    from ..generate_command import colours
+
+    console = Console(highlight=False, color_system="auto" if colours() else None)
     if not console.is_terminal:
         console.width = 120
     for table in tables:

@@ -6,12 +6,12 @@ It says only what it is told; what is not known is left out.
 import json
 import platform
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
 from .. import backend
+from ..files import shell_word
 from .evaluate import Measured
 
 PAPER = "https://arxiv.org/abs/2403.09919"
@@ -177,7 +177,7 @@ def _yaml(text: str) -> str:
 def _usage(facts: Facts) -> str:
     if not facts.drafter:
         return ""
-    words = [_shell(word) for word in (facts.base, facts.drafter)]
+    words = [shell_word(word) for word in (facts.base, facts.drafter)]
     command = 'mlx-redrafter generate --model {} --drafter {} --prompt "Hello"'.format(*words)
     python = (
         "from mlx_redrafter import generate, load\n\n"
@@ -270,10 +270,6 @@ def _fence(language: str, text: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _shell(word: str) -> str:
-    return shlex.quote(word)
 
 
 def _count(value: int | None) -> str:
