@@ -110,7 +110,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} {name} cannot be written: name a file in a folder that exists.")
         if name not in (None, STDOUT):
             check_writable(name)
-    if args.json == args.markdown != None:
+    if args.json is not None and args.json == args.markdown:
         raise ValueError("--json and --markdown would be mixed: give one of them another file.")
     if args.plots is not None and Path(args.plots).exists() and not Path(args.plots).is_dir():
         raise ValueError(f"--plots {args.plots} is no folder: name one.")

@@ -230,7 +230,7 @@ class Continuing(TokenizerWrapper):  # type: ignore[misc]
     @property
     def detokenizer(self) -> StreamingDetokenizer:
         """One that has had a token already."""
-        detokenizer = super().detokenizer
+        detokenizer: StreamingDetokenizer = super().detokenizer
         detokenizer.add_token(self.encode("a", add_special_tokens=False)[-1])
         _ = detokenizer.last_segment
         return detokenizer
