@@ -135,4 +135,6 @@ def _quiet_libraries() -> None:
     """Keep other libraries' chatter out of the way of ours."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if any("error" in option for option in sys.warnoptions):
+        warnings.simplefilter("default")  # python -W error: they are told, and stop nothing
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"

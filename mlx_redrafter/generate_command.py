@@ -191,11 +191,7 @@ def _warn_of_idle_flags(args: argparse.Namespace, raw: bool) -> None:
         (args.kv_bits is None, "without --kv-bits", ("quantized_kv_start",)),
         (args.draft_model is None, "without --draft-model", ("num_draft_tokens",)),
         (args.no_draft and args.draft_model is None, "where nothing is drafted", ("show_draft",)),
-        (
-            args.no_draft and args.draft_model,
-            "with --draft-model",
-            ("drafter", *beams, "max_nodes", "lookup"),
-        ),
+        (args.no_draft and args.draft_model, "with --draft-model", ("drafter", *beams, "lookup")),
         (args.drafter == "none", "with --drafter none", beams),
         (raw, "without a chat template", ("system_prompt", "prefill_response", "chat_template_config")),
         (cached, "with --prompt-cache-file: the cache decides", ("system_prompt", "max_kv_size")),

@@ -84,13 +84,14 @@ def render(tokenizer: TokenizerWrapper, messages: list[Message], **options: Any)
     def apply(given: list[Any]) -> str:
         return str(tokenizer.apply_chat_template(given, tokenize=False, **options))
 
-    text = apply(messages)
-    if lost := [m["content"] for m in messages if m["content"].strip() not in text]:
-        parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-        with contextlib.suppress(Exception):  # a template may refuse parts
-            other = apply(parts)
-            return other if all(content.strip() in other for content in lost) else text
-    return text
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    texts: list[str] = []
+    for given in (messages, parts):
+        with contextlib.suppress(Exception):  # a template may refuse either
+            texts.append(apply(given))
+            if all(m["content"].strip() in texts[-1] for m in messages):
+                return texts[-1]
+    return texts[0] if texts else apply(messages)  # which says why
 
 
 def _render(messages: list[Message], tokenizer: TokenizerWrapper) -> str:

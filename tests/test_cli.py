@@ -20,6 +20,8 @@ from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlx_redrafter import stream_generate
+from mlx_redrafter.files import check_writable, shell_word
+from mlx_redrafter.prompt_cache import same_model
 
 ROOT = Path(__file__).parent.parent
 SAYS = "Hé🙂好w!"
@@ -161,20 +163,117 @@ def test_lookup_in_the_record(generate):
     assert json.loads(out)["text"] == SAYS
 
 
-def test_drafted_text_in_colour(generate):
-    _, out, _ = generate("--show-draft", "--beam-width", 2)
-    assert "\033[32m" in out
-    assert out.replace("\033[32m", "").replace("\033[0m", "").splitlines()[1] == SAYS
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard output is a terminal, with these environment variables."""
+
+    def pretend(is_one=True, **variables):
+        for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("sys.stdout.isatty", lambda: is_one)
+
+    return pretend
 
 
-def test_the_prompt_from_standard_input(generate):
-    expected = json.loads(generate("--json", "-p", "a\n\tb")[1])
-    for code, out, _ in (
-        generate("--json", "-p", "-", stdin=b"a\n\tb"),
-        generate("--json", "-p", "a\\n\\tb"),
-    ):
-        assert code == 0
-        assert json.loads(out)["prompt_tokens"] == expected["prompt_tokens"]
+@pytest.mark.parametrize(
+    ("is_one", "variables", "colours"),
+    [
+        (True, {"TERM": "xterm"}, True),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+        (False, {}, False),
+        (False, {"FORCE_COLOR": "1"}, True),
+        (False, {"FORCE_COLOR": "0"}, False),
+        (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
+    ],
+)
+def test_drafted_text_in_colour(generate, terminal, is_one, variables, colours):
+    terminal(is_one, **variables)
+    _, out, _ = generate("--show-draft", "--beam-width", 2, "--verbose", "False")
+    assert ("\033[32m" in out) == colours
+    assert out.replace("\033[32m", "").replace("\033[0m", "") == f"{SAYS}\n"
+
+
+def test_a_terminal_does_not_obey_the_model(run, tmp_path, terminal):
+    folder = make_folder(tmp_path / "rude", "a\x1b]0;b\x07\x9b\tc\nd")
+    command = ("generate", "--model", folder, "--no-draft", "--verbose", "False")
+    assert run(*command)[1] == "a\x1b]0;b\x07\x9b\tc\nd\n"
+    terminal()
+    assert run(*command)[1] == "a\\x1b]0;b\\x07\\x9b\tc\nd\n"
+
+
+@pytest.mark.parametrize("prompt", ["a\n\tb", r"Simplify \nabla \times F"])
+def test_prompts_are_taken_as_typed(run, made, prompt):
+    command = ("generate", "--model", made / "base", "--no-draft", "--ignore-chat-template", "--json")
+    ids = mlx_lm.load(str(made / "base"))[1].encode(prompt)
+    for given in (run(*command, "-p", prompt), run(*command, "-p", "-", stdin=prompt.encode())):
+        assert (given[0], json.loads(given[1])["prompt_tokens"]) == (0, len(ids))
+
+
+def test_stop_and_system_texts_are_taken_as_typed(run, generate, tmp_path):
+    folder = make_folder(tmp_path / "tex", r"a\nb c")
+    command = ("generate", "--model", folder, "--no-draft", "--json")
+    assert json.loads(run(*command, "--stop", r"\n")[1])["text"] == "a"
+    assert json.loads(run(*command, "--stop", "\n")[1])["text"] == r"a\nb c"
+    typed, broken = (generate("--json", "--system-prompt", text)[1] for text in (r"\n", "\n"))
+    assert json.loads(typed)["prompt_tokens"] == json.loads(broken)["prompt_tokens"] + 1
+
+
+@pytest.mark.parametrize("tokenizer", ["byte-level", "sentencepiece"])
+def test_output_that_goes_on_keeps_its_first_space(run, tmp_path, tokenizer):
+    says = " the" if tokenizer == "byte-level" else "the"  # SentencePiece adds the space
+    folder = make_folder(tmp_path / "model", says, tokenizer)
+    drafter = make_drafter(tmp_path / "drafter", folder)
+
+    def text(*flags):
+        return json.loads(run("generate", "--json", "--model", folder, *flags)[1])["text"]
+
+    for decoding in (("--no-draft",), ("--drafter", drafter, "--beam-width", 1), ("--draft-model", folder)):
+        assert text(*decoding, "-p", "x>", "--ignore-chat-template") == " the"
+        if tokenizer == "byte-level":
+            assert text(*decoding, "--prefill-response", "A fox>") == " the"
+            assert text(*decoding, "--prefill-response", "A fox>", "--stop", " the") == ""
+            assert text(*decoding) == text(*decoding, "--prefill-response", "") == "the"  # as in mlx-lm
+
+
+def test_text_survives_a_template_that_wants_parts(run, tmp_path):
+    folder = make_folder(tmp_path / "parts", SAYS)
+    command = ("generate", "--model", folder, "--no-draft", "--json", "--system-prompt", "Be brief", "-p")
+    whole = json.loads(run(*command, "tea")[1])
+    template = (folder / "chat_template.jinja").read_text()
+    parts = "{% for p in m['content'] %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    assert "{{ m['content'] }}" in template
+    (folder / "chat_template.jinja").write_text(template.replace("{{ m['content'] }}", parts))
+    found = json.loads(run(*command, "tea")[1])
+    assert (found["text"], found["prompt_tokens"]) == (SAYS, whole["prompt_tokens"])
+    answers = run(*command, "tea", "--prefill-response", "two cups >")
+    assert json.loads(answers[1])["prompt_tokens"] > whole["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (("--top-p", "0.9", "--top-k", "3"), ["--top-p", "--top-k"]),
+        (("--temp", "1", "--top-p", "0.9", "--min-p", "0.1", "--min-tokens-to-keep", "2"), []),
+        (("--temp", "1", "--min-tokens-to-keep", "2"), ["--min-tokens-to-keep"]),
+        (("--xtc-threshold", "0.1"), ["--xtc-threshold"]),
+        (("--kv-group-size", "32", "--quantized-kv-start", "9"), ["--kv-group-size", "--quantized-kv-start"]),
+        (("--num-draft-tokens", "2"), ["--num-draft-tokens"]),
+        (("--drafter", "none", "--beam-length", "2"), ["--beam-length"]),
+        (("--no-draft", "--beam-length", "2"), []),  # the baseline of the same command line
+        (("--no-draft", "--show-draft"), ["--show-draft"]),
+        (("--ignore-chat-template", "--system-prompt", "Be kind"), ["--system-prompt"]),
+        (("--ignore-chat-template", "--prefill-response", "I"), ["--prefill-response"]),
+        (("--seed", "3"), []),
+    ],
+)
+def test_flags_that_do_nothing_are_named(generate, flags, idle):
+    code, out, err = generate(*flags, "--verbose", "False")
+    assert code == 0
+    assert [line.split()[1] for line in err.splitlines() if "does nothing" in line] == idle
+    assert len(err.splitlines()) == len(idle)
 
 
 def test_template_and_raw_prompts(generate):
@@ -225,7 +324,7 @@ def test_types_of_weights(generate, dtype):
 def test_byte_fallback(run, made):
     folder = made / "sentencepiece"
     command = ("generate", "--model", folder, "--drafter", made / "sentencepiece-drafter", "-p", ">")
-    assert run(*command)[1].splitlines()[1] == SAYS
+    assert run(*command)[1].splitlines()[1] == f" {SAYS}"
 
 
 # --- Next to mlx_lm.generate -------------------------------------------------------------------------
@@ -261,7 +360,7 @@ def test_every_flag_of_mlx_lm_is_known(run):
         ("--max-tokens", "1"),
         ("--prefill-response", "I say", "--system-prompt", "be kind"),
         ("--chat-template-config", '{"unused": 1}', "--use-default-chat-template"),
-        ("--ignore-chat-template", "-p", "one\\ntwo"),
+        ("--ignore-chat-template", "-p", "one\ntwo"),
         ("--verbose", "False"),
         ("--draft-model", "OTHER", "--num-draft-tokens", "2"),
         ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"),
@@ -342,6 +441,22 @@ def test_caches_of_other_kinds_continue_as_in_mlx_lm(as_mlx_lm, made, tmp_path, 
     as_mlx_lm("--prompt-cache-file", path, "-p", " it", "-m", "30", *same, mine=drafter)
 
 
+def test_names_of_one_model_fit_its_prompt_cache(run, made, cache_file, monkeypatch, tmp_path):
+    monkeypatch.chdir(made)
+    (tmp_path / "link").symlink_to(made / "base")
+    command = ("generate", "--no-draft", "--json", "--prompt-cache-file", cache_file, "--model")
+    for name in ("base", "./base/", f"{made}/base/", "drafter/../base", tmp_path / "link"):
+        code, out, err = run(*command, name, "-p", " it")
+        assert (code, err, json.loads(out)["text"]) == (0, "", SAYS)
+    _, _, err = run(*command, "base", "--system-prompt", "Be kind", "--max-kv-size", "99")
+    assert [line.split()[1] for line in err.splitlines()] == ["--system-prompt", "--max-kv-size"]
+    hub = tmp_path / "hub/models--some--model-4bit/snapshots/12ab"
+    hub.mkdir(parents=True)
+    assert same_model(str(hub), "some/model-4bit")
+    assert not same_model(str(hub), "some/model-8bit")
+    assert not same_model("some/model", "other/model")
+
+
 def test_the_cache_brings_the_tokenizers_options(run, made, tmp_path):
     path = write_cache(made / "base", tmp_path / "cache.safetensors", tokenizer_config='{"eos_token": "w"}')
     code, out, _ = run("generate", "--prompt-cache-file", path, "--no-draft", "-p", " it")
@@ -379,7 +494,8 @@ def test_prompt_caches_that_do_not_fit(refused, made, tmp_path, cache_file):
     ("flags", "naming"),
     [
         (["-p", ""], "the prompt is empty"),
-        (["-p", "  \\n"], "the prompt is empty"),
+        (["-p", "  \n"], "the prompt is empty"),
+        (["--verbose", "no"], "'no' is not usable"),
         (["-p", "\udcff"], "--prompt '\\udcff' is not text"),
         (["-m", "0"], "--max-tokens 0"),
         (["-m", "-2"], "--max-tokens -2"),
@@ -741,3 +857,106 @@ def test_a_full_disk_is_one_line(made):
         assert process.wait(timeout=60) == 2
     assert len(err.splitlines()) == 1
     assert "No space left" in err
+
+
+CLOSED = {"stdin": 0, "stdout": 1, "stderr": 2}
+
+
+@pytest.mark.parametrize("closed", [["stdin"], ["stdout"], ["stderr"], ["stdin", "stdout", "stderr"]])
+def test_closed_standard_streams(made, closed):
+    command = ["-m", "mlx_redrafter", "generate", "--model", made / "base", "--verbose", "False"]
+    process = spawn(*command, close_fds=False, preexec_fn=lambda: [os.close(CLOSED[name]) for name in closed])
+    out, err = (text.decode() for text in process.communicate(timeout=60))
+    if "stdout" in closed:
+        assert (process.returncode, out) == (2, "")
+        assert err == "" if "stderr" in closed else err.startswith("error: standard output is closed")
+    else:  # no drafter ships for this model, which is told on standard error only
+        assert (process.returncode, out) == (0, f"{SAYS}\n")
+        assert len(err.splitlines()) == (0 if "stderr" in closed else 1)
+
+
+@pytest.mark.parametrize(
+    "command", [("convert", "--model", "base", "--mlx-path", "OUT"), ("export", "--output", "OUT")]
+)
+def test_files_are_written_without_standard_input(made, tmp_path, command):
+    words = [
+        tmp_path / "out" if word == "OUT" else made / word if word == "base" else word for word in command
+    ]
+    words += ["--drafter", made / "drafter"] if "export" in command else []
+    process = spawn("-m", "mlx_redrafter", *words, close_fds=False, preexec_fn=lambda: os.close(0))
+    assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == 0
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 1000 or "export" in command
+
+
+@pytest.mark.parametrize("where", ["full", "left"])
+def test_what_standard_error_cannot_take_stops_nothing(made, where):
+    if where == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.open("/dev/full", os.O_WRONLY) if where == "full" else writer
+    process = spawn(
+        "-m", "mlx_redrafter", "generate", "--model", made / "base", "--verbose", "f", stderr=stderr
+    )
+    assert process.communicate(timeout=60)[0].decode() == f"{SAYS}\n"
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("command", [["-m", "mlx_redrafter"], ["generate.py"]])
+def test_an_interrupt_during_imports_is_one_line(tmp_path, command):
+    (tmp_path / "mlx_lm.py").write_text("raise KeyboardInterrupt")
+    process = spawn(*command, "generate", env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.split()) == (130, b"", [b"Interrupted."])
+
+
+def test_a_blas_that_is_not_there_is_one_line():
+    process = spawn("-m", "mlx_redrafter", "generate", env=os.environ | {"MLX_REDRAFTER_BLAS": "/missing.so"})
+    err = process.communicate(timeout=60)[1].decode()
+    if sys.platform.startswith("linux"):
+        assert process.returncode == 2
+        assert err.startswith("error: MLX_REDRAFTER_BLAS=/missing.so cannot be loaded")
+        assert len(err.splitlines()) == 1
+
+
+def test_names_beyond_ascii_in_every_locale(made, tmp_path):
+    name = "mödel 好"
+    shutil.copytree(made / "base", tmp_path / name)
+    variables = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    options = {"env": variables | {"PYTHONPATH": str(ROOT)}, "cwd": tmp_path}
+    process = spawn("-m", "mlx_redrafter", "convert", "--model", name, "--mlx-path", f"{name} 2", **options)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.decode(), err) == (0, f"{name} 2: the model {name}\n", b"")
+    process = spawn("-m", "mlx_redrafter", "generate", "--model", f"{name} 2", "--verbose", "f", "--no-draft",
+                    **options)  # fmt: skip
+    assert process.communicate(timeout=60) == (f"{SAYS}\n".encode(), b"")
+
+
+def test_warnings_as_errors_stop_nothing(made):
+    process = spawn(
+        "-W", "error", "-m", "mlx_redrafter", "generate", "--model", made / "base", "--verbose", "f"
+    )
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out.decode()) == (0, f"{SAYS}\n")
+    assert b"warning: no drafter ships for" in err
+
+
+# --- Advice ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "-dash", "it's"])
+def test_words_for_a_command_line_are_what_they_name(tmp_path, name):
+    (tmp_path / name).write_text("found")
+    command = f"cat {shell_word(name)}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True).stdout == b"found"
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    check_writable(tmp_path / "new/folder")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file/below", Path("/proc/nowhere"), tmp_path / ("n" * 300)):
+        if place.parent.exists():
+            with pytest.raises(ValueError, match="cannot be written"):
+                check_writable(place)

@@ -228,5 +228,5 @@ def _warn_if_busy(machine: dict[str, Any]) -> None:
 
 
 def _bar(what: str, total: int, unit: str = "answer") -> Any:
-    """A progress bar with the time that is left, in a terminal."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None)
+    """A progress bar with the time that is left."""
+    return tqdm(total=total, desc=what, unit=unit)
