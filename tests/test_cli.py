@@ -223,7 +223,7 @@ def test_stop_and_system_texts_are_taken_as_typed(run, generate, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", ["byte-level", "sentencepiece"])
 def test_output_that_goes_on_keeps_its_first_space(run, tmp_path, tokenizer):
-    says = " the" if tokenizer == "byte-level" else "the"  # SentencePiece adds the space
+    start, says = ("x>", " the") if tokenizer == "byte-level" else ("x >", "the")  # SentencePiece adds spaces
     folder = make_folder(tmp_path / "model", says, tokenizer)
     drafter = make_drafter(tmp_path / "drafter", folder)
 
@@ -231,7 +231,7 @@ def test_output_that_goes_on_keeps_its_first_space(run, tmp_path, tokenizer):
         return json.loads(run("generate", "--json", "--model", folder, *flags)[1])["text"]
 
     for decoding in (("--no-draft",), ("--drafter", drafter, "--beam-width", 1), ("--draft-model", folder)):
-        assert text(*decoding, "-p", "x>", "--ignore-chat-template") == " the"
+        assert text(*decoding, "-p", start, "--ignore-chat-template") == " the"
         if tokenizer == "byte-level":
             assert text(*decoding, "--prefill-response", "A fox>") == " the"
             assert text(*decoding, "--prefill-response", "A fox>", "--stop", " the") == ""
@@ -270,7 +270,7 @@ def test_text_survives_a_template_that_wants_parts(run, tmp_path):
     ],
 )
 def test_flags_that_do_nothing_are_named(generate, flags, idle):
-    code, out, err = generate(*flags, "--verbose", "False")
+    code, _, err = generate(*flags, "--verbose", "False")
     assert code == 0
     assert [line.split()[1] for line in err.splitlines() if "does nothing" in line] == idle
     assert len(err.splitlines()) == len(idle)
@@ -876,17 +876,19 @@ def test_closed_standard_streams(made, closed):
 
 
 @pytest.mark.parametrize(
-    "command", [("convert", "--model", "base", "--mlx-path", "OUT"), ("export", "--output", "OUT")]
+    "command",
+    [
+        ("convert", "--model", "base", "--mlx-path", "OUT"),
+        ("export", "--drafter", "drafter", "--output", "OUT"),
+    ],
 )
 def test_files_are_written_without_standard_input(made, tmp_path, command):
-    words = [
-        tmp_path / "out" if word == "OUT" else made / word if word == "base" else word for word in command
-    ]
-    words += ["--drafter", made / "drafter"] if "export" in command else []
+    places = {"OUT": tmp_path / "out", "base": made / "base", "drafter": made / "drafter"}
+    words = [places.get(word, word) for word in command]
     process = spawn("-m", "mlx_redrafter", *words, close_fds=False, preexec_fn=lambda: os.close(0))
     assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == 0
-    assert (tmp_path / "out/model.safetensors").stat().st_size > 1000 or "export" in command
+    assert (tmp_path / "out/config.json").stat().st_size > 0
 
 
 @pytest.mark.parametrize("where", ["full", "left"])
