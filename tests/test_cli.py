@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -952,6 +953,79 @@ def test_words_for_a_command_line_are_what_they_name(tmp_path, name):
     (tmp_path / name).write_text("found")
     command = f"cat {shell_word(name)}"
     assert subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True).stdout == b"found"
+
+
+@pytest.mark.parametrize("name", ["out", "my drafter", "-out"])
+def test_the_line_that_train_ends_with_works(run, made, tmp_path, monkeypatch, name):
+    def train(model, tokenizer, request, output, *_):
+        shutil.copytree(made / "drafter", output)
+        return {}
+
+    monkeypatch.setattr("mlx_redrafter.train.run.train", train)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "base", "a model")
+    code, out, _ = run("train", "--model", "a model", f"--output={name}")
+    program, *words = shlex.split(out.splitlines()[0].partition("Use it with: ")[2])
+    assert (code, program) == (0, "mlx-redrafter")
+    code, out, err = run(*words, "--json")
+    assert (code, err, json.loads(out)["text"]) == (0, "", SAYS)
+    assert json.loads(out)["settings"]["drafting"]
+
+
+@pytest.mark.parametrize("name", ["out", "my drafter", "-out"])
+def test_the_line_that_an_interrupted_train_ends_with_works(run, made, tmp_path, monkeypatch, name):
+    def train(model, tokenizer, request, output, *_):
+        if Path(f"{name}.train").exists():
+            return {"resumed": []}
+        Path(f"{name}.train").mkdir()
+        Path(f"{name}.train/run.json").write_text(json.dumps({"asked": {"model": str(made / "base")}}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_redrafter.train.run.train", train)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("train", "--model", made / "base", f"--output={name}")
+    assert code == 130
+    line = next(line for line in err.splitlines() if "Go on with: " in line)
+    code, out, _ = run(*shlex.split(line.partition("Go on with: ")[2])[1:])
+    assert code == 0
+    assert "Tokens per step, resumed:" in out
+
+
+def test_the_card_of_a_drafter_quotes_its_model(run, made, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "a model")
+    command = ("convert", "--drafter", made / "drafter", "--model", tmp_path / "a model")
+    assert run(*command, "--mlx-path", tmp_path / "out")[0] == 0
+    lines = (tmp_path / "out/README.md").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("mlx-redrafter generate"))
+    assert shlex.split(line)[3] == "a model"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="needs a place where even root cannot write")
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("train", "--output"),
+        ("convert", "--mlx-path"),
+        ("export", "--output"),
+        ("benchmark", "--json"),
+        ("benchmark", "--markdown"),
+        ("benchmark", "--plots"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named_before_the_work(refused, made, monkeypatch, command, flag):
+    monkeypatch.setattr("mlx_redrafter.benchmark.session.load_model", pytest.fail)
+    monkeypatch.setattr("mlx_redrafter.model.load", pytest.fail)
+    monkeypatch.setattr("mlx_redrafter.base.load_model", pytest.fail)
+    source = ("--drafter", made / "drafter") if command == "export" else ("--model", made / "base")
+    prompts = ("--prompts", made / "prompts.jsonl") if command == "benchmark" else ()
+    (made / "prompts.jsonl").write_text('{"prompt": "tea"}')
+    refused(command, *source, *prompts, flag, "/proc/out", naming="/proc/out")
+
+
+def test_json_and_markdown_are_not_mixed(refused, made):
+    (made / "prompts.jsonl").write_text('{"prompt": "tea"}')
+    command = ("benchmark", "--model", made / "base", "--prompts", made / "prompts.jsonl")
+    refused(*command, "--json", "--markdown", naming="--json and --markdown would be mixed")
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path):
