@@ -42,17 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to say to the model; - reads standard input. This and all other texts are taken as typed: "
         "a line break is the shell's, such as $'one\\ntwo'",
     )
-    add(
-        "--prefill-response",
-        help="beginning of the answer, for the chat template; the output goes on from it",
-    )
+    add("--prefill-response", help="beginning of the answer, from which the output goes on")
     add("--prompt-cache-file", type=Path, help="a prompt's cache, saved by mlx_lm.cache_prompt")
     add_decoding_arguments(parser)
     add("--verbose", type=_boolean, default=True, help="False prints the text alone")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--show-draft", action="store_true", help="show drafted tokens in colour, in a terminal"
-    )
+    output.add_argument("--show-draft", action="store_true", help="colour drafted tokens, in a terminal")
     output.add_argument("--json", action="store_true", help="print one JSON record and nothing else")
 
 
