@@ -118,8 +118,8 @@ def _writing(destination: Path) -> Iterator[None]:
 def check_writable(path: str | Path) -> None:
     """Raise ``ValueError`` if nothing can be written as ``path``: before hours of work, not after them."""
     target = Path(path).resolve()
-    parent = next(folder for folder in target.parents if folder.exists())
-    if target.exists() and not target.is_file() and not target.is_dir():
+    parent = next(folder for folder in target.parents if os.path.exists(folder))  # False of too long a name
+    if os.path.exists(target) and not target.is_file() and not target.is_dir():
         return  # a device, or a pipe
     try:
         with unfinished(parent) as folder:
