@@ -12,7 +12,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,11 +28,11 @@ from . import bundle
 from .bundle import BaseIdentity
 from .drafter import DrafterConfig, Quantization
 from .files import atomic_file, atomic_folder, check_writable, shell_word
+from .prompts import Row, read_rows
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
 LINES_AT_ONCE = 256
 
@@ -516,11 +518,10 @@ def _source_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[str
 
 
 def _load_counts(path: Path, vocab_size: int) -> Counts | None:
+    """The counts in a file of them; None if it holds something else."""
     if path.suffix == ".npz":
         values = _npz_counts(path)
-    elif path.suffix == ".json" and isinstance(
-        raw := _json(path.read_text("utf-8", errors="replace"), path), dict
-    ):
+    elif path.suffix == ".json" and isinstance(raw := _json(path), dict) and "counts" in raw:
         values = _json_counts(path, raw, vocab_size)
     else:
         return None
@@ -541,6 +542,12 @@ def _npz_counts(path: Path) -> np.ndarray[Any, Any]:
         ) from error
 
 
+def _json(path: Path) -> Any:
+    """What a JSON file holds; None if it is no JSON."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(path.read_text("utf-8-sig", errors="replace"))
+
+
 def _json_counts(path: Path, raw: Mapping[str, Any], vocab_size: int) -> np.ndarray[Any, Any]:
     counts = np.zeros(vocab_size, np.int64)  # [V]
     try:
@@ -556,79 +563,19 @@ def _json_counts(path: Path, raw: Mapping[str, Any], vocab_size: int) -> np.ndar
 
 
 def _encoded(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of a file, piece by piece."""
+    """Token ids of a file, piece by piece; warns of rows that are unusable."""
     if path.suffix not in (".json", ".jsonl"):
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
             while text := "".join(islice(lines, LINES_AT_ONCE)):
                 yield tokenizer.encode(text, add_special_tokens=False)
         return
-    for where, record in _records(path):
-        content = _content(record, where)
-        if isinstance(content, str):
-            yield tokenizer.encode(content, add_special_tokens=False)
-        else:
-            yield _encode_chat(content, tokenizer)
+    yield from read_rows(path, partial(_encode_row, tokenizer=tokenizer), [])
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix == ".json":
-        for number, record in enumerate(_json(path.read_text("utf-8", errors="replace"), path), 1):
-            yield f"{path}, record {number}", record
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
-
-
-def _json(text: str, where: object) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{where} is not valid JSON ({error}): mend it, or name a .txt file for plain text."
-        ) from error
-
-
-def _content(record: Any, where: str) -> str | list[dict[str, str]]:
-    """The text of a record, or its messages."""
-    fields = record if isinstance(record, dict) else {}
-    if isinstance(text := fields.get("text"), str):
-        return text
-    turns = (
-        fields.get("messages") or fields.get("conversations") or fields.get("turns") or fields.get("prompt")
-    )
-    if isinstance(turns, str):
-        turns = [turns]
-    messages = [_message(turn) for turn in turns] if isinstance(turns, list) else []
-    if not messages or None in messages:
-        raise ValueError(
-            f"{where} has no usable messages, conversations, turns, prompt or text: mend or remove it."
-        )
-    return [message for message in messages if message is not None]
-
-
-def _message(turn: Any) -> dict[str, str] | None:
-    """A turn in the form that chat templates take, from OpenAI's form, ShareGPT's or a plain string."""
-    if isinstance(turn, str):
-        return {"role": "user", "content": turn}
-    if not isinstance(turn, dict):
-        return None
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # of parts, as for models that see
-        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    if not isinstance(role, str) or not isinstance(content, str):
-        return None
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    from jinja2 import TemplateError
-
-    if getattr(tokenizer, "chat_template", None):
-        try:
+def _encode_row(row: Row, tokenizer: Any) -> list[int]:
+    messages = row.messages or [{"role": "user", "content": turn} for turn in row.turns]
+    if messages and getattr(tokenizer, "chat_template", None):
+        with suppress(Exception):  # a template may refuse a role or their order; their text still counts
             return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-        except TemplateError:  # a template may refuse a role or their order; their text still counts
-            pass
-    ids: list[int] = tokenizer.encode("\n".join(m["content"] for m in messages), add_special_tokens=False)
-    return ids
+    text = row.text or "\n".join(message["content"] for message in messages)
+    return list(tokenizer.encode(text, add_special_tokens=False))

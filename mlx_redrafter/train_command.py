@@ -1,10 +1,12 @@
 """``mlx-redrafter train``."""
 
 import argparse
-import json
 import re
 import shlex
 import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from .files import check_writable, shell_word
 from .model import DEFAULT_MODEL, DTYPES
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
 NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on resuming
 
 
@@ -153,8 +156,12 @@ def _add_evaluation(group: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train a drafter as the command line says."""
     output = Path(args.output).expanduser()
+    work, given = output.with_name(f"{output.name}.train"), _given(args.words[1:])
     if args.resume:
-        _recall(args, output)
+        from .train.run import read_facts
+
+        kept = {name: x for name, x in read_facts(work)["asked"].items() if name not in given}
+        vars(args).update(kept)
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
@@ -164,8 +171,11 @@ def run(args: argparse.Namespace) -> int:
     from .model import load
     from .train.run import train
 
+    with suppress(ValueError):  # outside the main thread, which alone gets signals
+    _warn_of_idle(args, given)
     chunk = _limit_memory(args.memory_limit)
     request = _request(args, mx.default_device().type == mx.gpu, chunk)
+    request = replace(request, writing=tuple(_flag(name) for name in WRITING if name in given))
     evaluation = _evaluation(args)
     model, tokenizer = load(
         args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
@@ -174,8 +184,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
     except KeyboardInterrupt:
-        again = f"mlx-redrafter train --output {shell_word(output)} --resume"
-        print(f"\nSaved. Go on with: {again}", file=sys.stderr)
+        if (work / "run.json").is_file():
+            again = f"mlx-redrafter train --output {shell_word(output)} --resume"
+            print(f"\nSaved. Go on with: {again}", file=sys.stderr)
         raise
     base = "" if args.model == DEFAULT_MODEL else f" --model {shell_word(args.model)}"
     base += " --trust-remote-code" * args.trust_remote_code
@@ -184,20 +195,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _recall(args: argparse.Namespace, output: Path) -> None:
-    """Take the options of the interrupted run for all that keep their default."""
-    path = output.with_name(f"{output.name}.train") / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: there is no run to resume; leave --resume out.")
-    try:
-        asked = dict(json.loads(path.read_text("utf-8"))["asked"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete {path.parent} and start again.") from error
+def _given(words: Sequence[str]) -> dict[str, Any]:
+    """The options that a command line has, without defaults."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    for name, value in asked.items():
-        if getattr(args, name, None) == parser.get_default(name):
-            setattr(args, name, value)
+    names = vars(parser.parse_args(["--output", ""]))
+    found = parser.parse_args(words, argparse.Namespace(**dict.fromkeys(names)))
+    return {name: value for name, value in vars(found).items() if value is not None}
+
+
+def _warn_of_idle(args: argparse.Namespace, given: Iterable[str]) -> None:
+    """Warn of flags that do nothing beside others."""
+    for why, there, names in (
+        ("--start-from", args.start_from, ("exit_dim", "blocks", "cell", "context_layers")),
+        ("--time", args.time, ("epochs",)),
+        ("--labels hard", args.labels == "hard", ("label_temp",)),
+        ("--opened 0", args.opened == 0, ("openings",)),
+        ("--eval-tokens 0", args.eval_tokens == 0, ("eval_prompts", "eval_shapes", "eval_temps")),
+    ):
+        for name in names:
+            if there and name in given:
+                warnings.warn(f"{_flag(name)} does nothing with {why}.", stacklevel=1)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def seconds(text: str | None) -> float | None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from .calibrate import LONG, PATIENCE, SHORT, StepTimes, calibrate, candidates, conditions, keep, policy_for
@@ -10,7 +11,7 @@ from .decoding.policy import Policy
 from .decoding.step import DraftShape
 from .generate_command import describe_shape
 from .model import DEFAULT_MODEL, DTYPES, load
-from .prompts import Prompt, encode, read_prompts
+from .prompts import Prompt, encode, read_prompts, usable
 from .stream import stream_generate
 
 PROMPTS = (
@@ -51,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     times, steady = calibration.times, calibration.steady
     policy, read = policy_for(shapes, times), 0
     model.use_policy(policy, args.lookup)
-    for prompt in prompts if args.tokens else ():
-        ids = encode(prompt, tokenizer)
+    for ids in usable(prompts, partial(encode, tokenizer=tokenizer))[1] if args.tokens else ():
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))
     file = keep(model, shapes, times) if steady else None
     record = {

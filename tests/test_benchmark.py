@@ -426,6 +426,16 @@ def test_every_kind_of_prompt(benchmark, line, turns, given):
     assert len(measure.turns_of(prompt)[0]) == given
 
 
+def test_unusable_prompts_are_told_and_left_out(benchmark):
+    Path("prompts.jsonl").write_text('{"prompt": "a"}\n{"turns": []}\n{"question": "b"}\n')
+    with pytest.warns(
+        UserWarning, match="prompts.jsonl: left out 1 unusable row; the first, line 2: turns is"
+    ):
+        code, _, err = benchmark("--prompts", "prompts.jsonl", "--json", "r.json")
+    assert code == 0, err
+    assert [prompt["turns"] for prompt in read("r.json")["prompts"]] == [["a"], ["b"]]
+
+
 def test_evenly_spaced_prompts(benchmark):
     assert sources.sample(list(range(10)), 4) == [0, 2, 5, 7]
     assert sources.sample([1, 2], 4) == [1, 2]
@@ -601,7 +611,10 @@ def test_ctrl_c_from_outside(made, tmp_path):
         (("--markdown", "."), "--markdown ."),
         (("--plots", "a-file"), "a-file"),
         (("--prompts", "missing.jsonl"), "missing.jsonl"),
-        (("--prompts", "a-file"), "a-file:1"),
+        (
+            ("--prompts", "a-file"),
+            "a-file holds nothing that can be used (1 unusable row; the first, line 1: not JSON",
+        ),
         (("--drafter", "missing"), "missing"),
         (("compare", "a-file"), "compare A B"),
         (("a-file",), "compare A B"),

@@ -187,7 +187,7 @@ def test_trimmed_and_quantized_bundles_trim_again(tmp_path):
 
 MESSAGES = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "bcc"}]
 SHAREGPT = [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "bcc"}]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}, {"type": "image"}]}, MESSAGES[1]]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "ab"}]}, MESSAGES[1]]
 EXPECTED = [1, 2, 2]
 
 
@@ -238,16 +238,14 @@ def test_saved_counts_are_read_back(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("data.jsonl", b'{"text": "ab"}\n{"text": ', "line 2 is not valid JSON"),
-        ("data.jsonl", b'{"text": "ab"}\n\n{"answer": "ab"}', "line 3 has no usable"),
-        ("data.jsonl", b'{"messages": [{"role": "user"}]}', "line 1 has no usable"),
-        ("data.jsonl", b'{"messages": 4}', "line 1 has no usable"),
-        ("data.jsonl", b"[1]", "line 1 has no usable"),
-        ("data.jsonl", b"", "holds no text"),
+        ("data.jsonl", b'{"messages": [{"role": "user"}]}', "line 1: a message's content is None"),
+        ("data.jsonl", b'{"messages": 4}', "line 1: messages is 4"),
+        ("data.jsonl", b"[1]", "item 1: 1 is no object"),
+        ("data.jsonl", b"", "holds nothing that can be used .it is empty"),
         ("data.txt", b"  \n", "holds no text"),
         ("data.txt", b"~{|zz" + "é".encode(), "token 136, but the drafter's vocabulary has 50"),
-        ("data.json", b"{", "not valid JSON"),
-        ("data.json", b"{}", "not a usable file of counts"),
+        ("data.json", b"{", "line 1: not JSON"),
+        ("data.json", b"{}", "it has only the keys"),
         ("data.json", b'{"vocab_size": 49, "counts": {"1": 1}}', "another vocabulary than 50"),
         ("data.json", b'{"vocab_size": 50, "counts": {"50": 1}}', "another vocabulary than 50"),
         ("data.json", b'{"vocab_size": 50, "counts": {"4": "many"}}', "not a usable file of counts"),
@@ -259,6 +257,34 @@ def test_bad_frequency_files_are_refused(tmp_path, name, content, complaint):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         count_tokens(tmp_path / name, V, Letters())
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": ', "not JSON"),
+        (b'{"answer": "ab"}', "an answer without a question"),
+        (b'{"text": "\xe9"}', "not UTF-8"),
+        (b'{"messages": [{"role": "cat", "content": "ab"}]}', "role 'cat' is not known"),
+    ],
+)
+def test_a_bad_row_does_not_spoil_the_others(tmp_path, line, says):
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "ab"}\n' + line + b'\n{"text": "bcc"}\n')
+    with pytest.warns(UserWarning, match=f"left out 1 unusable row; the first, line 2: .*{says}"):
+        assert count_tokens(tmp_path / "data.jsonl", V, Letters())[:3].tolist() == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["data.txt", "data.jsonl", "data.json", "counts.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    contents = {
+        "data.txt": "abbcc",
+        "data.jsonl": '{"text": "abbcc"}',
+        "data.json": '[{"text": "abbcc"}]',
+        "counts.json": json.dumps({"vocab_size": V, "counts": {"0": 1, "1": 2, "2": 2}}),
+    }
+    (tmp_path / name).write_text(contents[name], "utf-8-sig")
+    counts = count_tokens(tmp_path / name, V, Letters())
+    assert (counts[:3].tolist(), counts.sum()) == (EXPECTED, 5)
 
 
 def test_counts_of_another_vocabulary_are_refused(tmp_path):

@@ -152,14 +152,18 @@ def test_what_the_template_refuses_or_rewrites_is_unusable(tmp_path):
     talk = {"messages": messages(TALK)}
     bad = {"messages": messages([("tool", "x"), ("assistant", "y")])}
     empty = {"messages": messages([("user", "x"), ("assistant", " ")])}
-    given = data.read_given(write(tmp_path / "a.jsonl", talk, bad, empty), tokenizer, 500)
+    told = "left out 2 unusable rows; the first, line 2: the chat template refuses messages of tool"
+    with pytest.warns(UserWarning, match=told):
+        given = data.read_given(write(tmp_path / "a.jsonl", talk, bad, empty), tokenizer, 500)
     assert (len(given.conversations), given.unusable) == (1, 2)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}"
-    assert data.tokenize(messages(TALK), tokenizer, 500) is None
+    with pytest.raises(ValueError, match="rewrites the answers"):
+        data.tokenize(messages(TALK), tokenizer, 500)
     tokenizer.chat_template = CHATML.replace(
         "{{ m['role'] }}", "{{ 'bot' if m['role'] != 'user' else 'user' }}"
     )
-    assert data.tokenize(messages([("user", "x"), ("assistant", "ot")]), tokenizer, 500) is None
+    with pytest.raises(ValueError, match="rewrites the answers"):
+        data.tokenize(messages([("user", "x"), ("assistant", "ot")]), tokenizer, 500)
 
 
 def test_conversations_are_cut(tmp_path):
@@ -167,8 +171,10 @@ def test_conversations_are_cut(tmp_path):
     whole = data.tokenize(messages(TALK), tokenizer, 500)
     assert data.tokenize(messages(TALK), tokenizer, 60).tokens.tolist() == whole.tokens[:60].tolist()
     path = write(tmp_path / "a.jsonl", {"messages": messages(TALK)}, {"prompt": "x"})
-    given = data.read_given(path, tokenizer, 5)  # nothing of the answer is left
-    assert (given.conversations, given.unusable) == ([], 1)
+    tokenizer.chat_template = CHATML.replace("You help.", "")
+    with pytest.warns(UserWarning, match="line 1: nothing to train on: no answer has text within 20 tokens"):
+        given = data.read_given(path, tokenizer, 20)
+    assert (given.conversations, given.prompts, given.unusable) == ([], [["x"]], 1)
 
 
 # --- Formats -------------------------------------------------------------------------------------------
@@ -195,6 +201,152 @@ def test_formats_of_conversations(tmp_path, item):
         (found,) = data.read_given(path, tokenizer, 500).conversations
         assert found.tokens.tolist() == expected.tokens.tolist()
         assert found.trained.tolist() == expected.trained.tolist()
+
+
+U, A = messages(TALK[:2])
+TOOL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+IMAGE = {
+    "role": "user",
+    "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": "x"}],
+}
+SAME = [  # rows that say what TALK[:2] says
+    {"prompt": TALK[0][1], "response": TALK[1][1]},
+    {"instruction": TALK[0][1], "input": "", "output": TALK[1][1]},
+    {"Question": TALK[0][1], "Answer": TALK[1][1], "id": 3},
+    {"prompt": [U], "completion": [A]},
+    {"prompt": [U], "chosen": [A], "rejected": [U]},
+    {"prompt": TALK[0][1], "chosen": [U, A], "rejected": [U]},
+    {"chosen": [U, A], "rejected": [U]},
+    {
+        "conversations": [{"from": "human", "value": TALK[0][1]}],
+        "chosen": {"from": "gpt", "value": TALK[1][1]},
+    },
+    {"conversation": [U, A]},
+    {"turns": [U, A]},
+    [U, A],
+    {"Messages": [{"Role": "User", "Content": TALK[0][1]}, {"Role": "Assistant", "Content": TALK[1][1]}]},
+    {"messages": [A, U, A]},  # begins with the assistant
+    {"messages": [{"role": "system", "content": ""}, U, A]},
+    {"messages": [U, A], "prompt": None, "text": None},
+    *(
+        {"conversations": [{"from": "human", "value": TALK[0][1]}, {"from": role, "value": TALK[1][1]}]}
+        for role in ("chatgpt", "bing", "bard", "gpt", "model", "function_call")
+    ),
+    *(
+        {"messages": [{"role": role, "content": TALK[0][1]}, {"role": "ASSISTANT", "content": TALK[1][1]}]}
+        for role in ("human", "prompter", "User")
+    ),
+]
+UNUSABLE = [  # a row of which nothing can be trained on, and what is told
+    ({}, "it has only the keys"),
+    ({"conversations": []}, r"messages is \[\]"),
+    ({"messages": [{"role": "system", "content": "s"}]}, "no message has the role user"),
+    ({"messages": [A]}, "no message has the role user"),
+    ({"messages": [U, TOOL, {"role": "tool", "content": "3"}, A]}, "a message calls tools"),
+    ({"messages": [U, {"role": "assistant", "content": None}]}, "a message's content is None"),
+    ({"messages": [IMAGE, A]}, "a message's content is"),
+    ({"messages": [U, {**A, "weight": 0}]}, "nothing to train on"),
+    ({"messages": [U, {**A, "weight": 0.5}]}, "weight 0.5 is not usable"),
+    ({"messages": [U, {**A, "content": " "}]}, "nothing to train on"),
+    ({"instruction": "i", "output": "o", "history": [["a", "b"]]}, "history is not read"),
+    ({"output": "o"}, "an answer without a question"),
+    ({"prompt": "x", "completion": 3}, "messages is 3"),
+    ({"prompt": "user " * 900}, "no token is left of 500"),
+    ("header", "'header' is no object"),
+]
+
+
+@pytest.mark.parametrize("row", SAME, ids=str)
+def test_other_keys_and_roles_say_the_same(tmp_path, row):
+    tokenizer = make_tokenizer("chatml")
+    expected = data.tokenize(messages(TALK[:2]), tokenizer, 500)
+    (found,) = data.read_given(write(tmp_path / "a.jsonl", row), tokenizer, 500).conversations
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.trained.tolist() == expected.trained.tolist()
+
+
+@pytest.mark.parametrize(("row", "says"), UNUSABLE, ids=str)
+def test_an_unusable_row_does_not_spoil_the_others(tmp_path, row, says):
+    path = write(tmp_path / "a.jsonl", SHAREGPT, json.dumps(row), json.dumps(row), {"prompt": "x"})
+    with pytest.warns(UserWarning, match=f"left out 2 unusable rows; the first, line 2: .*{says}") as told:
+        given = data.read_given(path, make_tokenizer("chatml"), 500)
+    assert (len(given.conversations), given.prompts, given.unusable) == (1, [["x"]], 2)
+    assert len(told) == 1 and "\n" not in str(told[0].message)
+
+
+def test_what_a_template_refuses_is_left_out(tmp_path):
+    strict = "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    tokenizer = make_tokenizer("inst")
+    tokenizer.chat_template = strict + "{{ raise_exception('alternate') }}{% endif %}{% endfor %}" + INST
+    path = write(tmp_path / "a.jsonl", {"messages": [U, U, A]}, {"messages": [U, A]})
+    told = "line 1: the chat template refuses messages of user, user, assistant .alternate"
+    with pytest.warns(UserWarning, match=told):
+        assert len(data.read_given(path, tokenizer, 500).conversations) == 1
+
+
+def test_tool_results_and_weights_are_context():
+    tokenizer = make_tokenizer("chatml")
+    talk = [
+        U,
+        {**A, "weight": 0},
+        {"role": "tool", "content": "you"},
+        {"role": "assistant", "content": "two"},
+    ]
+    found = data.tokenize(talk, tokenizer, 500)
+    assert spoken(found, tokenizer) == "two<|im_end|>"
+    assert "<|im_start|>tool\nyou<|im_end|>" in tokenizer.decode(found.tokens.tolist())
+
+
+def test_an_instruction_has_an_input_and_a_system_prompt(tmp_path):
+    tokenizer = make_tokenizer("chatml")
+    row = {"system": "be brief", "instruction": "say", "input": "one", "output": "two"}
+    (found,) = data.read_given(write(tmp_path / "a.jsonl", row), tokenizer, 500).conversations
+    talk = [("system", "be brief"), ("user", "say\n\none"), ("assistant", "two")]
+    assert found.tokens.tolist() == data.tokenize(messages(talk), tokenizer, 500).tokens.tolist()
+
+
+def test_keys_beside_prompts_are_told(tmp_path):
+    given = data.read_given(
+        write(tmp_path / "a.jsonl", {"prompt": "x", "target": "y"}), make_tokenizer("chatml"), 500
+    )
+    assert (given.prompts, given.unread) == ([["x"]], {"target"})
+
+
+ROW, ASKED = json.dumps(SHAREGPT), '{"prompt": "x"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "unusable"),
+    [
+        ("a.json", f"[{ROW}, {ASKED}]", 0),
+        ("a.json", f"[{ROW},\n{ASKED},\n]", 0),
+        ("a.json", f"[{ROW},\n{ASKED},\n" + '{"prom', 1),
+        ("a.json", f"{ROW}\n{ASKED}\n", 0),
+        ("a.json", f'{{"data": [{ROW}, {ASKED}]}}', 0),
+        ("a.json", json.dumps([SHAREGPT, {"prompt": "x"}], indent=2), 0),
+        ("a.jsonl", f"[\n{ROW},\n{ASKED}\n]\n", 0),
+        ("a.jsonl", f"\ufeff{ROW}\r\n\r\n{ASKED}\r\n", 0),
+        ("a.jsonl", f"{ROW},\n{ASKED},\n", 0),
+        ("a.jsonl", f"prompt,completion\n{ROW}\n{ASKED}", 1),
+        ("a.jsonl", f"{ROW[:40]}\n{ROW}\n{ASKED}", 1),
+        ("a.jsonl", f"{ROW}\n{ASKED}\n{ROW[:40]}", 1),
+        ("a.jsonl", f"{ROW}\n{ASKED}\n" + "\0" * 99, 1),
+        ("a.jsonl", f'{ROW}\n{{"prompt": "\udce9"}}\n{ASKED}', 1),  # a byte that is not UTF-8
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*left out 1 unusable row")
+def test_layouts_of_files(tmp_path, name, text, unusable):
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    given = data.read_given(tmp_path / name, make_tokenizer("chatml"), 500)
+    assert (len(given.conversations), given.prompts, given.unusable) == (1, [["x"]], unusable)
+
+
+def test_one_bad_byte_does_not_spoil_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one two\n\nthre\xe9\n\nfour")
+    tokenizer = make_tokenizer(None)
+    with pytest.warns(UserWarning, match="the first, paragraph 2: not UTF-8"):
+        (found,) = data.read_given(tmp_path / "a.txt", tokenizer, 500).conversations
+    assert spoken(found, tokenizer) == "one two\n\nfour\n\n"
 
 
 def test_formats_of_prompts(tmp_path):
@@ -234,22 +386,27 @@ def test_plain_text_starts_as_the_tokenizer_starts_it(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"messages": [', "line 2: no JSON"),
-        ("[1]", "line 2: no JSON object"),
-        ('{"x": 1}', r"line 2: keys \['x'\] are not known"),
+        ('{"messages": [', "line 2: not JSON"),
+        ("[1]", r"line 2: messages is \[1\]"),
+        ('{"x": 1}', r"line 2: it has only the keys \['x'\]"),
         ('{"messages": []}', "line 2: messages is \\[\\]"),
         ('{"messages": [{"role": "cat", "content": "x"}]}', "line 2: role 'cat' is not known"),
         ('{"messages": [{"role": "user", "content": 3}]}', "line 2: a message's content is 3"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "line 2: no message of the user"),
-        ('{"prompt": null}', "line 2: prompt is None"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "line 2: no message has the role user"),
+        ('{"prompt": null}', r"line 2: it has only the keys \[\]"),
         ('{"prompt": "\\ud83d"}', "line 2: prompt is .*half of a character"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, says):
     path = write(tmp_path / "a.jsonl", {"prompt": "x"}, line)
-    with pytest.raises(ValueError, match=says) as error:
-        data.read_given(path, make_tokenizer("chatml"), 50)
-    assert str(path) in str(error.value)
+    with pytest.warns(UserWarning, match=says) as told:
+        given = data.read_given(path, make_tokenizer("chatml"), 50)
+    assert (given.prompts, given.unusable) == ([["x"]], 1)
+    assert str(told[0].message).startswith(f"{path}: left out 1 unusable row; the first, line 2: ")
+    with pytest.raises(
+        ValueError, match="holds nothing that can be used .1 unusable row; the first, "
+    ) as error:
+        data.read_given(write(tmp_path / "b.jsonl", line), make_tokenizer("chatml"), 50)
     assert "\n" not in str(error.value)
 
 
@@ -258,11 +415,14 @@ def test_files_that_cannot_be_used(tmp_path):
     for name in ("none.txt", "none.jsonl", "none.npz"):
         with pytest.raises(ValueError, match="does not exist"):
             data.read_given(tmp_path / name, tokenizer, 50)
-    with pytest.raises(ValueError, match="is no training data"):
-        data.read_given(tmp_path / "a.csv", tokenizer, 50)
-    with pytest.raises(ValueError, match="holds nothing to train on"):
+    for name in ("a.csv", "a.jsonl.gz", "a.parquet"):
+        with pytest.raises(
+            ValueError, match="is no training data: .*unpack an archive first, and write Parquet"
+        ):
+            data.read_given(tmp_path / name, tokenizer, 50)
+    with pytest.raises(ValueError, match="holds nothing that can be used .it is empty"):
         data.read_given(write(tmp_path / "b.txt", ""), tokenizer, 50)
-    with pytest.raises(ValueError, match="no list of conversations"):
+    with pytest.raises(ValueError, match="it has only the keys"):
         data.read_given(write(tmp_path / "b.json", {}), tokenizer, 50)
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="UTF-8"):

@@ -18,7 +18,7 @@ from models import VOCABULARY, RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, stream_generate
 from mlx_redrafter.model import load
-from mlx_redrafter.prompts import Prompt, encode, read_prompts
+from mlx_redrafter.prompts import Prompt, encode, read_prompts, usable
 from mlx_redrafter.target import Target
 from mlx_redrafter.tokenizers import load_tokenizer
 from mlx_redrafter.train.card import Facts, category_table, environment, escape, evaluation_table, model_card
@@ -304,7 +304,7 @@ def test_read_prompts(tmp_path):
 def test_read_prompts_from_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "x"}\n\n')))
     assert read_prompts("-") == [Prompt(["x"])]
-    with pytest.raises(ValueError, match="^standard input holds no prompts"):
+    with pytest.raises(ValueError, match="^standard input holds nothing that can be used"):
         read_prompts("-")
 
 
@@ -314,13 +314,13 @@ def test_read_prompts_from_standard_input(monkeypatch):
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("3", "3 is no object"),
-        ({}, "neither turns nor messages nor prompt"),
+        ({}, "it has only the keys"),
+        ({"text": "x"}, "a text is no prompt"),
         ({"turns": []}, r"turns is \[\]"),
         ({"turns": "x"}, "turns is 'x'"),
         ({"turns": ["x", 3]}, "a turn is 3"),
-        ({"prompt": " "}, "prompt is ' '"),
+        ({"prompt": " "}, "prompt is ''"),
         ({"prompt": "\ud83d"}, "half of a character"),
-        ({"prompt": "x", "category": 3}, "category is 3"),
         ({"messages": [3]}, "messages is"),
         ({"messages": CHAT[:1]}, "role user"),
         ({"messages": [{"role": "user"}]}, "content is None"),
@@ -329,23 +329,28 @@ def test_read_prompts_from_standard_input(monkeypatch):
 )
 def test_bad_lines_are_named(tmp_path, line, message):
     path = write(tmp_path / "p.jsonl", {"prompt": "fine"}, line)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_prompts(path)
-    text = str(caught.value)
-    assert text.startswith(f"{path}:2: ") and "\n" not in text and len(text) < len(str(path)) + 200
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert read_prompts(path) == [Prompt(["fine"])]
+    text = str(caught[0].message)
+    assert (
+        text.startswith(f"{path}: left out 1 unusable row; the first, line 2: ")
+        and "\n" not in text
+        and len(text) < len(str(path)) + 250
+    )
 
 
 def test_bad_files_are_named(tmp_path):
     for path, message in (
         (tmp_path / "none", "cannot be read"),
         (tmp_path, "cannot be read"),
-        (write(tmp_path / "empty", "", " "), "holds no prompts"),
+        (write(tmp_path / "bad", {"prompt": 3}), "1 unusable row; the first, line 1: prompt is 3"),
+        (write(tmp_path / "empty", "", " "), "holds nothing that can be used"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
             read_prompts(path)
         assert str(caught.value).startswith(str(path))
     (tmp_path / "latin").write_bytes(b'{"prompt": "\xe9"}')
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
         read_prompts(tmp_path / "latin")
 
 
@@ -371,6 +376,21 @@ def test_a_template_may_refuse(loaded):
     tokenizer = SimpleNamespace(has_chat_template=True, apply_chat_template=refuse, encode=list)
     with pytest.raises(ValueError, match="refuses messages of system, user .no system prompt.: give other"):
         encode(Prompt(["a"], "", CHAT), tokenizer)
+
+
+def test_prompts_that_a_template_refuses_are_left_out():
+    def encoded(prompt):
+        if prompt.turns[0] == "b":
+            raise ValueError("refused")
+        return [1]
+
+    prompts = [Prompt(["a"]), Prompt(["b"]), Prompt(["c"])]
+    with pytest.warns(UserWarning, match="left out 1 unusable row; the first, 'b': refused"):
+        assert usable(prompts, encoded) == ([prompts[0], prompts[2]], [[1], [1]])
+    with pytest.raises(
+        ValueError, match="holds nothing that can be used .1 unusable row; the first, 'b': refused"
+    ):
+        usable(prompts[1:2], encoded)
 
 
 def measured(width=2, length=3, nodes=5, temperature=0.0, **changes):

@@ -161,7 +161,7 @@ def test_system_prompts(model):
 def test_templates_that_cannot_be_used():
     tokenizer = make_tokenizer("chatml")
     for template, says in (
-        ("{{ raise_exception('no') }}", "cannot be used"),
+        ("{{ raise_exception('no') }}", "refuses messages of user .no"),
         ("<s>", "does not show the user's text"),
         ("{{ messages[0]['content'] }}", "leaves out earlier turns"),
     ):

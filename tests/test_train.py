@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import test_data
 from bundles import make_folder
 from mlx.utils import tree_flatten
 from models import VOCABULARY, make_model
@@ -612,7 +614,8 @@ def interrupted(arguments, output, name, delay=0.0):
         thread.join()
 
 
-def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_while_threads_are_busy(model_folder, tmp_path, number):
     """A process of its own, because MLX aborts one that ends while a stream works."""
     flags = ["--model", str(model_folder), "--output", "out", *FLAGS, "--tokens", "9000000", "--workers", "2"]
     flags += ["--temp", "3", "--row-length", "200"]  # so that nothing is dropped
@@ -627,7 +630,7 @@ def test_ctrl_c_while_threads_are_busy(model_folder, tmp_path):
     end = time.monotonic() + 60
     while not list(tmp_path.rglob("b000001*.npz")) and time.monotonic() < end:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Go on with: mlx-redrafter train --output out --resume" in err
@@ -675,6 +678,106 @@ def test_a_run_with_other_options_is_not_gone_on_with(model_folder, tmp_path, ca
     (tmp_path / "out.train" / "run.json").write_text(json.dumps({"asked": {"seed": 5}}))
     assert main(["train", "--model", str(model_folder), "--output", str(tmp_path / "out")]) == 2
     assert "holds a run with other options" in capsys.readouterr().err
+
+
+def test_a_run_that_reads_something_else_is_not_gone_on_with(tmp_path):
+    work = run.Work.open(tmp_path / "out.train", {"seed": 0})
+    work.check({"model": "m", "a.jsonl": "digest"})
+    with work.begin("train"):
+        pass
+    again = run.Work.open(tmp_path / "out.train", {"seed": 0})
+    again.check({"model": "m", "a.jsonl": "digest"})
+    for read in ({"model": "m", "a.jsonl": "other"}, {"model": "m", "a.jsonl": ""}, {"model": "n"}):
+        with pytest.raises(ValueError, match="has changed since the run in .*out.train began"):
+            again.check(read)
+    again.facts["data_done"] = True
+    again.check({"model": "m", "a.jsonl": ""})  # is not needed any more
+
+
+def test_two_runs_at_once(tmp_path):
+    first, second = (run.Work.open(tmp_path / "out.train", {}) for _ in range(2))
+    with first.begin("train"):
+        with pytest.raises(ValueError, match="another run works in .*out.train"), second.begin("train"):
+            pass
+        assert run.read_facts(first.folder)["commands"] == ["train"]
+    with second.begin("train"):  # which the first one has left
+        pass
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[]", '{"asked": 3}', "{}"])
+def test_a_damaged_work_folder_is_named(model_folder, tmp_path, capsys, text):
+    (tmp_path / "out.train").mkdir()
+    (tmp_path / "out.train" / "run.json").write_text(text)
+    for more in ([], ["--resume"]):
+        assert main(["train", "--model", str(model_folder), "--output", str(tmp_path / "out"), *more]) == 2
+        assert "run.json is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"cut"])
+def test_damaged_tensors_are_named(target, features, tmp_path, content):
+    path = tmp_path / "a.safetensors"
+    write_features(path, features)
+    path.write_bytes(path.read_bytes()[:-99] if content == b"cut" else content)
+    for read in (read_features, a_trainer(target).restore):
+        with pytest.raises(ValueError, match="a.safetensors cannot be read: delete it and resume") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_given_flags_are_those_of_the_command_line():
+    words = [
+        "--output",
+        "out",
+        "--resume",
+        "--seed",
+        "0",
+        "--system-prompt",
+        "a",
+        "--data=b",
+        "--context-layers",
+    ]
+    assert train_command._given(words) == {
+        **{"output": "out", "resume": True, "seed": 0, "system_prompt": ["a"], "data": ["b"]},
+        "context_layers": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--time", "5m", "--epochs", "2"], "--epochs does nothing with --time."),
+        (["--start-from", "x", "--blocks", "2"], "--blocks does nothing with --start-from."),
+        (["--eval-tokens", "0", "--eval-temps", "1"], "--eval-temps does nothing with --eval-tokens 0."),
+        (["--labels", "hard", "--label-temp", "1"], "--label-temp does nothing with --labels hard."),
+        (["--epochs", "2", "--cell", "gru", "--label-temp", "1"], ""),
+    ],
+)
+def test_flags_that_do_nothing_are_told(tmp_path, monkeypatch, flags, told):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["train", "--output", "out", *flags, "--openings", "none.txt"]) == 2
+    assert [str(warning.message) for warning in caught] == ([told] if told else [])
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_flags_of_writing_that_do_nothing_are_told(tmp_path, chat):
+    tokenizer = test_data.make_tokenizer("chatml" if chat else None)
+    test_data.write(tmp_path / "a.jsonl", {"text": " ".join(map(str, range(99)))}, {"prompt": "x"})
+    flags = ("--rows", "--user-temp")
+    request = run.Request((str(tmp_path / "a.jsonl"),), tokens=9, writing=flags)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        given, _ = run.read_all(request, tokenizer)
+        run.read_all(replace(request, tokens=0, recipe=run.Recipe(length=20)), tokenizer)
+    told = [str(warning.message) for warning in caught]
+    assert given.prompts == [["x"]]
+    assert told == [
+        *([] if chat else ["--user-temp does nothing without a chat template."]),
+        "--rows does nothing where the model writes nothing: see --tokens.",
+        "--user-temp does nothing where the model writes nothing: see --tokens.",
+        "prompts that are not answered, because of --tokens 0: 1.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ..calibrate import candidates
 from ..decoding.step import DraftShape
 from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
 from ..model import DEFAULT_MODEL
+from ..prompts import usable
 from ..stream import check_shape
 from . import phases, report, sweep
 from .contenders import mlx_lm_contender, our_contender
@@ -66,7 +67,7 @@ class Session:
         self.model, self.tokenizer = load_model(self.args, self.drafter)
         self.meter, self.energy = find_meter(self.machine["backend"])
         self.encode = partial(encode_conversation, tokenizer=self.tokenizer, args=self.args)
-        self.first_turns = [self.encode(turns_of(prompt)[0]) for prompt in self.prompts]
+        self.prompts, self.first_turns = usable(self.prompts, lambda prompt: self.encode(turns_of(prompt)[0]))
         self.model.check_prompts(self.first_turns)
         self._check_passes()
         self.plan = self._plan()

@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..files import atomic_file
 from ..generate_command import is_raw, render_messages
 from ..model import cache_folder
-from ..prompts import Message, Prompt, read_prompts
+from ..prompts import Message, Prompt, encode_messages, read_prompts, refusal
 
 # MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
 MT_BENCH = ("lmsys/mt-bench", "data/mt_bench/question.jsonl")  # a Space and a file of it
@@ -63,21 +63,14 @@ def encode_conversation(
     Raises:
         ValueError: the chat template refuses the conversation, or nothing is left to say.
     """
-    if is_raw(args, tokenizer):
-        ids = list(tokenizer.encode("\n".join(message["content"] for message in messages)))
-    else:
+
+    def rendered(messages: list[Message]) -> str:
         try:
-            text = render_messages(tokenizer, messages, args, add_generation_prompt=True)
-        except Exception as error:  # a template is a program, and may refuse a role or the order of roles
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(
-                f"the chat template refuses messages of {roles} ({error}): "
-                "give other prompts, or --ignore-chat-template."
-            ) from error
-        ids = list(tokenizer.encode(text, add_special_tokens=False))
-    if not ids:
-        raise ValueError(f"the prompt {messages[-1]['content']!r} has no tokens: give some text.")
-    return ids
+            return render_messages(tokenizer, messages, args, add_generation_prompt=True)
+        except Exception as error:
+            raise refusal(messages, error, "give others, or --ignore-chat-template") from error
+
+    return encode_messages(messages, tokenizer, None if is_raw(args, tokenizer) else rendered)
 
 
 def _hub_file() -> Path:

@@ -4,25 +4,23 @@ Only what the model itself says is trained on, so every token carries a flag. Se
 are kept in shards (``write_shard``), which ``read_given`` reads as well as what users bring.
 """
 
-import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2.exceptions import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..files import atomic_file
-from ..prompts import Message, parse_messages, parse_text
+from ..prompts import Message, Row, from_first_user, is_whole, read_rows, read_text, rendered, tell
 
 Array = npt.NDArray[Any]
 
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 NO_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 SHINGLE = 8  # tokens per shingle, to find near-duplicates
 MOST_SEEN = 0.7  # share of shingles seen before from which a conversation is a duplicate
@@ -52,19 +50,14 @@ class Given:
     Attributes:
         conversations: to train on, each with at least one trained token.
         prompts: user texts that the model still has to answer; each a conversation's user turns.
-        unusable: conversations that were left out, because nothing in them could be trained on.
+        unusable: rows that were left out, because nothing in them could be trained on.
+        unread: keys of the prompts' rows that were not read.
     """
 
     conversations: list[Conversation] = field(default_factory=list)
     prompts: list[list[str]] = field(default_factory=list)
     unusable: int = 0
-
-    def add(self, conversation: Conversation | None) -> None:
-        """Take a conversation, or count it where it is None or has no trained token."""
-        if conversation is None or not conversation.trained.any():
-            self.unusable += 1
-        else:
-            self.conversations.append(conversation)
+    unread: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -161,146 +154,101 @@ def read_given(path: Path, tokenizer: TokenizerWrapper, max_length: int) -> Give
     """Read conversations, prompts or plain text.
 
     - ``.npz``: shards.
-    - ``.jsonl`` (an object per line) and ``.json`` (a list of objects): ``{"messages": [{"role": ...,
-      "content": ...}]}``, ``{"conversations": [{"from": "human", "value": ...}]}``, ``{"prompt": ...}``
-      (with ``"completion"``: a conversation), ``{"turns": [...]}`` (a conversation's user turns),
-      ``{"text": ...}``. Messages without an assistant's are a prompt.
+    - ``.jsonl`` and ``.json``: what ``prompts.read_rows`` reads. Messages without an assistant's are a
+      prompt; what is said before the user's first message is left out.
     - ``.txt``: paragraphs between blank lines, joined up to ``max_length`` tokens.
 
-    Conversations are rendered with the chat template, and only the assistant's tokens are trained.
+    Conversations are rendered with the chat template, and only the assistant's tokens are trained. Warns
+    of what is unusable.
 
     Args:
         max_length: tokens after which conversations are cut.
 
     Raises:
-        ValueError: the file, or a line of it, cannot be read, or the model has no chat template.
+        ValueError: the file cannot be read, or nothing in it can be used.
     """
     if max_length < 2:
         raise ValueError(f"{max_length} tokens are too few for a conversation: give 2 or more.")
     suffix = path.suffix.lower()
-    given = Given()
+    if suffix not in (".npz", ".txt", ".jsonl", ".json"):
+        raise ValueError(
+            f"{path} is no training data: name a .npz, .jsonl, .json or .txt file (unpack an archive first, "
+            "and write Parquet or CSV as JSON lines)."
+        )
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: name a .npz, .jsonl, .json or .txt file.")
+    given, texts, unusable = Given(), list[str](), list[str]()
     if suffix == ".npz":
-        for conversation in read_shard(path, len(tokenizer)):
-            given.add(Conversation(conversation.tokens[:max_length], conversation.trained[:max_length]))
+        shard = read_shard(path, len(tokenizer))
+        rows = [Conversation(row.tokens[:max_length], row.trained[:max_length]) for row in shard]
+        given.conversations = [row for row in rows if row.trained.any()]
+        reason = f"nothing to train on within {max_length} tokens."
+        unusable = [f"row {n}: {reason}" for n, row in enumerate(rows, 1) if not row.trained.any()]
     elif suffix == ".txt":
-        _pack(_paragraphs(_read_text(path)), tokenizer, max_length, given)
-    elif suffix in (".jsonl", ".json"):
-        _read_objects(path, suffix, tokenizer, max_length, given)
+        paragraphs = list(_paragraphs(read_text(path)))
+        texts = [text for text in paragraphs if is_whole(text)]
+        reason = "not UTF-8: correct it."
+        unusable = [f"paragraph {n}: {reason}" for n, text in enumerate(paragraphs, 1) if not is_whole(text)]
     else:
-        raise ValueError(f"{path} is no training data: name a .npz, .jsonl, .json or .txt file.")
-    if not (given.conversations or given.prompts):
-        raise ValueError(f"{path} holds nothing to train on ({given.unusable} unusable): give other data.")
+        take = partial(_take, tokenizer=tokenizer, max_length=max_length, given=given)
+        texts = [text for text in read_rows(path, take, unusable) if text]
+    if suffix in (".npz", ".txt"):
+        tell(path, unusable, len(given.conversations) + len(texts))
+    _pack(texts, tokenizer, max_length, given)
+    given.unusable = len(unusable)
     return given
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name a .npz, .jsonl, .json or .txt file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): give a UTF-8 file.") from error
-
-
-def _read_objects(
-    path: Path, suffix: str, tokenizer: TokenizerWrapper, max_length: int, given: Given
-) -> None:
-    texts: list[str] = []
-    for place, item in _objects(path, suffix):
-        try:
-            messages, prompt, text = _parse(item)
-        except ValueError as error:
-            raise ValueError(f"{path}, {place}: {error}") from error
-        if messages:
-            given.add(tokenize(messages, tokenizer, max_length))
-        if prompt:
-            given.prompts.append(prompt)
-        if text:
-            texts.append(text)
-    _pack(texts, tokenizer, max_length, given)
-
-
-def _objects(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
-    """The file's objects, each with its place in the file."""
-    text = _read_text(path)
-    if suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"line {number}", _decode(path, f"line {number}", line)
-        return
-    items = _decode(path, "the whole", text)
-    if not isinstance(items, list):
-        raise ValueError(f"{path} is no list of conversations: give [...], or a .jsonl file.")
-    for number, item in enumerate(items, 1):
-        yield f"item {number}", item
-
-
-def _decode(path: Path, place: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}, {place}: no JSON ({error}): correct it.") from error
-
-
-def _parse(item: Any) -> tuple[list[Message], list[str], str]:
-    """An object's conversation, prompt (user texts) or plain text; the other two are empty."""
-    if not isinstance(item, dict):
-        raise ValueError('no JSON object: give {"messages": [...]} or {"prompt": "..."}.')
-    if "messages" in item or "conversations" in item:
-        return _sorted_messages(parse_messages(item.get("messages", item.get("conversations"))))
-    if "completion" in item and "prompt" in item:
-        pair = [("user", item["prompt"]), ("assistant", item["completion"])]
-        return [{"role": role, "content": parse_text(x, role)} for role, x in pair], [], ""
-    if "prompt" in item:
-        return [], [parse_text(item["prompt"], "prompt")], ""
-    if isinstance(item.get("turns"), list) and item["turns"]:
-        return [], [parse_text(turn, "a turn") for turn in item["turns"]], ""
-    if "text" in item:
-        return [], [], parse_text(item["text"], "text")
-    raise ValueError(
-        f"keys {sorted(item)} are not known: give messages, conversations, prompt, turns or text."
-    )
-
-
-def _sorted_messages(messages: list[Message]) -> tuple[list[Message], list[str], str]:
-    """Messages as a conversation, or as a prompt if the assistant says nothing; a last question is cut."""
-    if all(message["role"] != "assistant" for message in messages):
-        if messages[-1]["role"] != "user":
-            raise ValueError("no message of the user at the end: give one.")
-        return [], ["\n\n".join(message["content"] for message in messages)], ""
-    while messages[-1]["role"] != "assistant":
-        messages = messages[:-1]
-    return messages, [], ""
+def _take(row: Row, tokenizer: TokenizerWrapper, max_length: int, given: Given) -> str:
+    """Add a row's conversation or prompt; returns its text, which is packed with others."""
+    messages = from_first_user(row.messages)
+    if any(message["role"] == "assistant" for message in messages[1:]):
+        given.conversations.append(tokenize(messages, tokenizer, max_length))
+    elif not row.text:
+        turns = row.turns or ["\n\n".join(message["content"] for message in row.asked())]
+        if tokenizer.has_chat_template and len(tokenizer.encode(turns[0])) >= max_length:
+            raise ValueError(f"after the prompt, no token is left of {max_length} for an answer: shorten it.")
+        given.prompts.append(turns)
+        given.unread.update(row.unread)
+    return row.text
 
 
 # --- Tokens ----------------------------------------------------------------------------------------------
 
 
-def tokenize(
-    messages: Sequence[Message], tokenizer: TokenizerWrapper, max_length: int
-) -> Conversation | None:
-    """A conversation as the chat template renders it; None where the answers cannot be found in it.
+def tokenize(messages: Sequence[Message], tokenizer: TokenizerWrapper, max_length: int) -> Conversation:
+    """A conversation as the chat template renders it, up to the last answer.
 
     An answer begins where the prompt before it ends (the rendered messages up to there, with the
     generation prompt) and runs through its end-of-turn token. Where a template renders earlier messages
-    otherwise (without their thoughts, say), it is looked for behind what both renderings share.
+    otherwise (without their thoughts, say), it is looked for after what both renderings share.
 
     Raises:
-        ValueError: the model has no chat template, or its tokenizer does not say where tokens stand.
+        ValueError: the model has no chat template, or its tokenizer does not say where tokens stand; the
+            template refuses the messages or rewrites the answers; or no token of them is left to train on.
     """
     if not tokenizer.has_chat_template:
         raise ValueError("The model has no chat template for conversations: give plain text (.txt).")
-    try:
-        return _tokenize(_with_system(messages, tokenizer), tokenizer, max_length)
-    except TEMPLATE_ERRORS as error:
-        if isinstance(error, _Slow):
-            raise
-        return None
-
-
-def render(messages: Sequence[Message], tokenizer: TokenizerWrapper, prompt: bool = False) -> str:
-    """Messages as the chat template's text, with the generation prompt if ``prompt``."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    messages = _with_system(messages[: last + 1], tokenizer)
+    text = rendered(messages, tokenizer)
+    tokens, offsets = _encode_with_offsets(text, tokenizer)  # [T], [T, 2]
+    trained = np.zeros(len(tokens), bool)
+    end = int(offsets[:max_length, 1].max(initial=0))
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or not (message["content"].strip() and message.get("weight", 1)):
+            continue
+        span = _locate(message["content"], rendered(messages[:i], tokenizer, prompt=True), text)
+        if span is None:
+            raise ValueError("the chat template rewrites the answers: they cannot be found in its text.")
+        inside = (offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1])  # [T]
+        trained |= inside
+        trained[_ending(tokens, int(inside.nonzero()[0][-1]) + 1, tokenizer)] = True
+        if span[1] > end:  # the others are cut
+            break
+    if not trained[:max_length].any():
+        raise ValueError(f"nothing to train on: no answer has text within {max_length} tokens.")
+    return Conversation(tokens[:max_length], trained[:max_length])
 
 
 def special_tokens(tokenizer: TokenizerWrapper) -> set[int]:
@@ -308,27 +256,6 @@ def special_tokens(tokenizer: TokenizerWrapper) -> set[int]:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     marks = {index for index, token in added.items() if str(token).strip()}
     return marks | set(tokenizer.all_special_ids) | set(tokenizer.eos_token_ids)
-
-
-class _Slow(ValueError):
-    """A tokenizer without offsets."""
-
-
-def _tokenize(
-    messages: Sequence[Message], tokenizer: TokenizerWrapper, max_length: int
-) -> Conversation | None:
-    text = render(messages, tokenizer)
-    tokens, offsets = _encode_with_offsets(text, tokenizer)  # [T], [T, 2]
-    trained = np.zeros(len(tokens), bool)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and message["content"].strip():
-            span = _locate(message["content"], render(messages[:i], tokenizer, prompt=True), text)
-            if span is None:
-                return None
-            inside = (offsets[:, 1] > span[0]) & (offsets[:, 0] < span[1])  # [T]
-            trained |= inside
-            trained[_ending(tokens, int(inside.nonzero()[0][-1]) + 1, tokenizer)] = True
-    return Conversation(tokens[:max_length], trained[:max_length])
 
 
 def _locate(content: str, prompt: str, text: str) -> tuple[int, int] | None:
@@ -363,7 +290,7 @@ def _encode_with_offsets(text: str, tokenizer: TokenizerWrapper) -> tuple[Array,
     """Token ids [T] and the characters [T, 2] they stand for."""
     inner: Any = tokenizer._tokenizer if isinstance(tokenizer, TokenizerWrapper) else tokenizer
     if not inner.is_fast:
-        raise _Slow("The model's tokenizer has no tokenizer.json, so answers cannot be found: add it.")
+        raise ValueError("The model's tokenizer has no tokenizer.json, so answers cannot be found: add it.")
     encoded = inner(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     return np.array(encoded["input_ids"], np.int32), offsets
@@ -374,8 +301,8 @@ def _with_system(messages: Sequence[Message], tokenizer: TokenizerWrapper) -> Se
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return messages
     try:
-        render(messages[:2], tokenizer)
-    except TEMPLATE_ERRORS:
+        rendered(messages[:2], tokenizer)
+    except ValueError:
         first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
         return [first, *messages[2:]]
     return messages
@@ -405,14 +332,14 @@ def _pack(texts: Iterable[str], tokenizer: TokenizerWrapper, max_length: int, gi
     for text in texts:
         tokens = list(tokenizer.encode(text.strip() + "\n\n", add_special_tokens=False))
         if joined and len(joined) + len(tokens) > room:
-            given.add(_plain(start, joined))
+            given.conversations.append(_plain(start, joined))
             joined = []
         joined += tokens
         while len(joined) > room:
-            given.add(_plain(start, joined[:room]))
+            given.conversations.append(_plain(start, joined[:room]))
             joined = joined[room:]
     if joined:
-        given.add(_plain(start, joined))
+        given.conversations.append(_plain(start, joined))
 
 
 def _plain(start: list[int], tokens: list[int]) -> Conversation:

@@ -14,6 +14,7 @@ So position i + d, if ``left[i] >= d``, has the tokens and the distribution d to
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -96,7 +97,21 @@ def write_features(path: Path, features: Features) -> None:
 
 def read_features(path: Path) -> Features:
     """Read a shard that ``write_features`` wrote."""
-    return Features(**mx.load(str(path)))  # type: ignore[arg-type]
+    return Features(**load_tensors(path)[0])
+
+
+def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """A file of the work folder: its arrays and its metadata.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        mx.eval(loaded[0])  # or a damage would show only later
+        return loaded[0], loaded[1]
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: delete it and resume, it will be made again.") from error
 
 
 def _pad(rows: Sequence[np.ndarray]) -> np.ndarray:

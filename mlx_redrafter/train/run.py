@@ -9,12 +9,15 @@ Everything on the way is kept in a work folder beside the output, so a run can b
     best.safetensors        the weights with the best held-out score
 """
 
+import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -35,7 +38,7 @@ from ..decoding.step import DraftShape
 from ..drafter import Drafter, DrafterConfig
 from ..files import atomic_file
 from ..model import SpeculativeModel
-from ..prompts import Prompt
+from ..prompts import Prompt, encode, usable
 from ..target import Target
 from .card import Facts, environment, model_card
 from .data import (
@@ -49,8 +52,8 @@ from .data import (
     read_shard,
     write_shard,
 )
-from .evaluate import Measured, encode_all, evaluate
-from .features import Features, extract, read_features, select, write_features
+from .evaluate import Measured, evaluate
+from .features import Features, extract, load_tensors, read_features, select, write_features
 from .loss import Score
 from .selfgen import Recipe, check, generate
 from .streams import Workers
@@ -67,6 +70,7 @@ MOST_EPOCHS = 10.0
 SCORES = 12  # held-out scores in a run
 SAVE_SECONDS = 120.0
 UNLIMITED = 1 << 62
+CHAT_FLAGS = ("--user-temp", "--system-prompt", "--openings", "--opened")  # of no use to base models
 SHORTEST_CUT = 96  # tokens of a conversation that is cut because the time is up
 ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
@@ -94,6 +98,7 @@ class Request:
         cache: disk keeps hidden states, off computes them in every epoch, auto chooses.
         license: of the drafter, for the card.
         workers: None is one per core on a CPU, one on a GPU.
+        writing: the user's own options of ``recipe``, to warn where they change nothing.
     """
 
     data: tuple[str, ...] = ()
@@ -110,6 +115,7 @@ class Request:
     cache: str = "auto"
     license: str = ""
     workers: int | None = None
+    writing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.draft_vocab is not None and self.draft_vocab < 0:
@@ -135,14 +141,11 @@ class Work:
             ValueError: it holds a run that was asked for otherwise.
         """
         work = cls(folder)
-        path = folder / "run.json"
-        if path.is_file():
-            try:
-                work.facts = dict(json.loads(path.read_text("utf-8")))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}): delete {folder} and start again.") from error
-            if work.facts.get("asked") != asked:
-                changed = [k for k in asked if asked[k] != work.facts.get("asked", {}).get(k)]
+        if (folder / "run.json").is_file():
+            work.facts = read_facts(folder)
+            before = work.facts["asked"]
+            if before != asked:
+                changed = [name for name in sorted({*asked, *before}) if asked.get(name) != before.get(name)]
                 raise ValueError(
                     f"{folder} holds a run with other options ({', '.join(changed)}): give the same ones, or "
                     "only --output with --resume; or delete that folder to start again."
@@ -150,11 +153,37 @@ class Work:
         work.facts["asked"] = asked
         return work
 
-    def begin(self, command: str) -> None:
-        """Make what is not there yet of the folder, and note the command line."""
+    def check(self, read: dict[str, str]) -> None:
+        """Raise ``ValueError`` if what is read (a digest for each name) is not what the run began with."""
+        before = self.facts.setdefault("read", read)
+        for name in read:
+            gone = not read[name] and "data_done" in self.facts  # which does no harm then
+            if read[name] != before.get(name) and not gone:
+                raise ValueError(
+                    f"{name} has changed since the run in {self.folder} began: put back what it was, or "
+                    "delete the folder to start again."
+                )
+
+    @contextmanager
+    def begin(self, command: str) -> Iterator[None]:
+        """Make what is not there yet of the folder, and note the command line; within, nobody else may.
+
+        Raises:
+            ValueError: another run works in the folder.
+        """
         for name in ("data", "features"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.note(commands=[*self.facts.get("commands", []), command])
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.note(commands=[*self.facts.get("commands", []), command])
+            yield
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another run works in {self.folder}: wait for its end, or name another output folder."
+            ) from error
+        finally:
+            os.close(folder)
 
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
@@ -177,6 +206,22 @@ class Work:
 
     def features(self, shard: Path) -> Path:
         return self.folder / "features" / f"{shard.stem}.safetensors"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The run.json of a work folder.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is no run to resume; leave --resume out.")
+    try:
+        facts = dict(json.loads(path.read_text("utf-8")))
+        return {**facts, "asked": dict(facts["asked"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): delete {folder} and start again.") from error
 
 
 def train(
@@ -203,31 +248,44 @@ def train(
     """
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
-    for prompts in evaluation.prompts.values():
-        encode_all(model, tokenizer, prompts)  # bad ones are told before the work, not after
+    sets = {name: _usable(model, tokenizer, prompts) for name, prompts in evaluation.prompts.items()}
+    evaluation = replace(evaluation, prompts=sets)  # bad ones are told before the work, not after
     for temperature in evaluation.temperatures:
         Sampling(temperature)
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
+    identity = identity_of(model.model, name)
+    work.check({name: identity.embedding_digest, **{path: _mark(path) for path in request.data}})
     start = _start(request, model)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
     given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
-    work.begin(command)  # from here on, a mistake in the command line would be in the way of its correction
-    workers = Workers(request.workers)
-    set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
-    keep_given(work, given, dropped)
-    make_data(work, target, tokenizer, request, given, workers)
-    data = make_features(work, target, request, workers)
-    trainer = fit(work, target, data, request, workers, start)
-    drafter = best_drafter(trainer, work)
-    fast = SpeculativeModel(model.model, drafter, model.context_length)
-    measured = evaluation.run(fast, tokenizer, work, request, workers)
-    identity = identity_of(model.model, name)
-    card = describe(work, trainer, drafter, identity, request, measured, output.name)
-    write_drafter(
-        output, drafter.config, _stored(drafter), identity, {"training": work.facts["trained"]}, card
-    )
-    shutil.rmtree(work.folder / "features", ignore_errors=True)
+    with work.begin(command):  # from here on, a mistake in the command would be in the way of its correction
+        workers = Workers(request.workers)
+        set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
+        keep_given(work, given, dropped)
+        make_data(work, target, tokenizer, request, given, workers)
+        data = make_features(work, target, request, workers)
+        trainer = fit(work, target, data, request, workers, start)
+        drafter = best_drafter(trainer, work)
+        fast = SpeculativeModel(model.model, drafter, model.context_length)
+        measured = evaluation.run(fast, tokenizer, work, request, workers)
+        card = describe(work, trainer, drafter, identity, request, measured, output.name)
+        training = {"training": work.facts["trained"]}
+        write_drafter(output, drafter.config, _stored(drafter), identity, training, card)
+        shutil.rmtree(work.folder / "features", ignore_errors=True)
     return measured
+
+
+def _usable(model: SpeculativeModel, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that can be encoded; ``ValueError`` if one of them is too long."""
+    found, ids = usable(prompts, partial(encode, tokenizer=tokenizer))
+    model.check_prompts(ids)
+    return found
+
+
+def _mark(name: str) -> str:
+    """A digest of a file; empty if there is none."""
+    path = Path(name).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _start(request: Request, model: SpeculativeModel) -> Drafter | None:
@@ -262,13 +320,29 @@ def read_all(request: Request, tokenizer: TokenizerWrapper) -> tuple[Given, Drop
         whole.conversations += given.conversations
         whole.prompts += given.prompts
         whole.unusable += given.unusable
+        whole.unread |= given.unread
     wanted = _wanted(request, whole)
+    _warn_of_idle(request, whole, wanted, tokenizer.has_chat_template)
     whole.conversations, dropped = clean(whole.conversations)
     if wanted:
         check(tokenizer, request.recipe, whole.prompts)
     elif len(whole.conversations) < 2:
         raise ValueError(f"too few conversations to train on ({dropped}): give or generate more of them.")
     return whole, dropped
+
+
+def _warn_of_idle(request: Request, given: Given, wanted: int, chat: bool) -> None:
+    """Warn of flags and prompts that are of no use, and of what is not read beside prompts."""
+    why = "without a chat template" if wanted else "where the model writes nothing: see --tokens"
+    for flag in request.writing:
+        if not wanted or (flag in CHAT_FLAGS and not chat):
+            warnings.warn(f"{flag} does nothing {why}.", stacklevel=1)
+    if given.prompts and not wanted:
+        unanswered = f"prompts that are not answered, because of --tokens 0: {len(given.prompts)}."
+        warnings.warn(unanswered, stacklevel=1)
+    if given.unread:
+        keys = ", ".join(sorted(given.unread))
+        warnings.warn(f"not read, beside the prompts that the model answers: {keys}.", stacklevel=1)
 
 
 def _wanted(request: Request, given: Given) -> int:
@@ -604,28 +678,34 @@ def _postfix(losses: np.ndarray[Any, Any], found: Score | None) -> str:
 
 @contextmanager
 def _interrupted() -> Iterator[Callable[[], bool]]:
-    """Within the block, the first Ctrl-C is only remembered; the second one interrupts."""
+    """Within the block, the first Ctrl-C (or SIGTERM) is only remembered; the second one interrupts."""
     seen = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def remember(number: int, frame: FrameType | None) -> None:
         nonlocal seen
         seen = True
-        signal.signal(signal.SIGINT, before)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     try:
-        before = signal.signal(signal.SIGINT, remember)
+        for number in before:
+            signal.signal(number, remember)
     except ValueError:  # not the main thread, which alone gets signals
         yield lambda: False
         return
     try:
         yield lambda: seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def best_drafter(trainer: Trainer, work: Work) -> Drafter:
     """The drafter with the weights of the best held-out score, as it will be stored."""
-    weights: Any = mx.load(str(work.folder / "best.safetensors"))
+    weights, _ = load_tensors(work.folder / "best.safetensors")
     scores = dict(work.facts.get("scores", []))
     best = scores.get(trainer.progress.best_step, {})
     work.note(

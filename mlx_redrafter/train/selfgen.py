@@ -19,9 +19,9 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..decoding.topk import top_k
-from ..prompts import Message
+from ..prompts import Message, rendered
 from ..target import Target
-from .data import TEMPLATE_ERRORS, Conversation, render, special_tokens
+from .data import Conversation, special_tokens
 from .streams import Workers
 
 USER, ANSWER = "USERSENTINEL", "ANSWERSENTINEL"  # stand for contents in a rendered template
@@ -182,8 +182,8 @@ class Template:
             ValueError: it has none, or one that does not show what was said.
         """
         question, answer = {"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}
-        before, after = _rendered([question], tokenizer, prompt=True)
-        _, talk = _rendered([question, answer, question], tokenizer)
+        before, after = _around([question], tokenizer, prompt=True)
+        _, talk = _around([question, answer, question], tokenizer)
         between, found, _ = talk.partition(ANSWER)[2].partition(USER)
         if not found:
             raise ValueError("The chat template leaves out earlier turns: give training data instead.")
@@ -207,7 +207,7 @@ class Template:
     def _with_system(self, system: str) -> str:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": USER}]
         try:
-            before, _ = _rendered(messages, self.tokenizer, prompt=True)
+            before, _ = _around(messages, self.tokenizer, prompt=True)
         except ValueError:
             before = ""
         if system.strip() not in before:
@@ -215,14 +215,9 @@ class Template:
         return before
 
 
-def _rendered(messages: list[Message], tokenizer: TokenizerWrapper, prompt: bool = False) -> tuple[str, str]:
+def _around(messages: list[Message], tokenizer: TokenizerWrapper, prompt: bool = False) -> tuple[str, str]:
     """The rendered text before and after the user's first sentinel."""
-    try:
-        text = render(messages, tokenizer, prompt)
-    except TEMPLATE_ERRORS as error:
-        reason = str(error).split("\n")[0][:100]
-        raise ValueError(f"The chat template cannot be used ({reason}): give a plain one.") from error
-    before, found, after = text.partition(USER)
+    before, found, after = rendered(messages, tokenizer, prompt).partition(USER)
     if not found:
         raise ValueError("The chat template does not show the user's text: give prompts or other data.")
     return before, after

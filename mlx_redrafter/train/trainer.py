@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from ..drafter import Drafter, DrafterConfig
 from ..files import atomic_file
 from ..target import Target
-from .features import Features, join
+from .features import Features, join, load_tensors
 from .loss import (
     SEGMENT,
     Batch,
@@ -268,8 +268,7 @@ class Trainer:
         Raises:
             ValueError: it was written with other settings.
         """
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, metadata = loaded
+        arrays, metadata = load_tensors(path)
         state = json.loads(metadata["state"])
         if state["settings"] != json.loads(json.dumps(asdict(self.settings))):
             raise ValueError(
