@@ -6,7 +6,6 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,6 @@ def run(args: argparse.Namespace) -> int:
     from .model import load
     from .train.run import train
 
-    with suppress(ValueError):  # outside the main thread, which alone gets signals
     _warn_of_idle(args, given)
     chunk = _limit_memory(args.memory_limit)
     request = _request(args, mx.default_device().type == mx.gpu, chunk)
