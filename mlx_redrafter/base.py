@@ -24,7 +24,7 @@ from mlx_redrafter.bundle import PICKLES
 from mlx_redrafter.drafter import Q_BITS, Q_GROUP_SIZES
 from mlx_redrafter.files import atomic_folder, unfinished
 from mlx_redrafter.gguf import convert_gguf
-from mlx_redrafter.tokenizers import load_tokenizer
+from mlx_redrafter.tokenizers import load_tokenizer, save_ends
 
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _MODES = {  # their numbers of bits and group sizes
@@ -104,6 +104,7 @@ def convert_base(
                 model, config = _quantize(model, config, say, quant_predicate, **options)
             say(f"writing {output}")
             save(result, folder, model, tokenizer, config)
+            save_ends(result, tokenizer)
         card = result / "README.md"
         if not card.exists():
             card.write_text(base_card(source), "utf-8", "replace")

@@ -71,7 +71,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--xtc-threshold", type=float, default=0.0, help="probability above which XTC drops tokens")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="text that ends the output; may be given several times")
-    add("--extra-eos-token", nargs="+", default=[], help="further tokens that end the output")
+    add("--extra-eos-token", nargs="+", default=[], help="further tokens, or their ids, that end the output")
+    add("--context-length", type=int, help="tokens a prompt may have (default: what the model's config says)")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
     add("--prefill-step-size", type=int, default=PREFILL_STEP_SIZE, help="prompt tokens processed at once")
     add("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="of a quantized cache (without drafter)")
@@ -164,8 +165,10 @@ def load_model(
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
+    model.context_length = args.context_length or model.context_length
+    tokenizer.model_max_length = sys.maxsize  # the context is checked, transformers need not warn
     for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        tokenizer.eos_token_ids.add(_token_id(token, tokenizer))
     if model.drafter is None and drafter is not None:
         warnings.warn(f"no drafter ships for {args.model}: name one with --drafter.", stacklevel=1)
     _warn_of_idle_flags(args, is_raw(args, tokenizer))
@@ -194,6 +197,16 @@ def _warn_of_idle_flags(args: argparse.Namespace, raw: bool) -> None:
         for flag in flags if idle else ():
             if getattr(args, flag, None) not in (None, 0, "none", parser.get_default(flag)):
                 warnings.warn(f"--{flag.replace('_', '-')} does nothing {why}.", stacklevel=1)
+
+
+def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:
+    """The id of a token that is given as an id or as text."""
+    known = tokenizer.get_vocab()
+    ids = [int(token)] if token.isdecimal() else [known[token]] if token in known else []
+    ids = ids or [i for i in tokenizer.encode(token, add_special_tokens=False) if i != tokenizer.unk_token_id]
+    if len(ids) == 1 and ids[0] in known.values():
+        return ids[0]
+    raise ValueError(f"--extra-eos-token {token!r} is not one token of this model: name one, or use --stop.")
 
 
 def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
@@ -355,6 +368,7 @@ def _check(args: argparse.Namespace) -> None:
         _check_text("--stop", text)
     for flag, value, least in (
         ("--max-kv-size", args.max_kv_size, 1),
+        ("--context-length", args.context_length, 1),
         ("--prefill-step-size", args.prefill_step_size, 1),
         ("--quantized-kv-start", args.quantized_kv_start, 0),
         ("--min-tokens-to-keep", args.min_tokens_to_keep, 1),

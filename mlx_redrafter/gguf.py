@@ -15,23 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from mlx_redrafter.tokenizers import write_gguf_tokenizer
+from mlx_redrafter.tokenizers import gguf_ends, load_tokenizer, write_gguf_tokenizer
 
 # --- Reading -----------------------------------------------------------------------------------------
 
-_SCALARS = {
-    GGUFValueType.UINT8: "<u1",
-    GGUFValueType.INT8: "<i1",
-    GGUFValueType.UINT16: "<u2",
-    GGUFValueType.INT16: "<i2",
-    GGUFValueType.UINT32: "<u4",
-    GGUFValueType.INT32: "<i4",
-    GGUFValueType.FLOAT32: "<f4",
-    GGUFValueType.BOOL: "?",
-    GGUFValueType.UINT64: "<u8",
-    GGUFValueType.INT64: "<i8",
-    GGUFValueType.FLOAT64: "<f8",
-}
+# By GGUFValueType's numbers; 8 and 9, strings and arrays, are read piece by piece.
+_SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")
 
 
 @dataclass(frozen=True)
@@ -228,7 +217,6 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": _has_bias(file, model_type, "attn_q", always="qwen2"),
         "mlp_bias": _has_bias(file, model_type, "ffn_gate"),
-        **_token_ids(metadata),
     }
     if scaling := _rope_scaling(file, arch, config):
         config["rope_scaling"] = scaling
@@ -249,16 +237,6 @@ def _vocabulary_size(metadata: Mapping[str, Any]) -> int:
     raise ValueError("The GGUF has no list tokenizer.ggml.tokens: use a file with a tokenizer.")
 
 
-def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return bos_token_id and eos_token_id, the latter a list if the end of a turn is another token."""
-    size = _vocabulary_size(metadata)
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
-    bos, *ends = (i if isinstance(i, int) and 0 <= i < size else None for i in ids.values())
-    ends = [i for i in dict.fromkeys(ends) if i is not None]
-    config = {} if bos is None else {"bos_token_id": bos}
-    return config | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
-
-
 def _rope_scaling(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
     metadata, prefix = file.metadata, f"{arch}.rope.scaling"
     if "rope_freqs.weight" in file.tensors:
@@ -272,9 +250,9 @@ def _rope_scaling(file: GGUFFile, arch: str, config: Mapping[str, Any]) -> dict[
     factor = _number(metadata, old if old in metadata else f"{prefix}.factor")
     scaling = {"type": kind, "rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = max(1, int(config["max_position_embeddings"] / factor))
-        original = _count(metadata, f"{prefix}.original_context_length", original)
-        scaling["original_max_position_embeddings"] = original
+        scaling["original_max_position_embeddings"] = _count(
+            metadata, f"{prefix}.original_context_length", config["max_position_embeddings"]
+        )
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
             scaling[name] = _number(metadata, f"{prefix}.yarn_{name}", default)
     return scaling
@@ -360,6 +338,9 @@ def convert_gguf(path: Path, folder: Path, progress: Callable[[str], None] | Non
         raise ValueError(f"{path} has {tokens} tokens, {config['vocab_size']} embeddings: get it again.")
     folder.mkdir(parents=True, exist_ok=True)
     write_gguf_tokenizer(file.metadata, folder, config["max_position_embeddings"], path.name)
+    tokenizer = load_tokenizer(folder, eos_token_ids=gguf_ends(file.metadata))
+    config["bos_token_id"] = tokenizer.bos_token_id
+    config["eos_token_id"] = sorted(tokenizer.eos_token_ids)
     _write_weights(file, names, config, dtype, folder, progress)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
 

@@ -77,7 +77,7 @@ class SpeculativeModel:
             if self.context_length is not None and len(prompt) > self.context_length:
                 raise ValueError(
                     f"prompt {number} has {len(prompt)} tokens, more than the model's context of "
-                    f"{self.context_length}: shorten it or leave it out."
+                    f"{self.context_length}: shorten it, leave it out, or set --context-length."
                 )
             if self.vocabulary is not None and max(prompt) >= self.vocabulary:
                 raise ValueError(
@@ -159,7 +159,7 @@ def load(
     tokenizer = load_tokenizer(
         folder,
         name=name,
-        eos_token_ids=_eos_token_ids(config, folder),
+        eos_token_ids=config.get("eos_token_id"),
         trust_remote_code=trust_remote_code,
         options=tokenizer_config,
     )
@@ -317,23 +317,25 @@ def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Dr
 
 def _context_length(config: dict[str, Any], folder: Path) -> int | None:
     nested = config.get("text_config")
-    sections = (config, nested if isinstance(nested, dict) else {})
-    length = next(
-        (x for section in sections if (x := section.get("max_position_embeddings")) is not None), None
-    )
-    if length is None or (type(length) is int and length > 0):
-        return length
-    raise ValueError(
-        f"{folder}: max_position_embeddings is {length!r} in config.json: it must be a positive integer."
-    )
+    stated = {key: value for key, value in config.items() if value is not None}
+    config = {**(nested if isinstance(nested, dict) else {}), **stated}
+    length = config.get("max_position_embeddings")
+    if length is not None and (type(length) is not int or length < 1):
+        raise ValueError(
+            f"{folder}: max_position_embeddings is {length!r} in config.json: it must be a positive integer."
+        )
+    ropes = [rope for key in ("rope_scaling", "rope_parameters") if isinstance(rope := config.get(key), dict)]
+    ropes += [entry for rope in ropes for entry in rope.values() if isinstance(entry, dict)]  # by layer type
+    return length and max([length, *(_scaled_context(length, rope, config) for rope in ropes)])
 
 
-def _eos_token_ids(config: dict[str, Any], folder: Path) -> list[int] | None:
-    ids = config.get("eos_token_id")
-    if ids is None:
-        return None
-    if all(type(x) is int and x >= 0 for x in (ids if isinstance(ids, list) else [ids])):
-        return ids if isinstance(ids, list) else [ids]
-    raise ValueError(
-        f"{folder}: eos_token_id is {ids!r} in config.json or generation_config.json: give token ids."
-    )
+def _scaled_context(length: int, rope: dict[str, Any], config: dict[str, Any]) -> int:
+    """The context after rotary scaling, where ``length`` may be the one before."""
+    key, factor, kind = "original_max_position_embeddings", rope.get("factor"), rope.get("type")
+    original = rope.get(key) or config.get(key)
+    unscaled = (kind or rope.get("rope_type")) in ("linear", "dynamic", "yarn")
+    if original is None and unscaled and not str(config.get("model_type")).startswith("gemma3"):
+        original = length
+    if type(original) is int and isinstance(factor, int | float) and 1 <= factor < 1 << 20:
+        return int(original * factor)
+    return length

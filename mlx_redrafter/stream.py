@@ -238,7 +238,7 @@ def _encode(
     if model.context_length is not None and held + len(ids) > model.context_length:
         raise ValueError(
             f"the prompt has {held + len(ids)} tokens, more than the model's context of "
-            f"{model.context_length}: shorten it."
+            f"{model.context_length}: shorten it, or set --context-length."
         )
     return ids
 

@@ -29,7 +29,15 @@ VICUNA_TEMPLATE = (
     "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+# Special tokens that end a turn or a text, whatever the metadata calls the end.
+_ENDS = re.compile(
+    r"<\|(im_end|eo[tm](_id)?|end|end_?of_?(turn|text)|return)\|>|<end_of_(turn|utterance)>|</s>|<eos>"
+    r"|▁?<EOT>|\[EOT\]|<｜end▁of▁sentence｜>"
+)
+_QUESTION, _ANSWER = {"role": "user", "content": "6 x 9?"}, {"role": "assistant", "content": "Forty-two"}
 _SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.jsonl", "*.tiktoken", "*.py")
+_OBSOLETE = ("auto_map", "legacy", "sp_model_kwargs", "use_default_system_prompt", "added_tokens_decoder")
+_MARK = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>")
 _LONGEST_MERGED_PIECE = 1024  # characters; bounds the work a hostile vocabulary can ask for
 
 
@@ -48,6 +56,7 @@ def load_tokenizer(
 
     A folder with only ``tokenizer.model`` gets the equivalent fast tokenizer, a Vicuna without a chat
     template gets its template. Nothing is written to ``folder``: that work is done in a copy.
+    Its ends of text are mlx-lm's, all that config.json names, and the end of a turn in the chat template.
 
     Args:
         folder: holds the tokenizer's files and, usually, ``config.json``.
@@ -56,20 +65,24 @@ def load_tokenizer(
         options: of the tokenizer, such as ``{"eos_token": "</s>"}``.
 
     Raises:
-        ValueError: the folder holds no tokenizer, or one that cannot be read.
+        ValueError: there is no tokenizer, it cannot be read, or it lacks the ``eos_token`` of ``options``.
     """
     name = name or _name_of(folder)
+    end = str(_content((options or {}).get("eos_token") or ""))
+    if end and end not in load_tokenizer(folder, name=name, trust_remote_code=trust_remote_code).get_vocab():
+        raise ValueError(f"eos_token {end!r} is not a token of {folder}: give one of its vocabulary.")
+    ends = _named_ends(folder, eos_token_ids)
     extra = {**(options or {}), "trust_remote_code": trust_remote_code}
     try:
         if not (_sentencepiece_only(folder) or _needs_vicuna_template(folder, name)):
-            return _load(folder, extra, eos_token_ids)
+            return _load(folder, extra, ends)
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(temporary)
             _copy_small_files(folder, copy)
             ensure_fast_tokenizer(copy)
             if _needs_vicuna_template(copy, name):
-                _edit_config(copy, chat_template=VICUNA_TEMPLATE)
-            return _load(copy, extra, eos_token_ids)
+                (copy / "chat_template.jinja").write_text(VICUNA_TEMPLATE, "utf-8")
+            return _load(copy, extra, ends)
     except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -77,14 +90,58 @@ def load_tokenizer(
         raise ValueError(f"No usable tokenizer in {folder}: {reason} Add its tokenizer.json.") from error
 
 
-def _load(folder: Path, extra: dict[str, Any], eos_token_ids: int | list[int] | None) -> TokenizerWrapper:
+def _load(folder: Path, extra: dict[str, Any], ends: list[int]) -> TokenizerWrapper:
     with _muted():
-        tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, eos_token_ids)
+        tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, ends or None)
         tokenizer.encode("a")  # a damaged one may load and then fail
     largest, size = max(tokenizer.get_vocab().values()), len(tokenizer)
     if largest > 9 * size:  # the tokenizers library would write a line for each id that is left out
         raise ValueError(f"it has token {largest}, but {size} tokens.")
+    tokenizer.eos_token_ids |= _ends_of_turn(tokenizer)
     return tokenizer
+
+
+def _named_ends(folder: Path, given: Any) -> list[int]:
+    """The ids ``given`` and those of config.json, in place of which mlx-lm takes generation_config.json's."""
+    config = _read_json(folder / "config.json")
+    nested = config.get("text_config")
+    values = (given, config.get("eos_token_id"), nested.get("eos_token_id") if type(nested) is dict else None)
+    ids = [i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None]
+    if all(type(i) is int for i in ids):
+        return [i for i in ids if i >= 0]
+    raise ValueError(f"{folder}: eos_token_id is {ids!r} in its configs: give token ids.")
+
+
+def _ends_of_turn(tokenizer: TokenizerWrapper) -> set[int]:
+    """The token that follows an answer in the chat template, and special ones that are known by name.
+
+    A name that the template writes before an answer but not after it ends none: gpt-oss has one between
+    the messages of a single answer. Without a template the ends are mlx-lm's.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    marks = {token.content: i for i, token in added if token.special or _ENDS.fullmatch(token.content)}
+    if not (marks and tokenizer.has_chat_template):
+        return set()
+    longest_first = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
+    for turns in (2, 3):  # the last answer may be left open
+        try:
+            text = tokenizer.apply_chat_template([_QUESTION, _ANSWER, _QUESTION][:turns], tokenize=False)
+            before, after = text.split(_ANSWER["content"])
+        except Exception:  # a template is a program; the prompt will show what is wrong
+            before = after = ""
+        if end := re.match(rf"\s*({longest_first})(?=[<\[\s]|$)", after):  # no word follows, such as a role
+            break
+    special = [token.content for _, token in added if token.special and token.content not in before]
+    return {marks[mark] for mark in filter(_ENDS.fullmatch, special)} | ({marks[end[1]]} if end else set())
+
+
+def save_ends(folder: Path, tokenizer: TokenizerWrapper) -> None:
+    """Write the ends of text that ``load_tokenizer`` found to where ``mlx_lm.load`` looks for them."""
+    for name in ("config.json", "generation_config.json"):
+        content = _read_json(folder / name)
+        if name == "config.json" or content.get("eos_token_id") is not None:
+            content["eos_token_id"] = sorted(tokenizer.eos_token_ids)
+            (folder / name).write_text(json.dumps(content, indent=4, sort_keys=True), "utf-8")
 
 
 @contextmanager
@@ -121,15 +178,7 @@ def ensure_fast_tokenizer(folder: Path) -> None:
         tokens = sorted(_read_json(added).items(), key=lambda item: item[1])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token, _ in tokens])
     config = _spm_config(proto) | _read_json(folder / "tokenizer_config.json")
-    for obsolete in (
-        "auto_map",
-        "legacy",
-        "sp_model_kwargs",
-        "use_default_system_prompt",
-        "added_tokens_decoder",
-    ):
-        config.pop(obsolete, None)
-    save_tokenizer(folder, tokenizer, config)
+    save_tokenizer(folder, tokenizer, {key: config[key] for key in config if key not in _OBSOLETE})
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
@@ -180,11 +229,6 @@ def _copy_small_files(source: Path, destination: Path) -> None:
     for pattern in _SMALL_FILES:
         for path in source.glob(pattern):
             shutil.copy(path, destination)
-
-
-def _edit_config(folder: Path, **entries: Any) -> None:
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(_read_json(path) | entries, ensure_ascii=False), "utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -474,18 +518,31 @@ def write_gguf_tokenizer(
 
 
 def _pre_of(metadata: Mapping[str, Any]) -> Pre:
-    name = metadata.get("tokenizer.ggml.pre", "default")
+    name = metadata.get("tokenizer.ggml.pre")
     if name not in PRE_TOKENIZERS:
-        print(
-            f"warning: unknown GGUF pre-tokenizer {name!r}: using GPT-2's, text may be cut differently.",
-            file=sys.stderr,
-        )
-    return PRE_TOKENIZERS.get(name, _GPT2)
+        problem = "no tokenizer.ggml.pre" if name is None else f"an unknown pre-tokenizer, {name!r}"
+        name = _guess_pre(metadata)
+        print(f"warning: the GGUF has {problem}: assuming {name!r}, tokens may differ.", file=sys.stderr)
+    return PRE_TOKENIZERS[name]
+
+
+def _guess_pre(metadata: Mapping[str, Any]) -> str:
+    """Name the pattern that the architecture has, or the vocabulary shows: no token spans two words."""
+    if metadata.get("general.architecture") in ("qwen2", "qwen3"):
+        return "qwen2"
+    tokens = zip(*_gguf_tokens(metadata), strict=True)
+    words = "\n".join(text for text, kind in tokens if kind == TokenType.NORMAL)
+    digits = max(map(len, re.findall("[0-9]+", words)), default=1)
+    joined = re.search(r"^[!-&(-/:-@\[-`{-~][A-Za-z]+$", words, re.MULTILINE)  # such as "(self"
+    if digits == 1:
+        return "qwen2" if joined else "smollm"
+    return "llama-bpe" if joined and digits == 3 else "default"
 
 
 def _byte_level_tokenizer(metadata: Mapping[str, Any], pre: Pre) -> Tokenizer:
     texts, types = _gguf_tokens(metadata)
-    merges = _gguf_merges(metadata)
+    if not (merges := _gguf_merges(metadata)):
+        raise ValueError("The GGUF has no list tokenizer.ggml.merges: use a file with a whole tokenizer.")
     tokenizer = Tokenizer(models.BPE(_vocabulary(texts), merges, ignore_merges=pre.ignore_merges))
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -514,12 +571,26 @@ def _gguf_sentencepiece(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _gguf_tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Return the tokens in order of id and their types (default: NORMAL)."""
+    """Return the tokens in order of id and their types; a mark that the chat template writes is no text."""
     texts = metadata.get("tokenizer.ggml.tokens", [])
-    types = metadata.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(texts))
+    types = metadata.get("tokenizer.ggml.token_type") or [
+        TokenType.BYTE if text.startswith("<0x") else TokenType.NORMAL for text in texts
+    ]
     if len(types) != len(texts):
         raise ValueError(f"The GGUF has {len(types)} token types for {len(texts)} tokens: download it again.")
-    return texts, types
+    template = metadata.get("tokenizer.chat_template", "")
+    marks = {text for text in texts if _MARK.fullmatch(text) and text in template}
+    pairs, (normal, control) = zip(texts, types, strict=True), (TokenType.NORMAL, TokenType.CONTROL)
+    return texts, [control if kind == normal and text in marks else kind for text, kind in pairs]
+
+
+def gguf_ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Return the ids that end the text by the metadata; without a chat template those known by name too."""
+    texts, types = _gguf_tokens(metadata)
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    if not metadata.get("tokenizer.chat_template"):
+        ids += [i for i, kind in enumerate(types) if kind == TokenType.CONTROL and _ENDS.fullmatch(texts[i])]
+    return [i for i in ids if type(i) is int and 0 <= i < len(texts)]
 
 
 def _gguf_merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:

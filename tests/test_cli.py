@@ -23,6 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_redrafter import stream_generate
 from mlx_redrafter.files import check_writable, shell_word
 from mlx_redrafter.prompt_cache import same_model
+from mlx_redrafter.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SAYS = "Hé🙂好w!"
@@ -289,6 +290,22 @@ def test_stop_texts_and_further_ends(generate):
     assert json.loads(generate("--json", "--extra-eos-token", "w", "H")[1])["tokens"].__len__() == 1
 
 
+def test_further_ends_are_ids_or_texts_of_one_token(generate, run, made):
+    token = load_tokenizer(made / "base").get_vocab()["w"]
+    length = len(json.loads(generate("--json", "--extra-eos-token", "w")[1])["tokens"])
+    assert len(json.loads(generate("--json", "--extra-eos-token", token)[1])["tokens"]) == length
+    assert json.loads(generate("--json", "--extra-eos-token", token)[1])["finish_reason"] == "stop"
+    command = ["generate", "--model", made / "sentencepiece", "--no-draft", "--json", "--extra-eos-token"]
+    assert run(*command, "w")[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["base", "sentencepiece"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "two words", "", "99999", "-1", "☃"])
+def test_further_ends_that_are_no_token(refused, made, kind, token):
+    command = ("generate", "--model", made / kind, "--no-draft", "--extra-eos-token", token)
+    refused(*command, naming=f"--extra-eos-token {token!r} is not one token of this model")
+
+
 def test_sampling_depends_on_the_seed_alone(run, made):
     def tokens(seed):
         command = ["generate", "--model", made / "other", "--drafter", made / "other-drafter", "--json"]
@@ -514,6 +531,7 @@ def test_prompt_caches_that_do_not_fit(refused, made, tmp_path, cache_file):
         (["--model", ""], "--model ''"),
         (["--drafter", ""], "--drafter ''"),
         (["--max-kv-size", "0"], "--max-kv-size 0"),
+        (["--context-length", "0"], "--context-length 0"),
         (["--prefill-step-size", "0"], "--prefill-step-size 0"),
         (["--kv-bits", "7"], "7"),
         (["--kv-group-size", "8"], "8"),
@@ -729,6 +747,11 @@ def test_a_prompt_beyond_the_context(refused, generate, made):
     command = ("generate", "--model", made / "base", "--drafter", made / "drafter", "-p")
     refused(*command, "a b " * 1000, naming="context of 1024")
     refused("generate", "--model", made / "base", "-p", "a b " * 1000, naming="context of 1024")
+    short = ["--model", made / "base", "--context-length", "9"]
+    refused("generate", *short, "-p", "a b " * 9, naming="context of 9")
+    long = ["--context-length", "3000", "-m", "2", "-p", "a b " * 600]
+    for flags in (["--no-draft"], ["--beam-width", "1"]):
+        assert generate(*long, *flags)[0] == 0
 
 
 def test_bad_adapters(refused, made, tmp_path):

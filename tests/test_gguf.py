@@ -264,16 +264,17 @@ def test_rope_factors(tmp_path, high):
     assert config["rope_scaling"]["rope_type"] == ("llama3" if high == 4.0 else "longrope")
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_rope_scaling(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "original"), [("linear", 64), ("yarn", 64), ("yarn", None)])
+def test_rope_scaling(tmp_path, kind, original):
     def add(writer):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(4.0)
-        writer.add_rope_scaling_orig_ctx_len(64)
+        if original:
+            writer.add_rope_scaling_orig_ctx_len(original)
 
     weights = write_model(tmp_path / "m.gguf", change=add)
     model, _ = converted(tmp_path / "m.gguf", tmp_path / "out")
-    scaling = {"type": kind, "factor": 4.0, "original_max_position_embeddings": 64}
+    scaling = {"type": kind, "factor": 4.0, "original_max_position_embeddings": original or 256}
     expected = reference("llama", weights, rope_scaling=scaling)
     np.testing.assert_allclose(logits(model), logits(expected), atol=2e-4)
 
@@ -339,6 +340,54 @@ def test_unknown_pre_tokenizer_warns(tmp_path, capsys):
     write_model(tmp_path / "m.gguf", tokenizer=tokenizer)
     convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
     assert "from-the-future" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arch", "pre", "assumed"),
+    [
+        ("llama", "smollm", "smollm"),
+        ("llama", "llama-bpe", "llama-bpe"),
+        ("llama", "qwen2", "qwen2"),
+        ("llama", "default", "default"),
+        ("qwen2", "qwen2", "qwen2"),
+        ("qwen3", "qwen2", "qwen2"),
+        ("qwen3", "default", "qwen2"),  # the architecture tells more than a few tokens
+    ],
+)
+def test_a_missing_pre_tokenizer_is_assumed_and_told(tmp_path, capsys, monkeypatch, arch, pre, assumed):
+    if arch == "qwen2":
+        monkeypatch.setattr(f"{__name__}.HEAD_DIM", HIDDEN // HEADS)
+
+    def tokenizer(writer):
+        result = add_byte_level(writer, pre, add_bos_token=False)
+        del writer.kv_data[0]["tokenizer.ggml.pre"]
+        return result
+
+    write_model(tmp_path / "m.gguf", arch, tokenizer=tokenizer)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    warning = f"warning: the GGUF has no tokenizer.ggml.pre: assuming {assumed!r}, tokens may differ.\n"
+    assert capsys.readouterr().err == warning
+    if pre == assumed:
+        _, rebuilt = mlx_lm.load(tmp_path / "out")
+        assert [rebuilt.encode(text) for text in TEXTS] == [
+            byte_level(pre).encode(text).ids for text in TEXTS
+        ]
+
+
+def test_sentencepiece_without_types_spells_in_bytes(tmp_path):
+    def tokenizer(writer):
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        return None, len(tokens)
+
+    write_model(tmp_path / "m.gguf", tokenizer=tokenizer)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    _, rebuilt = mlx_lm.load(tmp_path / "out")
+    assert rebuilt.encode("aé") == [1, 262, 3 + 0xC3, 3 + 0xA9]
 
 
 def test_sentencepiece_ids(tmp_path):
@@ -410,6 +459,7 @@ def test_flipped_bytes_never_crash(tmp_path):
         (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "dimension_count is 8"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.tensors[0].pop("blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
+        (lambda w: w.kv_data[0].pop("tokenizer.ggml.merges"), "no list tokenizer.ggml.merges"),
         (
             lambda w: w.kv_data[0].update({"general.architecture": w.kv_data[0]["tokenizer.ggml.pre"]}),
             "'smollm'",
@@ -509,7 +559,7 @@ def test_smollm_tokenizer(smollm):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert [tokenizer.decode([i]) for i in tokenizer.encode("In 2024")] == ["In", " ", "2", "0", "2", "4"]
     assert tokenizer.encode("<|im_start|>") == [1]
-    assert tokenizer.eos_token_ids == {2}
+    assert tokenizer.eos_token_ids == {0, 2}  # <|endoftext|>, <|im_end|>
 
 
 def test_smollm_speaks(smollm):
