@@ -459,7 +459,6 @@ def test_flipped_bytes_never_crash(tmp_path):
         (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "dimension_count is 8"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.tensors[0].pop("blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
-        (lambda w: w.kv_data[0].pop("tokenizer.ggml.merges"), "no list tokenizer.ggml.merges"),
         (
             lambda w: w.kv_data[0].update({"general.architecture": w.kv_data[0]["tokenizer.ggml.pre"]}),
             "'smollm'",
@@ -490,6 +489,12 @@ def test_a_later_part_names_the_first(tmp_path):
     write_model(tmp_path / "m-00002-of-00003.gguf", change=later)
     with pytest.raises(ValueError, match=r"--merge .*/m-00001-of-00003\.gguf joined\.gguf`"):
         convert_gguf(tmp_path / "m-00002-of-00003.gguf", tmp_path / "out")
+
+
+def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
+    write_model(tmp_path / "m.gguf", change=lambda writer: writer.kv_data[0].pop("tokenizer.ggml.merges"))
+    with pytest.raises(ValueError, match=r"no list tokenizer\.ggml\.merges"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
 def test_other_quantizations_are_refused_by_name(tmp_path):
