@@ -6,6 +6,7 @@ the drafter ever proposes (``draft_to_target`` maps them back), its layers may b
 may hold the states of more layers of the base model, and the recurrent cell may be gated.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -285,11 +286,13 @@ class Drafter(nn.Module):
 
     def _split(self) -> tuple[nn.Module, nn.Module] | None:
         """``input_proj`` as a layer of the context and one of the state; None if it cannot be split."""
-        if "input_proj" not in self or not self._can_split():
+        config = self.config
+        can_split = not config.quantizes(config.head_inputs) or config.quantizes(config.context_size)
+        if "input_proj" not in self or not can_split:
             return None
         if self._halves is not None:
             return self._halves
-        cut = self.config.context_size
+        cut = config.context_size
         return _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
 
     def train(self, mode: bool = True) -> "Drafter":
@@ -302,11 +305,6 @@ class Drafter(nn.Module):
                 self._joint = (_stack(self.rnn_u, self._halves[1]),)
             mx.eval([layer.parameters() for layer in (*(self._halves or ()), *self._joint)])
         return self
-
-    def _can_split(self) -> bool:
-        config = self.config
-        quantized = config.quantizes(config.head_inputs)
-        return not quantized or config.quantizes(config.context_size)
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -321,40 +319,31 @@ class Drafter(nn.Module):
         return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
 
 
-def _columns(layer: Any, start: int, stop: int | None) -> nn.Module:
+def _columns(layer: nn.Module, start: int, stop: int | None) -> nn.Module:
     """The part of a linear layer, quantized or not, that reads its inputs ``start`` to ``stop``.
 
     Only the first part keeps the bias.
     """
-    outputs, first = layer.weight.shape[0], start == 0
-    part: Any
-    if not isinstance(layer, nn.QuantizedLinear):
-        part = nn.Linear(1, outputs, bias=first)
-        part.weight = mx.contiguous(layer.weight[:, start:stop])
-    else:
-        part = nn.QuantizedLinear(layer.group_size, outputs, first, layer.group_size, layer.bits)
-        for name, per in (
-            ("weight", 32 / layer.bits),
-            ("scales", layer.group_size),
-            ("biases", layer.group_size),
-        ):
-            end = None if stop is None else int(stop / per)
-            part[name] = mx.contiguous(layer[name][:, int(start / per) : end])
-    if first:
-        part.bias = layer.bias
+    part: Any = copy.copy(layer)
+    inputs = {"weight": 1}  # of each column
+    if isinstance(layer, nn.QuantizedLinear):
+        inputs = {"weight": 32 / layer.bits, "scales": layer.group_size, "biases": layer.group_size}
+    for name, per in inputs.items():
+        end = None if stop is None else int(stop / per)
+        part[name] = mx.contiguous(part[name][:, int(start / per) : end])
+    if start:
+        part.pop("bias")
     module: nn.Module = part
     return module
 
 
-def _stack(first: Any, second: Any) -> nn.Module:
+def _stack(first: nn.Module, second: nn.Module) -> nn.Module:
     """One layer with the outputs of two that read the same input; only the first has a bias."""
-    part: Any = nn.Linear(1, 1)
-    if isinstance(first, nn.QuantizedLinear):
-        part = nn.QuantizedLinear(first.group_size, 1, True, first.group_size, first.bits)
+    part: Any = copy.copy(first)
     for name in ("weight", "scales", "biases"):
-        if name in first:
+        if name in part:
             part[name] = mx.concatenate([first[name], second[name]])
-    part.bias = mx.pad(first.bias, (0, second.weight.shape[0]))
+    part.bias = mx.pad(part.bias, (0, second["weight"].shape[0]))
     module: nn.Module = part
     return module
 

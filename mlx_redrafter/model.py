@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import operator
 import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +29,7 @@ from .decoding.step import Pick
 from .drafter import Drafter
 from .files import atomic_folder
 from .gguf import convert_gguf
-from .target import Target
+from .target import Target, parts
 from .tokenizers import load_tokenizer
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -41,35 +43,64 @@ DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tik
 class SpeculativeModel:
     """An mlx-lm model with a drafter at its side; used as a model, it is the mlx-lm model.
 
+    Both may be changed or replaced while nothing is generated: the next text is of the model as it is then.
+
     Attributes:
         model: the mlx-lm model.
         drafter: None where there is none; then tokens are only copied from the text itself.
-        vocabulary: rows of the token embedding; None where there is no such thing.
+        refusal: why the model cannot verify drafts, as far as is known; empty if it can.
         context_length: tokens the model was made for, or None if its config does not say.
     """
 
     def __init__(self, model: nn.Module, drafter: Drafter | None, context_length: int | None = None) -> None:
         self.model = model
         self.drafter = drafter
-        self._target = None if drafter is None else Target(model, drafter.config.context_layers)
-        self._refused = False  # whether it was found that the model cannot verify drafts
+        self.context_length = context_length
+        self.refusal = ""
+        self._target: Target | None = None
+        self._given_policies: dict[int | None, Policy] = {}
         self._policies: dict[int | None, Policy] = {}
         self._runners: dict[Sampling, Runner] = {}
-        embedding = token_embedding(model)
-        self.vocabulary = None if embedding is None else int(embedding.weight.shape[0])
-        self.context_length = context_length
+        self._parts: list[Any] = []  # of which these were made
+        self._kinds: list[Any] = []
+        self._lock = RLock()
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the token embedding; None where there is no such thing."""
+        embedding = token_embedding(self.model)
+        return None if embedding is None else int(embedding.weight.shape[0])
 
     @property
     def target(self) -> Target | None:
-        """The model as the verifier of drafts; None if it cannot be one: decoding is plain then."""
-        if self._target is None and not self._refused:
-            try:
-                target = Target(self.model)
-                target.check()
-                self._target = target
-            except ValueError:
-                self._refused = True
+        """The model as it is now, to verify drafts; None if it cannot: decoding is plain then."""
+        with self._lock:
+            found = self._find_parts()
+            if len(found) != len(self._parts) or not all(map(operator.is_, found, self._parts)):
+                self._take_in()
         return self._target
+
+    def _find_parts(self) -> list[Any]:
+        return [backend.current(), *parts(self.model), *parts(self.drafter)]
+
+    def _take_in(self) -> None:
+        """Start anew with the model and the drafter as they are now."""
+        if isinstance(self.drafter, Drafter):
+            self.drafter.eval()  # joins the weights that it has now
+        found = self._find_parts()
+        mx.eval([x for x in found if isinstance(x, mx.array)])  # what this thread left to be computed
+        kinds = [(x.shape, x.dtype) if isinstance(x, mx.array) else type(x) for x in found]
+        same = kinds == self._kinds  # only values differ: steps take as long, and drafts can be verified
+        try:
+            self._target = Target(self.model, self.drafter.config.context_layers if self.drafter else ())
+            if self.refusal or not same:
+                _check_fit(self.drafter, self._target.embed)
+                self._target.check()
+            self.refusal = ""
+        except ValueError as error:
+            self._target, self.refusal = None, str(error)
+        self._parts, self._kinds, self._runners = found, kinds, {}
+        self._policies = self._policies if same else dict(self._given_policies)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read."""
@@ -87,29 +118,40 @@ class SpeculativeModel:
 
     def use_policy(self, policy: Policy, lookup: int | None = None) -> None:
         """Let this policy choose draft shapes from now on."""
-        self._policies[lookup] = policy
+        self._given_policies[lookup] = self._policies[lookup] = policy
 
     def policy(self, lookup: int | None = None) -> Policy:
         """Chooses draft shapes that copy at most ``lookup`` tokens; remembers how drafts have fared."""
-        if lookup not in self._policies:
-            from .calibrate import make_policy
+        with self._lock:  # one thread alone measures
+            assert self.target is not None
+            if lookup not in self._policies:
+                from .calibrate import make_policy
 
-            self._policies[lookup] = make_policy(self, lookup)
-        return self._policies[lookup]
+                self._policies[lookup] = make_policy(self, lookup)
+            return self._policies[lookup]
 
     def runner(self, sampling: Sampling) -> Runner:
         """Runs steps with this sampling; the last ``RUNNERS`` are kept, with their compiled steps."""
-        run = self._runners.pop(sampling, None)
-        run = self.new_runner(sampling.pick, backend.current().compiled) if run is None else run
-        self._runners[sampling] = run  # now the last one
-        if len(self._runners) > RUNNERS:
-            del self._runners[next(iter(self._runners))]
+        with self._lock:
+            new = self.new_runner(sampling.pick, backend.current().compiled)  # after a look at the model
+            run = self._runners.pop(sampling, new)
+            self._runners[sampling] = run  # now the last one
+            if len(self._runners) > RUNNERS:
+                del self._runners[next(iter(self._runners))]
         return run
 
     def new_runner(self, pick: Pick, compiled: bool = False) -> Runner:
-        """Runs steps that pick tokens in any way."""
-        assert self.target is not None
-        return Runner(self.target, self.drafter, pick, compiled)
+        """Runs steps that pick tokens in any way; ``ValueError`` if the model cannot verify drafts."""
+        if (target := self.target) is None:
+            raise ValueError(self.refusal)
+        return Runner(target, self.drafter, pick, compiled)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        part = name != "model" and name in vars(self).get("model", ())  # of the mlx-lm model, as its head
+        (setattr if part else object.__setattr__)(self.model if part else self, name, value)
+
+    def __reduce__(self) -> Any:  # copies and pickles: locks and compiled steps are made anew
+        return SpeculativeModel, (self.model, self.drafter, self.context_length)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -170,9 +212,19 @@ def load(
     _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
-    if loaded is not None and speculative.target is not None:
-        speculative.target.check()
+    if loaded is not None and speculative.target is None:
+        raise ValueError(speculative.refusal)
     return speculative, tokenizer
+
+
+def _check_fit(drafter: Drafter | None, embed: Any) -> None:
+    rows, width = embed.weight.shape[0], embed(mx.array([0])).shape[-1]
+    config = drafter.config if isinstance(drafter, Drafter) else None
+    if config is not None and (config.vocab_size > rows or config.hidden_size != width):
+        raise ValueError(
+            f"the drafter is for hidden size {config.hidden_size} and vocabulary {config.vocab_size}, the "
+            f"model has {width} and {rows}: set model.drafter to its own drafter, or to None."
+        )
 
 
 def model_folder(name: str, revision: str | None = None) -> Path:

@@ -5,9 +5,10 @@ import operator
 import time
 import traceback
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -18,13 +19,14 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import backend
+from .backend import PLAIN
 from .decoding.cache import Cache
 from .decoding.loop import Emitted, Fixed, Policy, decode
 from .decoding.runner import Runner
-from .decoding.sampling import Sampling
+from .decoding.sampling import Sampling, keys_at
 from .decoding.step import DraftShape, Pick, begin
 from .model import SpeculativeModel
-from .target import Target, from_prompt_cache, to_prompt_cache
+from .target import from_prompt_cache, to_prompt_cache
 
 UNLIMITED = 1 << 62  # tokens
 PREFILL_STEP_SIZE = 2048  # mlx-lm's default
@@ -32,12 +34,13 @@ PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 PLAIN_ONLY = ("kv_bits", "logits_processors", "input_embeddings", "draft_model")
 # Options that do nothing without another one.
 DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
-PLAIN = DraftShape(0, 0)
 MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
 Sampler = Callable[[mx.array], mx.array]
+# By device, streams of generations that have ended, to be used again: a stream keeps a thread for good.
+_idle_streams: defaultdict[str, list[mx.Stream]] = defaultdict(list)
 
 
 @dataclass
@@ -59,6 +62,14 @@ class Response(GenerationResponse):  # type: ignore[misc]
     copied: int = 0
     waited: float = 0.0
     shapes: Mapping[DraftShape, int] = field(default_factory=dict)
+
+
+class _Drafted(Response):
+    """Keeps logits, and computes log-probabilities in the thread that asks for them, if any does."""
+
+    logprobs = property(
+        lambda self: _logprobs(self.logits), lambda self, value: setattr(self, "logits", value)
+    )
 
 
 def stream_generate(
@@ -122,13 +133,14 @@ def stream_generate(
     options = _effective(options)
     if seed is not None:
         mx.random.seed(seed)
-    pick = _picker(sampling, sampler)
+    key, pick = _new_key(), _picker(sampling, sampler)
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
         policy = model.policy(lookup) if shape is None else Fixed(_usable(shape, model))
         progress = prompt_progress_callback or (lambda done, total: None)
-        request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache)
-        run = model.runner(sampling or Sampling()) if sampler is None else model.new_runner(pick)
-        responses = _speculative(model, tokenizer, request, policy, run)
+        request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache, key)
+        settings = sampling or Sampling()
+        now = lambda: model.runner(settings) if sampler is None else model.new_runner(pick)  # noqa: E731
+        responses = _in_any_thread(_speculative(now, tokenizer, request, policy))
     else:
         responses = _plain(
             mlx_stream_generate(
@@ -136,7 +148,7 @@ def stream_generate(
                 tokenizer,
                 ids,
                 max_tokens,
-                sampler=sampler if sampling is None else _mlx_sampler(sampling),
+                sampler=sampler if sampling is None else _mlx_sampler(sampling, key),
                 prefill_step_size=prefill_step_size,
                 prompt_progress_callback=prompt_progress_callback,
                 prompt_cache=prompt_cache,
@@ -196,10 +208,11 @@ def until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Respon
             clear = len(held) if response.finish_reason else _clear(held, stop)
             found = min((place for text in stop if (place := held.find(text)) >= 0), default=None)
             if found is not None and found <= clear:
-                yield replace(response, text=held[:found], finish_reason="stop")
+                response.text, response.finish_reason = held[:found], "stop"
+                yield response
                 return
-            yield replace(response, text=held[:clear])
-            held = held[clear:]
+            response.text, held = held[:clear], held[clear:]
+            yield response
 
 
 def check_stop(stop: str | Sequence[str]) -> list[str]:
@@ -300,6 +313,8 @@ def _can_draft(
 ) -> bool:
     """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
     if model.target is None:
+        if model.drafter is not None:
+            warnings.warn(f"decoding without the drafter: {model.refusal}", stacklevel=3)
         return False
     unknown = [name for name in options if name not in PLAIN_ONLY]
     reasons = [name for name in PLAIN_ONLY if name in options] or unknown
@@ -329,16 +344,19 @@ def _picker(sampling: Sampling | None, sampler: Sampler | None) -> Pick:
     return pick
 
 
-def _mlx_sampler(sampling: Sampling) -> Sampler | None:
+def _mlx_sampler(sampling: Sampling, key: mx.array) -> Sampler | None:
     """The same sampling for mlx-lm's decoding loop (None: its own greedy one)."""
     if sampling.temperature == 0:
         return None
-    return lambda logprobs: sampling.pick(logprobs, _new_key())
+    places = count()
+    return lambda logprobs: sampling.pick(logprobs, keys_at(key, mx.array([[next(places)]]))[0])
 
 
 def _new_key() -> mx.array:
-    """A random key drawn from MLX's global random state."""
-    return mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32)
+    """A random key drawn from MLX's global random state, of which every thread has its own."""
+    key = mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32)
+    mx.eval(key)
+    return key
 
 
 def _logprobs(logits: mx.array) -> mx.array:
@@ -352,18 +370,36 @@ class _Request:
     prefill_step_size: int
     progress: Callable[[int, int], None]
     prompt_cache: Sequence[KVCache] | None
+    key: mx.array
+
+
+def _in_any_thread(responses: Iterator[Response]) -> Iterator[Response]:
+    """Resume ``responses`` on a stream of their own: MLX's others are bound to the thread that began."""
+    idle = _idle_streams[str(mx.default_device())]
+    stream = idle.pop() if idle else mx.new_thread_unsafe_stream(mx.default_device())
+    try:
+        while True:
+            with mx.stream(stream):
+                response = next(responses, None)
+            if response is None:
+                return
+            yield response
+    finally:
+        with mx.stream(stream):
+            responses.close()  # type: ignore[attr-defined]
+        idle.append(stream)
 
 
 def _speculative(
-    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: _Request, policy: Policy, run: Runner
+    runner: Callable[[], Runner], tokenizer: TokenizerWrapper, request: _Request, policy: Policy
 ) -> Iterator[Response]:
-    target, kept = model.target, request.prompt_cache
-    assert target is not None
-    with wired_limit(model.model):
+    run, kept = runner(), request.prompt_cache  # of the model as it is when the first token is asked for
+    target: Any = run.target
+    with wired_limit(target.model):
         writer = Writer(tokenizer, len(request.ids), request.max_tokens)
         caches = target.make_cache() if kept is None else kept
         logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
-        key, first_key = mx.random.split(_new_key())
+        key, first_key = mx.random.split(request.key)
         token = run.pick(logits, first_key)
         rows = caches[0].offset
         state = begin(token, context, from_prompt_cache(caches), [request.ids], [rows], key)
@@ -388,14 +424,9 @@ def _speculative(
                     writer.count(emitted)
                     yield from writer.write(emitted)
         finally:
-            if kept is not None:
-                _complete(target, kept, writer.last)
-
-
-def _complete(target: Target, caches: Sequence[KVCache], last: int) -> None:
-    """Let the caller's caches hold the last token too, as mlx-lm leaves them."""
-    target.forward(mx.array([[last]]), caches)
-    mx.eval([cache.state for cache in caches])
+            if kept is not None:  # mlx-lm leaves the last token in them too; by the model, which has no lock
+                target.model(mx.array([[writer.last]]), cache=kept)
+                mx.eval([cache.state for cache in kept])
 
 
 def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
@@ -444,6 +475,8 @@ class Writer:
 
     def write(self, emitted: Emitted) -> Iterator[Response]:
         """The responses for the tokens of a step."""
+        logits = [emitted.logits[place] for place in range(len(emitted.tokens))]
+        mx.async_eval(logits)  # which another thread could not
         for place, token in enumerate(emitted.tokens):
             self.tokens += 1
             self.last = token
@@ -453,10 +486,10 @@ class Writer:
             self.finished = ended or self.tokens == self.max_tokens
             if self.finished:
                 self.detokenizer.finalize()
-            yield Response(
+            yield _Drafted(
                 text=self.detokenizer.last_segment,
                 token=token,
-                logprobs=_logprobs(emitted.logits[place]),
+                logprobs=logits[place],
                 from_draft=place < emitted.drafted,
                 prompt_tokens=self.prompt_tokens,
                 prompt_tps=self.prompt_tps,

@@ -5,10 +5,11 @@ The model's own code runs unmodified. It asks its cache for three things: ``offs
 things the code does not offer are reached through a *view*, a copy of the modules that shares all
 weights: the outputs of the inner model and of single layers (the hidden states) are recorded on their
 way, and rotary embeddings, which take one offset per batch row only, get the nodes as batch rows.
+A view does not see what is put into the model later, but ``parts`` tells that something was.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
@@ -41,12 +42,23 @@ class Target:
     def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
         self.model = model
         self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
-        self.embed: Any = token_embedding(model)
-        self._view = _view(model)
         self.layers_read = tuple(layers)
+        self._watch(_view(model))
+
+    def with_weights(self, weights: list[mx.array]) -> "Target":
+        """A twin that computes with other arrays in the places of its ``weights``."""
+        twin = copy.copy(self)
+        twin._watch(_view(self._view, iter(weights)))
+        return twin
+
+    def _watch(self, view: Any) -> None:
+        self._view = view
+        self.embed: Any = token_embedding(view)
+        self.weights = [part for part in parts(view) if isinstance(part, mx.array)]
         self._lock = Lock()  # the recorders are shared
-        inner = _Recorder.put_into(*_inner_place(self._view))
-        self._recorders = [inner, *(_Recorder.put_into(*_layer_place(inner, layer)) for layer in layers)]
+        inner = _Recorder.put_into(*_inner_place(view))
+        layers = (_Recorder.put_into(*_layer_place(inner, layer)) for layer in self.layers_read)
+        self._recorders = [inner, *layers]
 
     @property
     def layers(self) -> list[Any]:
@@ -287,18 +299,30 @@ class _Recorder:
         return getattr(self.inner, name)
 
 
-def _view(module: Any) -> Any:
-    """A twin of ``module`` that shares its arrays, with rotary embeddings that take nodes."""
-    if isinstance(module, list):
-        return [_view(item) for item in module]
-    if not isinstance(module, nn.Module):
+def parts(module: Any) -> list[Any]:
+    """All that decides what a module computes: it is as it was if each part is the same object as before."""
+    if isinstance(module, list | tuple):
+        return [part for item in module for part in parts(item)]
+    if not isinstance(module, dict):
+        return [module]
+    own = vars(module).values() if isinstance(module, nn.Module) else ()
+    return [module, *own, *module, *(part for item in module.values() for part in parts(item))]
+
+
+def _view(module: Any, weights: Iterator[mx.array] | None = None) -> Any:
+    """A twin of ``module``, with its own arrays or these ``weights``, whose rotary embeddings take nodes."""
+    if isinstance(module, mx.array):
+        return module if weights is None else next(weights)
+    if isinstance(module, _Recorder):
+        return _view(module.inner, weights)
+    if isinstance(module, list | tuple):
+        return type(module)(_view(item, weights) for item in module)
+    if not isinstance(module, dict):
         return module
     twin = copy.copy(module)
     for name, child in module.items():
-        if name in ROPE_NAMES and callable(child):
-            setattr(twin, name, _NodeRope(child))
-        elif not isinstance(child, mx.array):
-            twin[name] = _view(child)
+        wrapped = name in ROPE_NAMES and callable(child) and not isinstance(child, _NodeRope)
+        twin[name] = _NodeRope(child) if wrapped else _view(child, weights)
     return twin
 
 

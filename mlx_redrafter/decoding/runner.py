@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,8 @@ from .cache import Cache, View, commit
 from .step import DraftShape, Output, Pick, State, Target, step
 
 Arrays = dict[str, Any]
+FlatStep = Callable[[Arrays, list[mx.array], int], tuple[Arrays, Arrays]]
+_serial = count()
 TRIALS = 2  # steps of a shape and a view that are not worth a trace, which takes as long as several
 
 
@@ -19,8 +22,8 @@ class Runner:
     """Runs steps of one model with one way of picking tokens.
 
     Args:
-        target: the language model. Its weights, and the drafter's, must stay as they are: compiled
-            steps have them built in.
+        target: the language model. Its weights may change in place; compiled steps have all else, and the
+            drafter's weights, built in.
         drafter: None if no shape has beams.
         pick: how the target picks a token; compiled, it may use no other random numbers than its key's.
         compiled: trace each combination of a shape and a view that is used more than ``TRIALS`` times
@@ -33,31 +36,34 @@ class Runner:
     def __init__(self, target: Target, drafter: Drafter | None, pick: Pick, compiled: bool = False) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
+        # MLX may keep a trace when its function is gone, and find it for another one at the same address.
+        self._serial = next(_serial)
         self._uses: Counter[tuple[DraftShape, View]] = Counter()
-        self._steps: dict[tuple[DraftShape, View], Callable[[Arrays], tuple[Arrays, Arrays]]] = {}
+        self._steps: dict[tuple[DraftShape, View], FlatStep] = {}
 
     def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
         if not self.compiled:
-            return self._step(shape, state, view)
+            return self._step(self.target, shape, state, view)
         self._uses[shape, view] += 1
         if self._uses[shape, view] <= TRIALS:
-            return self._step(shape, state, view)
+            return self._step(self.target, shape, state, view)
         cache = state.cache
         if cache.path_start is not None and cache.path_keys[0].shape[2] != shape.depth + 1:
             state = replace(state, cache=commit(cache))  # so that traces know paths of one length only
         if (shape, view) not in self._steps:
             self._steps[shape, view] = mx.compile(self._flat_step(shape, view))
-        after, output = self._steps[shape, view](_flatten(state))
+        after, output = self._steps[shape, view](_flatten(state), self.target.weights, self._serial)
         return _unflatten(after), Output(**output)
 
-    def _step(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
+    def _step(self, target: Target, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         self.traces += 1
-        return step(self.target, self.drafter, self.pick, shape, state, view)
+        return step(target, self.drafter, self.pick, shape, state, view)
 
-    def _flat_step(self, shape: DraftShape, view: View) -> Callable[[Arrays], tuple[Arrays, Arrays]]:
-        def run(arrays: Arrays) -> tuple[Arrays, Arrays]:
-            after, output = self._step(shape, _unflatten(arrays), view)
+    def _flat_step(self, shape: DraftShape, view: View) -> FlatStep:
+        def run(arrays: Arrays, weights: list[mx.array], _: int) -> tuple[Arrays, Arrays]:
+            target = self.target.with_weights(weights)
+            after, output = self._step(target, shape, _unflatten(arrays), view)
             return _flatten(after), dict(vars(output))
 
         return run
