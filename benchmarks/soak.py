@@ -86,7 +86,7 @@ class InTurn:
         self.steps += 1
         return self.shapes[self.steps % len(self.shapes)]
 
-    def observe(self, shape: DraftShape, ranks: list[int], seconds: float = 0.0) -> None:
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float) -> None:
         pass
 
 

@@ -1,8 +1,9 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
 Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
-is the chip, the weights (and how they are quantized) and the versions. A damaged file is measured anew, and
-so is, at the next use, what was measured while the machine was too busy to tell.
+is the chip, the weights (and how they are quantized) and the versions. A damaged or old file is measured anew,
+and so is, at the next use, what was measured while the machine was too busy to tell. What goes wrong here
+never keeps anybody from generating: it is done plainly then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import math
 import os
 import sys
+import time
+import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -27,7 +30,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 
 from . import backend
-from .blas import load_blas
+from .blas import blas_threads, load_blas
 from .bundle import identity_of
 from .decoding import policy
 from .decoding.cache import Cache
@@ -48,6 +51,9 @@ STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no d
 SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 UNLIMITED = 1 << 40  # tokens
+LEAST, MOST = 1e-7, 600.0  # seconds that a step may take to be believed
+OLD = 30 * 24 * 3600.0  # seconds after which step times are measured anew
+LARGEST = 1 << 20  # bytes of a file of step times
 
 
 def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
@@ -101,16 +107,36 @@ class StepTimes:
 
 
 def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes:
-    """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
-    found = _read(_file(model, shapes), len(shapes))
-    if found is None:
-        if sys.stderr is not None and sys.stderr.isatty():
+    """What a step takes with each shape: read from the cache folder, or measured now and kept there.
+
+    Where that fails, all but plain decoding is hopeless.
+    """
+    if (found := _read(model, shapes)) is not None:
+        return found
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be there to read it
+        if sys.stderr.isatty():
             print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
+    try:
         calibration = calibrate(model, shapes)
-        found = calibration.times
-        if calibration.steady:
-            keep(model, shapes, found)
-    return found
+        times = _checked(calibration.times, len(shapes))
+    except Exception as error:  # of whatever kind: the user asked for a text
+        told = f"step times cannot be measured ({type(error).__name__}: {error}): decoding plainly."
+        warnings.warn(told, stacklevel=2)
+        return StepTimes([1.0] + [math.inf] * (len(shapes) - 1), [0.0] * len(shapes))
+    if calibration.steady:
+        keep(model, shapes, times)
+    return times
+
+
+def _checked(times: StepTimes, count: int) -> StepTimes:
+    """The same times; ``ValueError`` if they cannot be right."""
+    plain, *others = times.seconds
+    seconds = LEAST < plain < MOST and all(LEAST < x < MOST or x == math.inf for x in others)
+    if not seconds or not all(0 <= x < MOST for x in times.per_row):
+        raise ValueError(f"{times} are not usable")
+    if not len(others) + 1 == len(times.per_row) == count:
+        raise ValueError(f"{count} shapes, but {times}")
+    return times
 
 
 @dataclass
@@ -148,16 +174,17 @@ def between(
     ends = [(shape.size, max(took - known[shape], 0.0) / (LONG - SHORT)) for shape, took in long.items()]
     (least, first), (most, last) = ends[0], ends[-1]
     slope = (last - first) / max(most - least, 1)
-    per_row = [first + slope * (shape.size - least) if known[shape] < math.inf else 0.0 for shape in shapes]
+    rows = [max(first + slope * (shape.size - least), 0.0) for shape in shapes]  # not -2e-22
+    per_row = [more if known[shape] < math.inf else 0.0 for shape, more in zip(shapes, rows, strict=True)]
     return StepTimes([max(a - SHORT * more, a / 2) for a, more in zip(short, per_row, strict=True)], per_row)
 
 
 def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes) -> Path | None:
     """Write step times to the cache folder; return the file, or None if it cannot be written."""
-    file = _file(model, shapes)
     seconds = [value if value < math.inf else None for value in times.seconds]
     report = {"conditions": conditions(model, shapes), "seconds": seconds, "per_row": times.per_row}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
+        file = _file(model, shapes)
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
@@ -298,7 +325,7 @@ class _Stopwatch:
         self._ahead.append(timed)
         return shape
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float) -> None:
+    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float, away: float = 0.0) -> None:
         self._spent += seconds
         if self._ahead.popleft():
             self._times[shape].append(seconds)
@@ -362,8 +389,8 @@ def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[st
         "chip": backend.chip(),
         "backend": backend.current().name,
         "cores": os.cpu_count(),
-        "blas": blas and Path(blas).name,
-        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "blas": blas,
+        "blas_threads": blas_threads(),
         "model": identity_of(model.model).embedding_digest,
         "weights": _weights(model.model.parameters()),
         "drafter": None if model.drafter is None else model.drafter.config.to_dict(),
@@ -389,15 +416,13 @@ def _file(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Path:
     return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _read(file: Path, count: int) -> StepTimes | None:
-    """The step times in a file; None if there are none, or not what they should be."""
-    try:
+def _read(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes | None:
+    """The step times that were kept; None if there are none, or not what they should be, or old ones."""
+    with contextlib.suppress(Exception):  # anything may be there
+        file = _file(model, shapes)
+        if not (file.is_file() and file.stat().st_size < LARGEST and abs(time.time() - file.stat().st_mtime) < OLD):
+            return None
         report = json.loads(file.read_text())
         seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
-        per_row = [float(value) for value in report["per_row"]]
-        usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)
-        if usable and len(seconds) == len(per_row) == count and seconds[0] < math.inf:
-            return StepTimes(seconds, per_row)
-    except (OSError, ValueError, TypeError, LookupError):
-        pass
+        return _checked(StepTimes(seconds, [float(value) for value in report["per_row"]]), len(shapes))
     return None

@@ -84,7 +84,7 @@ class Turns:
         self.chosen += 1
         return self.shapes[(self.chosen - 1) % len(self.shapes)]
 
-    def observe(self, shape, ranks, seconds):
+    def observe(self, shape, ranks, seconds, away):
         self.seen.append((shape, ranks))
 
 

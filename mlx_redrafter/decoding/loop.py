@@ -23,8 +23,8 @@ class Policy(Protocol):
         """The shape of the next step, behind ``rows`` tokens; asked before the step that runs is known."""
         ...
 
-    def observe(self, shape: DraftShape, ranks: list[int], seconds: float) -> None:
-        """A step came out, ``seconds`` after the one before.
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float = 0.0) -> None:
+        """A step came out, ``seconds`` after the one before; the host had other work for ``away`` of them.
 
         ``ranks`` has, for each drafted token that it emitted, the beam it came from, or -1: copied.
         """
@@ -41,7 +41,7 @@ class Fixed:
         """The shape."""
         return self.shape
 
-    def observe(self, shape: DraftShape, ranks: list[int], seconds: float) -> None:
+    def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float = 0.0) -> None:
         """Nothing to learn."""
 
 
@@ -87,7 +87,7 @@ def decode(
     shape = policy.choose(rows)
     state = with_room(state, rows, shape)
     state, output = step(shape, state, view(state, rows, shape, grain))
-    waited, before = 0.0, time.perf_counter()
+    waited, busy, before = 0.0, 0.0, time.perf_counter()
     try:
         start(state, output)
         while True:
@@ -96,10 +96,12 @@ def decode(
             ahead = None
             if has_room(state, most, following):
                 ahead = step(following, state, view(state, most, following, grain, known=shape.depth == 0))
+            built = time.perf_counter()
             enqueue(state, output)
             emitted, count = _read(output, limit, stop, shape)
             emitted.waited, arrived = waited, time.perf_counter()
             took, before = arrived - before, arrived
+            away = took - busy - (arrived - built) if busy else took  # the first step may be like no other
             limit -= len(emitted.tokens)
             rows += len(emitted.tokens)
             if limit == 0 or emitted.tokens[-1] in stop:
@@ -113,7 +115,8 @@ def decode(
             del ahead
             waited = time.perf_counter() - arrived
             start(state, output)
-            policy.observe(emitted.shape, emitted.ranks, took)
+            busy = time.perf_counter() - arrived - waited
+            policy.observe(emitted.shape, emitted.ranks, took, away)
             yield emitted
     finally:
         release(commit(state.cache), rows)

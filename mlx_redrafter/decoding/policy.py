@@ -3,8 +3,8 @@
 Two numbers say what drafts are worth, whatever their shape: how likely the drafter's first guess is right,
 and how likely a copy from the text is. What a shape is expected to emit follows from them by a model
 (``drafted_tokens``, ``copied_tokens``), so each step teaches something of all shapes. Both are means that
-forget, as text changes. What a step takes was measured before. Two accounts, in plain steps of time, keep
-speculation from costing:
+forget, as text changes. What a step takes was measured before, and is corrected by what steps take now
+(``Clock``). Two accounts, in plain steps of time, keep speculation from costing:
 
 - ``purse``: what speculation may lose against plain decoding. Each speculative step pays in advance for
   the time it takes longer than a plain one, and gets back what it emits. So whatever the model says,
@@ -36,6 +36,15 @@ SHARES = np.linspace(0, 1, 51)  # for which the model is computed; between them 
 RANKS = 1.4  # the r-th guess is right r ** RANKS times less often than the first one
 COPIES = 0.25  # a copied token behind a right one is right as often as the first one to this power
 ALONE = 1.25  # as many copies are accepted where no drafter guesses some of the same tokens
+BUSY = 0.03  # of the time goes into finding out whether a busy machine is quiet again
+AGAIN = 100  # steps after which a plain one is timed again
+NOISE = 0.1  # logarithms: what steps differ by anyway
+ODD, MOVED = math.log(2.5), 0.4  # a speculative step that is off by this, or all since the last plain one
+ODD_PLAIN = 0.35  # a plain one that is off by this
+SUSPENDED = 600.0  # seconds; no step takes longer, unless the machine was asleep
+FAR = math.log(32)  # more is not believed of any step
+KIN = 0.8  # of what one shape's steps take longer, others' are believed to take longer too
+FADE = 64.0  # plain steps in which what slowed speculative ones down is forgotten
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
 
 
@@ -63,6 +72,43 @@ class Belief:
         return self.share + max(self.hope - self.share, 0) * LEAST_STEPS / self.steps
 
 
+class Clock:
+    """How much longer steps take than was measured, in logarithms.
+
+    Noise is not followed: a step counts as far as the one before it of its kind (plain or speculative) says
+    the same, and small differences count little. What slows plain steps down is believed to slow down all;
+    but where speculative ones ran just before, it is known of those already.
+    """
+
+    def __init__(self, shapes: Sequence[DraftShape]) -> None:
+        self.slower = dict.fromkeys(shapes, 0.0)
+        self._plain = shapes[0]
+        self._last = {True: 0.0, False: 0.0}  # how much longer the last plain, speculative step took
+        self._plain_steps, self._moved = 0, 0.0  # in a row; what was learned of others since the last one
+
+    def learn(self, shape: DraftShape, believed: float, least: float, most: float) -> tuple[float, bool]:
+        """Take in a step that took between ``least`` and ``most`` seconds.
+
+        Returns:
+            By how much it surely differed from what was ``believed``, and whether a plain one should follow.
+        """
+        plain, now = shape == self._plain, self.slower[shape]
+        off = min(max(math.log(min(max(believed, least), most) / believed), -FAR), FAR)
+        sure = sorted((0.0, off, self._last[plain] - now))[1]
+        move = max(abs(sure) - NOISE, 0) * math.copysign(min(abs(sure), 1), sure)
+        self._last[plain] = now + off
+        self._plain_steps = self._plain_steps + 1 if plain else 0
+        self._moved = 0.0 if plain else self._moved + move
+        self.slower[shape] += move
+        for other in self.slower.keys() - {shape, self._plain}:
+            if not plain:
+                self.slower[other] += KIN * move
+                continue
+            self.slower[other] += move if self._plain_steps > LEAST_STEPS else 0
+            self.slower[other] += (self.slower[shape] - self.slower[other]) / FADE
+        return sure, abs(off - move) > (ODD_PLAIN if plain else ODD) or abs(self._moved) > MOVED
+
+
 class Policy:
     """Chooses draft shapes, learning from what they emit; lives as long as the model is loaded.
 
@@ -86,8 +132,9 @@ class Policy:
             raise ValueError(f"times per row {list(per_row)} are not usable: give one for each shape.")
         growth = per_row or [0.0] * len(shapes)
         self._times = dict(zip(shapes, zip(seconds, growth, strict=True), strict=True))
-        self.cost = self._costs(0)  # of a step with each shape, in plain steps
         self.current = self.plain = shapes[0]
+        self.clock, self._odd = Clock(shapes), False  # whether a plain step should be timed
+        self.cost = self._costs(0)  # of a step with each shape, in plain steps
         self.drafts = Belief(0.45, 0.65, DRAFT_STEPS)  # before anything was seen: a small drafter's
         self.copies = Belief(0.10, 0.4, LOOKUP_STEPS)
         self._drafted = {shape: np.array([drafted_tokens(shape, x) for x in SHARES]) for shape in shapes}
@@ -106,22 +153,34 @@ class Policy:
         if self.rate(best) > MARGIN * self.rate(self.current):
             self.current = best
         shape = self._trial() or self.current
-        if self.cost[shape] - 1 > self.purse:
-            shape = self.plain
+        overdue = self.steps - self.tried[self.plain] > AGAIN
+        if self.cost[shape] - 1 > self.purse or self._odd or overdue:
+            shape, self._odd = self.plain, False
         if shape not in (self.current, self.plain):
             self.debt += self.loss(shape)
         self.tried[shape] = self.steps
         self.debt = max(self.debt - SHARE * self.cost[shape], 0)
-        self.purse += SHARE if shape == self.plain else 1 - self.cost[shape]
+        if shape != self.plain:
+            self.purse += 1 - self.cost[shape]
+        else:
+            self.purse += SHARE if self.purse >= 0 else BUSY
         return shape
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0.0) -> None:
+    def observe(
+        self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0.0, away: float = 0.0
+    ) -> None:
         """Learn from a step with ``shape`` that accepted ``len(ranks)`` drafted tokens.
 
         Args:
             ranks: of each accepted token in the drafter's beam at its depth; ``LOOKUP`` if not there.
-            seconds: that it took; not used, because a calibration's conditions are more alike.
+            seconds: that it took; 0 if that is not known.
+            away: of these, in which nobody waited for it: it may have taken so much less.
         """
+        if 0 < seconds < SUSPENDED:
+            sure, self._odd = self.clock.learn(shape, self._seconds(shape), seconds - away, seconds)
+            if shape != self.plain:
+                more = self.cost[shape] * math.expm1(sure)  # than was paid in advance
+                self.purse = max(self.purse - min(more, MOST), -MOST)
         copied = sum(rank == LOOKUP for rank in ranks)
         if shape.width:
             self.drafts.learn(len(ranks) - copied, self._drafted[shape])
@@ -150,9 +209,14 @@ class Policy:
         return self.cost[shape] - 1 / self.rate(self.current)
 
     def _costs(self, rows: int) -> dict[DraftShape, float]:
-        times = {shape: seconds + rows * growth for shape, (seconds, growth) in self._times.items()}
-        plain = next(iter(times.values()))
-        return {shape: time / plain for shape, time in times.items()}
+        self._rows = rows
+        times = {shape: self._seconds(shape) for shape in self._times}
+        return {shape: time / times[self.plain] for shape, time in times.items()}
+
+    def _seconds(self, shape: DraftShape) -> float:
+        """What a step is believed to take now."""
+        seconds, growth = self._times[shape]
+        return (seconds + self._rows * growth) * math.exp(self.clock.slower[shape])
 
     def _trial(self) -> DraftShape | None:
         """The shape that may beat the current one by the most for what it risks and since it was tried."""
