@@ -56,6 +56,14 @@ def set_blas_threads(count: int) -> None:
             ctypes.CDLL(path).openblas_set_num_threads(count)
 
 
+def blas_threads() -> int | None:
+    """How many threads a matrix product uses, whatever said so; None where no OpenBLAS was loaded."""
+    path = load_blas()
+    with contextlib.suppress(AttributeError):
+        return None if path is None else int(ctypes.CDLL(path).openblas_get_num_threads())
+    return None
+
+
 def _load(path: str) -> None:
     try:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)

@@ -1,9 +1,8 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
 Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
-is the chip, the weights (and how they are quantized) and the versions. A damaged or old file is measured anew,
-and so is, at the next use, what was measured while the machine was too busy to tell. What goes wrong here
-never keeps anybody from generating: it is done plainly then.
+is the chip, the weights (and how they are quantized) and the versions. Measured anew is what is damaged or
+old, and, at the next use, what was measured while the machine was too busy to tell.
 """
 
 from __future__ import annotations
@@ -51,17 +50,24 @@ STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no d
 SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 UNLIMITED = 1 << 40  # tokens
-LEAST, MOST = 1e-7, 600.0  # seconds that a step may take to be believed
-OLD = 30 * 24 * 3600.0  # seconds after which step times are measured anew
+OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
 LARGEST = 1 << 20  # bytes of a file of step times
 
 
 def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
-    """The policy for a model on this machine; copies at most ``lookup`` tokens per step."""
+    """The policy for a model on this machine; copies at most ``lookup`` tokens per step.
+
+    Where step times cannot be had, for whatever reason, it decodes plainly, with a warning.
+    """
     shapes = candidates(model, lookup)
     if len(shapes) == 1:
         return Fixed(shapes[0])
-    return policy_for(shapes, step_times(model, shapes))
+    try:
+        return policy_for(shapes, step_times(model, shapes))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"step times cannot be measured ({reason}): decoding plainly.", stacklevel=2)
+        return Fixed(shapes[0])
 
 
 def policy_for(shapes: Sequence[DraftShape], times: StepTimes) -> policy.Policy:
@@ -107,36 +113,17 @@ class StepTimes:
 
 
 def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes:
-    """What a step takes with each shape: read from the cache folder, or measured now and kept there.
-
-    Where that fails, all but plain decoding is hopeless.
-    """
-    if (found := _read(model, shapes)) is not None:
-        return found
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be there to read it
-        if sys.stderr.isatty():
-            print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
-    try:
+    """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
+    found = _read(model, shapes)
+    if found is None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
+            if sys.stderr.isatty():
+                print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
         calibration = calibrate(model, shapes)
-        times = _checked(calibration.times, len(shapes))
-    except Exception as error:  # of whatever kind: the user asked for a text
-        told = f"step times cannot be measured ({type(error).__name__}: {error}): decoding plainly."
-        warnings.warn(told, stacklevel=2)
-        return StepTimes([1.0] + [math.inf] * (len(shapes) - 1), [0.0] * len(shapes))
-    if calibration.steady:
-        keep(model, shapes, times)
-    return times
-
-
-def _checked(times: StepTimes, count: int) -> StepTimes:
-    """The same times; ``ValueError`` if they cannot be right."""
-    plain, *others = times.seconds
-    seconds = LEAST < plain < MOST and all(LEAST < x < MOST or x == math.inf for x in others)
-    if not seconds or not all(0 <= x < MOST for x in times.per_row):
-        raise ValueError(f"{times} are not usable")
-    if not len(others) + 1 == len(times.per_row) == count:
-        raise ValueError(f"{count} shapes, but {times}")
-    return times
+        found = calibration.times
+        if calibration.steady:
+            keep(model, shapes, found)
+    return found
 
 
 @dataclass
@@ -174,8 +161,8 @@ def between(
     ends = [(shape.size, max(took - known[shape], 0.0) / (LONG - SHORT)) for shape, took in long.items()]
     (least, first), (most, last) = ends[0], ends[-1]
     slope = (last - first) / max(most - least, 1)
-    rows = [max(first + slope * (shape.size - least), 0.0) for shape in shapes]  # not -2e-22
-    per_row = [more if known[shape] < math.inf else 0.0 for shape, more in zip(shapes, rows, strict=True)]
+    grown = {shape: max(first + slope * (shape.size - least), 0.0) for shape in shapes}  # not -2e-22
+    per_row = [grown[shape] if known[shape] < math.inf else 0.0 for shape in shapes]
     return StepTimes([max(a - SHORT * more, a / 2) for a, more in zip(short, per_row, strict=True)], per_row)
 
 
@@ -417,12 +404,16 @@ def _file(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Path:
 
 
 def _read(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes | None:
-    """The step times that were kept; None if there are none, or not what they should be, or old ones."""
+    """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
         file = _file(model, shapes)
-        if not (file.is_file() and file.stat().st_size < LARGEST and abs(time.time() - file.stat().st_mtime) < OLD):
+        known = file.stat()
+        if not file.is_file() or known.st_size > LARGEST or abs(time.time() - known.st_mtime) > OLD:
             return None
         report = json.loads(file.read_text())
         seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
-        return _checked(StepTimes(seconds, [float(value) for value in report["per_row"]]), len(shapes))
+        per_row = [float(value) for value in report["per_row"]]
+        usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)
+        if usable and len(seconds) == len(per_row) == len(shapes) and seconds[0] < math.inf:
+            return StepTimes(seconds, per_row)
     return None

@@ -1,7 +1,9 @@
 """Step times: measured, kept, read again, and told."""
 
+import io
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -365,6 +367,114 @@ def test_longer_texts_cost_more() -> None:
     assert policy.cost[wide] == pytest.approx(4.5 / 1.1)
     assert policy.cost[chain] == pytest.approx((1.5 + 0.1 + 2.4 * 4 / 16) / 1.1)  # by its nodes
     assert policy.choose(20 * LONG) == PLAIN
+
+
+def test_rounding_gives_no_negative_times() -> None:
+    """Seen: -2.1e-22 seconds per row for the largest shape, which seemed to grow with nothing."""
+    shapes = [PLAIN, DraftShape(0, 0, None, 3), DraftShape(2, 2, 4, 3), DraftShape(4, 4, 16, 5)]
+    for more in (1.1, 1.7, 0.3, 2.9e-3):
+        short = [1.0, 1.1, 1.2, 1.3]
+        times = between(shapes, short, {PLAIN: 1.0 + more, shapes[-1]: 1.3})
+        assert times.per_row[0] == pytest.approx(more / (LONG - SHORT)) and min(times.per_row) >= 0
+        assert times.per_row[-1] == pytest.approx(0, abs=1e-18)
+        policy_for(shapes, times)
+
+
+@pytest.mark.parametrize(
+    "failure", [ZeroDivisionError("plain"), RuntimeError("[metal] out"), KeyError(3), OSError()]
+)
+def test_whatever_goes_wrong_decodes_plainly(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(calibrate, "measure", fail)
+    with pytest.warns(UserWarning, match=r"step times cannot be measured .*: decoding plainly\."):
+        assert make_policy(speculative()) == Fixed(PLAIN)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_a_broken_clock_decodes_plainly(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(_Stopwatch, "observe", broken(_Stopwatch.observe, seconds))
+    monkeypatch.setattr(calibrate, "PATIENCE", -1)
+    with pytest.warns(UserWarning, match="decoding plainly"):
+        assert make_policy(speculative()) == Fixed(PLAIN)
+
+
+def broken(observe: Callable[..., None], seconds: float) -> Callable[..., None]:
+    return lambda self, shape, ranks, took, away=0.0: observe(self, shape, ranks, seconds, away)
+
+
+def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "measure", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_policy(speculative())
+
+
+def folder_there(file: Path) -> None:
+    file.mkdir()
+
+
+def pipe_there(file: Path) -> None:
+    os.mkfifo(file)  # reading it would wait for ever
+
+
+def huge_there(file: Path) -> None:
+    with file.open("wb") as writable:
+        writable.truncate(1 << 40)
+
+
+def deep_there(file: Path) -> None:
+    file.write_text("[" * 100_000)
+
+
+def large_number_there(file: Path) -> None:
+    file.write_text('{"seconds": [1' + "0" * 400 + ', 1, 1], "per_row": [0, 0, 0]}')
+
+
+@pytest.mark.parametrize("put", [folder_there, pipe_there, huge_there, deep_there, large_number_there])
+def test_anything_may_be_in_the_place_of_the_file(folder: Path, put: Callable[[Path], None]) -> None:
+    step_times(speculative(), THREE)
+    (file,) = folder.iterdir()
+    file.unlink()
+    put(file)
+    assert len(step_times(speculative(), THREE).seconds) == 3
+
+
+@pytest.mark.parametrize("days", [-8, 8])
+def test_old_times_are_measured_anew(folder: Path, days: int) -> None:
+    first = step_times(speculative(), THREE)
+    (file,) = folder.iterdir()
+    changed = file.stat().st_mtime - days * 24 * 3600
+    os.utime(file, (changed, changed))
+    second = step_times(speculative(), THREE)
+    assert second != first and json.loads(file.read_text())["seconds"] == second.seconds
+    assert step_times(speculative(), THREE) == second
+
+
+def test_works_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLX_REDRAFTER_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: exec('raise RuntimeError("no home")'))
+    assert len(step_times(speculative(), THREE).seconds) == 3
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_works_with_standard_error_closed(monkeypatch: pytest.MonkeyPatch, closed: bool) -> None:
+    stream = io.StringIO()
+    stream.close()
+    monkeypatch.setattr("sys.stderr", stream if closed else None)
+    assert len(step_times(speculative(), THREE).seconds) == 3
+
+
+def test_threads_of_the_blas_are_a_condition(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are set: OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, fewer processors."""
+    for threads in (1, 2, None):
+        monkeypatch.setattr(calibrate, "blas_threads", lambda threads=threads: threads)
+        step_times(speculative(), THREE)
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_absurd_times_are_usable() -> None:

@@ -1,6 +1,7 @@
 """The policy against brute force, on published cost curves."""
 
 import importlib
+import math
 import random
 import sys
 from collections.abc import Callable
@@ -277,6 +278,105 @@ def test_ties_go_to_plain_decoding() -> None:
 def test_refuses_what_it_cannot_use(shapes: list[DraftShape], seconds: list[float]) -> None:
     with pytest.raises(ValueError, match="give"):
         Policy(shapes, seconds)
+
+
+class Machine(Decoding):
+    """Steps take what they take now: plain and speculative ones longer by ``slower``, with noise."""
+
+    def __init__(self, name: str, seed: int = 0, noise: float = 0.2, told: bool = True) -> None:
+        super().__init__(name, seed)
+        self.noise, self.told, self.slower = noise, told, (1.0, 1.0)
+        self.chance, self.used = random.Random(seed + 1000), list[DraftShape]()
+
+    def run(self, text: Text, tokens: int) -> float:
+        """Tokens in the time that a plain step takes on average, busy as the machine is."""
+        verified = {shape: text.verified(shape) for shape in self.shapes}
+        time, emitted, noise = 0.0, 0, self.noise
+        while emitted < tokens:
+            shape, self.next = self.next, self.policy.choose(0)
+            ranks = accepted(text.path(self.random.random()), verified[shape])
+            took = self.seconds[self.shapes.index(shape)] * self.slower[shape != PLAIN]
+            took *= math.exp(self.chance.gauss(0, noise)) * (3 if self.chance.random() < noise / 10 else 1)
+            self.policy.observe(shape, ranks, took if self.told else 0.0)
+            self.used.append(shape)
+            time += took
+            emitted += 1 + len(ranks)
+        plain = self.seconds[0] * self.slower[0] * math.exp(noise**2 / 2) * (1 + noise / 5)
+        return emitted / time * plain
+
+
+@pytest.mark.parametrize("chip", ["m4-pro-4bit", "cpu-openblas"])
+def test_noise_in_step_times_costs_nothing(chip: str) -> None:
+    texts = [text for text in (SMALL, GOOD, COPY) for _ in range(6)]
+    with_times = [Machine(chip, seed).run(text, 800) for seed, text in enumerate(texts)]
+    without = [Machine(chip, seed, told=False).run(text, 800) for seed, text in enumerate(texts)]
+    assert sum(with_times) >= 0.99 * sum(without)
+
+
+@pytest.mark.parametrize("slower", [(1.0, 3.0), (1.0, 10.0), (2.0, 10.0)])
+@pytest.mark.parametrize("chip", ["m4-pro-4bit", "cpu-openblas"])
+@pytest.mark.parametrize("noise", [0.0, 0.2])
+def test_parks_where_speculative_steps_take_longer_and_comes_back(
+    chip: str, slower: tuple[float, float], noise: float
+) -> None:
+    machine = Machine(chip, noise=noise)
+    quiet = machine.run(GOOD, 300)
+    machine.slower, start = slower, len(machine.used)
+    machine.run(GOOD, 40)
+    assert sum(shape != PLAIN for shape in machine.used[start : start + 20]) <= 4
+    assert machine.run(GOOD, 1000) >= 0.93  # trials go on
+    machine.slower = (1.0, 1.0)
+    machine.run(GOOD, 400)
+    assert machine.run(GOOD, 300) >= 0.9 * quiet
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0, 5.0])
+def test_a_machine_that_is_slower_evenly_decodes_as_before(factor: float) -> None:
+    """Heat, another chip's times: ratios are as they were."""
+    quiet, machine = Machine("m4-pro-4bit", noise=0.0), Machine("m4-pro-4bit", noise=0.0)
+    for each in (quiet, machine):
+        each.run(GOOD, 300)
+    before = dict(machine.policy.cost)
+    machine.slower = (factor, factor)
+    assert machine.run(GOOD, 1000) >= 0.95 * quiet.run(GOOD, 1000)
+    for shape, cost in machine.policy.cost.items():
+        assert cost == pytest.approx(before[shape], rel=0.25)
+
+
+@pytest.mark.parametrize("odd", [1e4, 3.0, 1e-9, -5.0, 0.0, math.nan, math.inf, -math.inf])
+def test_one_odd_step_is_no_reason(odd: float) -> None:
+    """The machine slept, or its clock was set."""
+    policy = Policy(SHAPES, [1.0] * len(SHAPES))
+    for shape in (SHAPES[3], PLAIN):
+        for seconds in (1.0, odd, 1.0, 1.0):
+            before = policy.purse
+            policy.choose()
+            paid = policy.purse - before
+            policy.observe(shape, [], seconds)
+            assert policy.purse == pytest.approx(before + paid)
+    assert policy.cost == dict.fromkeys(SHAPES, 1.0)
+    assert set(policy.clock.slower.values()) == {0.0}
+
+
+def test_time_that_nobody_waited_for_is_not_counted() -> None:
+    """A slow reader of the text is no slow machine; but what surely took longer, did."""
+    policy = Policy(SHAPES, [1.0] * len(SHAPES))
+    for _ in range(20):
+        policy.observe(SHAPES[3], [], 50.0, 49.5)
+    assert set(policy.clock.slower.values()) == {0.0}
+    for _ in range(4):
+        policy.observe(SHAPES[3], [], 50.0, 45.0)
+    assert policy.clock.slower[SHAPES[3]] == pytest.approx(math.log(5.0), abs=0.2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(times=st.lists(st.tuples(st.integers(0, len(SHAPES) - 1), st.floats()), max_size=200))
+def test_any_times_are_survived(times: list[tuple[int, float]]) -> None:
+    policy = Policy(SHAPES, [1e-9 * 100**i for i in range(len(SHAPES))])
+    for place, seconds in times * 5:
+        assert policy.choose() in SHAPES
+        policy.observe(SHAPES[place], [], seconds)
+    assert all(0 < cost < math.inf for cost in policy.cost.values()) and -2 * MOST <= policy.purse <= 2 * MOST
 
 
 Oracle = Callable[[DraftShape], list[int]]

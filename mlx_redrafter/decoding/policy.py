@@ -37,14 +37,13 @@ RANKS = 1.4  # the r-th guess is right r ** RANKS times less often than the firs
 COPIES = 0.25  # a copied token behind a right one is right as often as the first one to this power
 ALONE = 1.25  # as many copies are accepted where no drafter guesses some of the same tokens
 BUSY = 0.03  # of the time goes into finding out whether a busy machine is quiet again
-AGAIN = 100  # steps after which a plain one is timed again
-NOISE = 0.1  # logarithms: what steps differ by anyway
-ODD, MOVED = math.log(2.5), 0.4  # a speculative step that is off by this, or all since the last plain one
-ODD_PLAIN = 0.35  # a plain one that is off by this
-SUSPENDED = 600.0  # seconds; no step takes longer, unless the machine was asleep
-FAR = math.log(32)  # more is not believed of any step
+AGAIN = 100  # steps after which a plain one is timed again; also after one that was odd:
+ODD, ODD_PLAIN = math.log(2.5), 0.35  # a speculative step, a plain one that is off by this (logarithms)
+MOVED = 0.4  # what was learned of speculative ones since the last plain one
+NOISE, FAR = 0.1, math.log(32)  # steps differ by as much anyway; are not believed to differ by more
 KIN = 0.8  # of what one shape's steps take longer, others' are believed to take longer too
 FADE = 64.0  # plain steps in which what slowed speculative ones down is forgotten
+SLEPT = 600.0  # seconds that no step takes on a machine that is awake
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
 
 
@@ -75,24 +74,22 @@ class Belief:
 class Clock:
     """How much longer steps take than was measured, in logarithms.
 
-    Noise is not followed: a step counts as far as the one before it of its kind (plain or speculative) says
-    the same, and small differences count little. What slows plain steps down is believed to slow down all;
-    but where speculative ones ran just before, it is known of those already.
+    A step counts as far as the one before it of its kind (plain or speculative) says the same, and small
+    differences count little: noise. What slows plain steps down is believed to slow down all, but where
+    speculative ones ran just before, it is known of those already.
     """
 
     def __init__(self, shapes: Sequence[DraftShape]) -> None:
         self.slower = dict.fromkeys(shapes, 0.0)
-        self._plain = shapes[0]
         self._last = {True: 0.0, False: 0.0}  # how much longer the last plain, speculative step took
         self._plain_steps, self._moved = 0, 0.0  # in a row; what was learned of others since the last one
 
     def learn(self, shape: DraftShape, believed: float, least: float, most: float) -> tuple[float, bool]:
         """Take in a step that took between ``least`` and ``most`` seconds.
 
-        Returns:
-            By how much it surely differed from what was ``believed``, and whether a plain one should follow.
+        Returns by how much it surely differed from what was ``believed``, and whether it was odd.
         """
-        plain, now = shape == self._plain, self.slower[shape]
+        plain, now = shape.size == 1, self.slower[shape]
         off = min(max(math.log(min(max(believed, least), most) / believed), -FAR), FAR)
         sure = sorted((0.0, off, self._last[plain] - now))[1]
         move = max(abs(sure) - NOISE, 0) * math.copysign(min(abs(sure), 1), sure)
@@ -100,12 +97,10 @@ class Clock:
         self._plain_steps = self._plain_steps + 1 if plain else 0
         self._moved = 0.0 if plain else self._moved + move
         self.slower[shape] += move
-        for other in self.slower.keys() - {shape, self._plain}:
-            if not plain:
-                self.slower[other] += KIN * move
-                continue
-            self.slower[other] += move if self._plain_steps > LEAST_STEPS else 0
-            self.slower[other] += (self.slower[shape] - self.slower[other]) / FADE
+        for other in (other for other in self.slower if other.size > 1 and other != shape):
+            alike = KIN if not plain else self._plain_steps > LEAST_STEPS
+            faded = (self.slower[shape] - self.slower[other]) / FADE if plain else 0
+            self.slower[other] += alike * move + faded
         return sure, abs(off - move) > (ODD_PLAIN if plain else ODD) or abs(self._moved) > MOVED
 
 
@@ -153,30 +148,26 @@ class Policy:
         if self.rate(best) > MARGIN * self.rate(self.current):
             self.current = best
         shape = self._trial() or self.current
-        overdue = self.steps - self.tried[self.plain] > AGAIN
-        if self.cost[shape] - 1 > self.purse or self._odd or overdue:
+        odd = self._odd or self.steps - self.tried[self.plain] > AGAIN
+        if self.cost[shape] - 1 > self.purse or odd:
             shape, self._odd = self.plain, False
         if shape not in (self.current, self.plain):
             self.debt += self.loss(shape)
         self.tried[shape] = self.steps
         self.debt = max(self.debt - SHARE * self.cost[shape], 0)
-        if shape != self.plain:
-            self.purse += 1 - self.cost[shape]
-        else:
-            self.purse += SHARE if self.purse >= 0 else BUSY
+        spare = SHARE if self.purse >= 0 else BUSY
+        self.purse += spare if shape == self.plain else 1 - self.cost[shape]
         return shape
 
-    def observe(
-        self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0.0, away: float = 0.0
-    ) -> None:
+    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0, away: float = 0) -> None:
         """Learn from a step with ``shape`` that accepted ``len(ranks)`` drafted tokens.
 
         Args:
             ranks: of each accepted token in the drafter's beam at its depth; ``LOOKUP`` if not there.
             seconds: that it took; 0 if that is not known.
-            away: of these, in which nobody waited for it: it may have taken so much less.
+            away: seconds less that it may have taken, in which nobody waited for it.
         """
-        if 0 < seconds < SUSPENDED:
+        if 0 < seconds < SLEPT:
             sure, self._odd = self.clock.learn(shape, self._seconds(shape), seconds - away, seconds)
             if shape != self.plain:
                 more = self.cost[shape] * math.expm1(sure)  # than was paid in advance
