@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -30,9 +31,11 @@ from mlx_redrafter.calibrate import (
     step_times,
 )
 from mlx_redrafter.cli import build_parser
+from mlx_redrafter.decoding import loop
 from mlx_redrafter.decoding.loop import Fixed
 from mlx_redrafter.decoding.policy import Policy
 from mlx_redrafter.decoding.runner import TRIALS
+from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.step import DraftShape
 from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.model import SpeculativeModel
@@ -488,3 +491,26 @@ def test_a_made_up_text_fills_the_buffers() -> None:
     state = behind_text(speculative(), 700)
     assert state.length.item() == 700 and state.cache.capacity >= 701
     assert (state.history[0, :700] >= 0).all().item()
+
+
+def test_a_slow_reader_is_no_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes while the caller has a step's tokens is told apart from what the next step takes."""
+    clock, times, reads = SimpleNamespace(now=0.0), list[tuple[float, float]](), loop._read
+
+    class Watching(Fixed):
+        def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float = 0.0) -> None:
+            times.append((seconds, away))
+
+    def read(*args: Any) -> Any:
+        clock.now += 1.0
+        return reads(*args)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(loop, "_read", read)
+    monkeypatch.setattr(loop, "start", lambda *_: setattr(clock, "now", clock.now + 0.5))
+    model = speculative()
+    run, state = model.runner(Sampling()), behind_text(model, SHORT)
+    for _ in loop.decode(run, Watching(PLAIN), state, SHORT, 12, frozenset()):
+        clock.now += 5.0
+    assert times[0] == (1.5, 1.5)  # the first step may be like no other: nothing is sure
+    assert len(times) == 11 and set(times[1:]) == {(6.5, 5.0)}

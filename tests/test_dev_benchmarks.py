@@ -2,8 +2,10 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -55,6 +57,26 @@ def test_long_context_shows_copies_of_the_cache(tmp_path: Path, monkeypatch: pyt
     plain = found[1]["shapes"][0]
     assert plain["shape"] == vars(DraftShape(0, 0)) and plain["plain_steps"] == 1
     assert 1 < plain["peak_of_weights_and_cache"] < 1.3
+
+
+def test_busy_starts_and_ends_a_busy_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = importlib.import_module("busy")
+    started: list[Any] = []
+
+    def start(*args: Any) -> Any:
+        started.append(subprocess.Popen(*args))
+        return started[-1]
+
+    monkeypatch.setattr(busy, "LEAST", 0.0)  # whatever else runs meanwhile
+    monkeypatch.setattr(busy, "subprocess", SimpleNamespace(Popen=start))
+    found = run("busy", tmp_path, monkeypatch, "--quick", "--processes", "2")
+    assert found["passed"] and found["settings"]["max_tokens"] == 32
+    assert [set(row) for row in found["results"]] == [{"quiet", "busy"}] * 2
+    for row in found["results"]:
+        for told in row.values():
+            assert told["same"] and 0 <= told["speculative"] <= told["steps"] <= 31
+            assert told["ratio"] == pytest.approx(told["our_tps"] / told["plain_tps"])
+    assert len(started) == 4 and all(process.returncode is not None for process in started)
 
 
 def test_check_compares_devices_and_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

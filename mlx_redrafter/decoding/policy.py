@@ -36,7 +36,7 @@ SHARES = np.linspace(0, 1, 51)  # for which the model is computed; between them 
 RANKS = 1.4  # the r-th guess is right r ** RANKS times less often than the first one
 COPIES = 0.25  # a copied token behind a right one is right as often as the first one to this power
 ALONE = 1.25  # as many copies are accepted where no drafter guesses some of the same tokens
-BUSY = 0.03  # of the time goes into finding out whether a busy machine is quiet again
+BUSY = 0.025  # of the time goes into finding out whether a busy machine is quiet again
 AGAIN = 100  # steps after which a plain one is timed again; also after one that was odd:
 ODD, ODD_PLAIN = math.log(2.5), 0.35  # a speculative step, a plain one that is off by this (logarithms)
 MOVED = 0.4  # what was learned of speculative ones since the last plain one
@@ -171,7 +171,9 @@ class Policy:
             sure, self._odd = self.clock.learn(shape, self._seconds(shape), seconds - away, seconds)
             if shape != self.plain:
                 more = self.cost[shape] * math.expm1(sure)  # than was paid in advance
-                self.purse = max(self.purse - min(more, MOST), -MOST)
+                self.purse = max(self.purse - more, -2 * MOST)
+            elif sure > ODD_PLAIN:
+                self.purse = max(self.purse, 0.0)  # all steps take longer: nothing was lost
         copied = sum(rank == LOOKUP for rank in ranks)
         if shape.width:
             self.drafts.learn(len(ranks) - copied, self._drafted[shape])
