@@ -345,7 +345,7 @@ def test_a_machine_that_is_slower_evenly_decodes_as_before(factor: float) -> Non
         machine.slower = (factor, factor)
         rates.append(machine.run(GOOD, 600) / quiet.run(GOOD, 600))
         for shape, cost in machine.policy.cost.items():
-            assert cost == pytest.approx(before[shape], rel=0.25)
+            assert cost == pytest.approx(before[shape], rel=0.35)
     assert sum(rates) / 5 >= 0.95, rates
 
 
