@@ -173,6 +173,8 @@ def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes
     with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
         file = _file(model, shapes)
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not file.is_file():  # writing to a pipe would wait for its reader
+            return None
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         return file
@@ -376,7 +378,8 @@ def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[st
         "chip": backend.chip(),
         "backend": backend.current().name,
         "cores": os.cpu_count(),
-        "blas": blas,
+        "blas": blas and Path(blas).name,
+        "blas_path": blas,
         "blas_threads": blas_threads(),
         "model": identity_of(model.model).embedding_digest,
         "weights": _weights(model.model.parameters()),

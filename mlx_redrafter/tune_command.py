@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from .calibrate import LONG, PATIENCE, SHORT, StepTimes, calibrate, candidates, conditions, keep, policy_for
@@ -89,7 +88,7 @@ def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> di
 def table(record: dict[str, Any]) -> str:
     """The report for people."""
     known = record["conditions"]
-    machine = [known["chip"], known["backend"], known["blas"] and Path(known["blas"]).name]
+    machine = [known["chip"], known["backend"], known["blas"]]
     lines = [", ".join(str(part) for part in machine if part), ""]
     heads = ("ms/step", f"at {LONG}", "plain steps", "tokens/step", "speed-up")
     lines.append(f"{'draft shape':36}" + "".join(f"{head:>12}" for head in heads))

@@ -8,7 +8,8 @@ forget, as text changes. What a step takes was measured before, and is corrected
 
 - ``purse``: what speculation may lose against plain decoding. Each speculative step pays in advance for
   the time it takes longer than a plain one, and gets back what it emits. So whatever the model says,
-  decoding n tokens never takes longer than ``START + n * (1 + SHARE)`` plain steps.
+  decoding n tokens never takes longer than ``START + n * (1 + SHARE)`` plain steps. Where steps turn out to
+  take longer than was believed, it pays for that too; what it owes then is paid off at ``BUSY`` of the time.
 - ``debt``: what trying other shapes than the current one has lost. It is paid off at ``SHARE`` of the
   time, and while there is debt nothing else is tried, so trials are rare where they cost much, and go on
   where they win.
