@@ -59,8 +59,8 @@ def set_blas_threads(count: int) -> None:
 def blas_threads() -> int | None:
     """How many threads a matrix product uses, whatever said so; None where no OpenBLAS was loaded."""
     path = load_blas()
-    library = None if path is None else ctypes.CDLL(path)
-    return int(library.openblas_get_num_threads()) if hasattr(library, "openblas_get_num_threads") else None
+    count = getattr(path and ctypes.CDLL(path), "openblas_get_num_threads", None)
+    return None if count is None else int(count())
 
 
 def _load(path: str) -> None:

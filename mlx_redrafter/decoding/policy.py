@@ -43,7 +43,7 @@ ODD, ODD_PLAIN = math.log(2.5), 0.35  # a speculative step, a plain one that is 
 MOVED = 0.4  # what was learned of speculative ones since the last plain one
 NOISE, FAR = 0.1, math.log(32)  # steps differ by as much anyway; are not believed to differ by more
 KIN = 0.8  # of what one shape's steps take longer, others' are believed to take longer too
-FADE = 64.0  # plain steps in which what slowed speculative ones down is forgotten
+FADE = 64.0  # steps of one shape in which others, if not seen, are believed to have become as slow
 SLEPT = 600.0  # seconds that no step takes on a machine that is awake
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
 
@@ -100,8 +100,8 @@ class Clock:
         self.slower[shape] += move
         for other in (other for other in self.slower if other.size > 1 and other != shape):
             alike = KIN if not plain else self._plain_steps > LEAST_STEPS
-            faded = (self.slower[shape] - self.slower[other]) / FADE if plain else 0
-            self.slower[other] += alike * move + faded
+            self.slower[other] += alike * move
+            self.slower[other] += (self.slower[shape] - self.slower[other]) / FADE
         return sure, abs(off - move) > (ODD_PLAIN if plain else ODD) or abs(self._moved) > MOVED
 
 
