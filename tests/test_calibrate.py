@@ -384,12 +384,12 @@ def test_rounding_gives_no_negative_times() -> None:
         policy_for(shapes, times)
 
 
-@pytest.mark.parametrize(
-    "failure", [ZeroDivisionError("plain"), RuntimeError("[metal] out"), KeyError(3), OSError()]
-)
-def test_whatever_goes_wrong_decodes_plainly(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
+@pytest.mark.parametrize("failure", [ZeroDivisionError, RuntimeError, KeyError, OSError])
+def test_whatever_goes_wrong_decodes_plainly(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
     def fail(*_: Any) -> None:
-        raise failure
+        raise failure("[metal] out of order")  # not a parameter, whose traceback would keep the model
 
     monkeypatch.setattr(calibrate, "measure", fail)
     with pytest.warns(UserWarning, match=r"step times cannot be measured .*: decoding plainly\."):
