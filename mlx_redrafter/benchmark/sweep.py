@@ -180,11 +180,7 @@ def _fared(found: Sequence[Swept], shape: DraftShape | None) -> dict[str, Any]:
     runs = [(swept.runs[shape], speed(swept.plain)) for swept in found if shape in swept.runs]
     ratios = [fast / plain for run, plain in runs if plain and (fast := speed([run]))]
     mine = [run for run, _ in runs]
-    return {
-        "speedup": asdict(interval(ratios)),
-        "tps": speed(mine),
-        "tokens_per_step": tokens_per_step(mine),
-    }
+    return {"speedup": asdict(interval(ratios)), "tps": speed(mine), "tokens_per_step": tokens_per_step(mine)}
 
 
 def _same(row: dict[str, Any], other: dict[str, Any] | None) -> bool:
