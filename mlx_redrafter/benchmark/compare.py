@@ -8,11 +8,7 @@ IGNORED = ("load", "git", "json", "markdown", "plots")  # may differ without mak
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> Table:
-    """Speed-ups of two reports by category, and whether their intervals overlap.
-
-    Args:
-        a: a report, as ``report.read`` gives it, and so ``b``.
-    """
+    """Speed-ups of two reports of ``report.read`` by category, and whether their intervals overlap."""
     names = [name for name in a["categories"] if name in b["categories"]]
     rows = [_row(name, a["categories"][name], b["categories"][name]) for name in names]
     rows.append(_row("overall", a["overall"], b["overall"]))
@@ -37,13 +33,12 @@ def _row(name: str, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """A sentence about each setting that differs, and about missing categories."""
-    notes = []
-    for part in ("machine", "settings"):
-        for key in sorted({*a[part], *b[part]} - set(IGNORED)):
-            first, second = a[part].get(key), b[part].get(key)
-            if first != second:
-                notes.append(f"{key}: {first} (A), {second} (B).")
-    only = sorted({*a["categories"]} ^ {*b["categories"]})
-    if only:
+    notes = [
+        f"{key}: {a[part].get(key)} (A), {b[part].get(key)} (B)."
+        for part in ("machine", "settings")
+        for key in sorted({*a[part], *b[part]} - set(IGNORED))
+        if a[part].get(key) != b[part].get(key)
+    ]
+    if only := sorted({*a["categories"]} ^ {*b["categories"]}):
         notes.append(f"Only in one of them: {', '.join(only)}.")
     return notes or ["Same settings and machine."]

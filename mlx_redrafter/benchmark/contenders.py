@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import mlx.core as mx
@@ -43,8 +44,5 @@ def our_contender(
 ) -> Contender:
     """This package with a draft shape; None leaves it to the package."""
     options = {**decoding_options(args, tokenizer), "shape": shape, "lookup": args.lookup}
-
-    def answer(ids: list[int], max_tokens: int) -> Iterator[Any]:
-        return stream_generate(model, tokenizer, ids, **{**options, "max_tokens": max_tokens})
-
-    return Contender(OURS, answer)
+    del options["max_tokens"]  # which follows the prompt
+    return Contender(OURS, partial(stream_generate, model, tokenizer, **options))

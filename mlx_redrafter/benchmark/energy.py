@@ -3,6 +3,7 @@
 import importlib
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from .measure import Meter
@@ -11,17 +12,7 @@ WINDOW = "mlx-redrafter"
 RAILS = ("cpu_total_mj", "gpu_mj", "gpu_sram_mj", "dram_mj", "ane_mj")  # what a chip does not have is None
 
 
-class NoMeter:
-    """A machine that cannot say."""
-
-    def begin(self) -> None:
-        pass
-
-    def end(self) -> float | None:
-        return None
-
-
-class AppleMeter:
+class AppleMeter(Meter):
     """CPU, GPU, memory and neural engine together; without root."""
 
     def __init__(self, module: Any) -> None:
@@ -35,7 +26,7 @@ class AppleMeter:
         return sum(getattr(used, rail, None) or 0 for rail in RAILS) / 1000
 
 
-class NvidiaMeter:
+class NvidiaMeter(Meter):
     """The first GPU that this process may use."""
 
     def __init__(self, module: Any) -> None:
@@ -45,7 +36,7 @@ class NvidiaMeter:
         by_name = visible.startswith(("GPU-", "MIG-"))
         find = module.nvmlDeviceGetHandleByUUID if by_name else module.nvmlDeviceGetHandleByIndex
         self.device = find(visible if by_name else int(visible or 0))
-        self.start = self._total()
+        self.begin()  # a GPU that cannot say is found here
 
     def begin(self) -> None:
         self.start = self._total()
@@ -59,17 +50,16 @@ class NvidiaMeter:
 
 def find_meter(backend: str) -> tuple[Meter, str]:
     """A meter for a backend's device, and what it is called or why there is none."""
+    kind: Callable[[Any], Meter]
     if backend == "metal" or (platform.system() == "Darwin" and platform.machine() == "arm64"):
-        return _meter(AppleMeter, "zeus_apple_silicon", "zeus-apple-silicon")
-    if backend == "cuda":
-        return _meter(NvidiaMeter, "pynvml", "nvidia-ml-py")
-    return NoMeter(), "not available"
-
-
-def _meter(kind: Any, module: str, package: str) -> tuple[Meter, str]:
+        kind, module, package = AppleMeter, "zeus_apple_silicon", "zeus-apple-silicon"
+    elif backend == "cuda":
+        kind, module, package = NvidiaMeter, "pynvml", "nvidia-ml-py"
+    else:
+        return Meter(), "not available"
     try:
         return kind(importlib.import_module(module)), package
     except ImportError:
-        return NoMeter(), f"not available (install {package})"
+        return Meter(), f"not available (install {package})"
     except Exception as error:  # whatever the driver's binding raises, measuring goes on without it
-        return NoMeter(), f"not available ({type(error).__name__}: {error})"
+        return Meter(), f"not available ({type(error).__name__}: {error})"

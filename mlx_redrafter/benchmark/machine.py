@@ -1,5 +1,6 @@
 """What a measurement was made on."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -40,10 +41,7 @@ def git_hash() -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """What git prints, run in the package's folder; None if it fails."""
-    try:
-        found = subprocess.run(
-            ["git", *arguments], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()
+    command = ["git", "-C", str(PACKAGE), *arguments]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
+    return None

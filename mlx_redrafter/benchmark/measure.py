@@ -3,27 +3,29 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from ..decoding.step import DraftShape
 from ..prompts import Message, Prompt
+from ..stream import Response
 
 Answer = Callable[[list[int], int], Iterator[Any]]  # token ids, tokens at most -> responses like mlx-lm's
 
 
-class Meter(Protocol):
-    """Measures energy."""
+class Meter:
+    """Measures energy; this one is for machines that cannot say."""
 
-    def begin(self) -> None: ...
+    def begin(self) -> None:
+        """Start anew."""
 
     def end(self) -> float | None:
         """Joules since ``begin``; None where the machine cannot say."""
-        ...
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ class Asked:
 
     def runs(self, contender: str, trial: int | None = None) -> list[Run]:
         """The answers of a contender, of all trials or one."""
-        return [
-            r.run for r in self.repeats if r.contender == contender and (trial is None or r.trial == trial)
-        ]
+        return [x.run for x in self.repeats if x.contender == contender and trial in (None, x.trial)]
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,7 @@ def measure(
                 break
             for trial in range(plan.trials):
                 asked.repeats += _compete(plan, ids, turn, trial, next(rounds), meter, tick)
-            first = (turn, 0, plan.contenders[0].name)
-            answer = next(r.run.text for r in asked.repeats if (r.turn, r.trial, r.contender) == first)
-            history.append({"role": "assistant", "content": answer})
+            history.append({"role": "assistant", "content": asked.runs(plan.contenders[0].name, 0)[-1].text})
         yield asked
 
 
@@ -192,29 +190,19 @@ def time_answer(contender: Contender, ids: list[int], max_tokens: int, meter: Me
         last = next(responses)
         first = time.perf_counter()
         meter.begin()
-        tokens, texts = [last.token], [last.text]
-        drafted = int(last.from_draft)
+        said = [(last.token, last.text, last.from_draft)]
         for last in responses:
-            tokens.append(last.token)
-            texts.append(last.text)
-            drafted += last.from_draft
+            said.append((last.token, last.text, last.from_draft))
         end = time.perf_counter()
         joules = meter.end()
-    steps = getattr(last, "steps", len(tokens) - drafted if drafted else 0)
-    return Run(
-        tokens,
-        "".join(texts),
-        len(ids),
-        first - start,
-        end - first,
-        mx.get_peak_memory() / 1e9,
-        steps,
-        tuple(share * steps for share in getattr(last, "acceptance", ())),
-        joules,
-        getattr(last, "waited", None) if steps else None,
-        getattr(last, "copied", 0),
-        dict(getattr(last, "shapes", {})),
-    )
+    tokens, texts, drafted = map(list, zip(*said, strict=True))
+    peak = mx.get_peak_memory() / 1e9
+    run = Run(tokens, "".join(texts), len(ids), first - start, end - first, peak, joules=joules)
+    if not isinstance(last, Response):  # but mlx-lm's
+        return replace(run, steps=drafted.count(False) if any(drafted) else 0)
+    accepted = tuple(share * last.steps for share in last.acceptance)
+    run = replace(run, steps=last.steps, accepted=accepted, copied=last.copied, shapes=dict(last.shapes))
+    return replace(run, waited=last.waited) if last.steps else run
 
 
 def settle() -> None:
@@ -222,12 +210,6 @@ def settle() -> None:
     mx.synchronize()
     mx.synchronize(generation_stream)
     mx.clear_cache()
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first place where two token sequences differ; None if they do not."""
-    pairs = enumerate(zip_longest(a, b))
-    return next((place for place, (x, y) in pairs if x != y), None)
 
 
 def _compete(
@@ -246,8 +228,9 @@ def _compete(
 
 
 def _diverged(baseline: Contender, ids: list[int], wanted: Run, found: Run, exact: bool) -> Divergence | None:
-    place = first_difference(wanted.tokens, found.tokens) if exact else None
-    if place is None:
+    pairs = enumerate(zip_longest(wanted.tokens, found.tokens))
+    place = next((i for i, (x, y) in pairs if x != y), None)
+    if place is None or not exact:
         return None
     if place >= min(len(wanted.tokens), len(found.tokens)):
         return Divergence(place, None)
