@@ -3,8 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
 from ..files import atomic_file
-from .sweep import KEYS, shape_name
+from .sweep import numbers, shape_name
+
+MARKS = {"best": "★", "automatic": "▢"}
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -16,9 +21,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
 def speedup(report: dict[str, Any]) -> Any:
     """Speed-up of each category with its interval."""
     groups = {**report["categories"], "overall": report["overall"]}
-    found = {
-        name: group["speedup"] for name, group in groups.items() if group["speedup"]["median"] is not None
-    }
+    found = {name: x["speedup"] for name, x in groups.items() if x["speedup"]["median"] is not None}
     figure, [axes] = _figure(7, 1.2 + 0.35 * len(found))
     names, values = list(found), list(found.values())
     medians = [x["median"] for x in values]
@@ -27,8 +30,8 @@ def speedup(report: dict[str, Any]) -> Any:
     axes.barh(names, medians, xerr=errors, color=colours, capsize=3)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("speed-up over plain decoding by mlx-lm (median, 95 % interval)")
-    axes.set_title(_title(report))
+    text = "speed-up over plain decoding by mlx-lm (median, 95 % interval)"
+    axes.set(xlabel=text, title=_title(report))
     return figure
 
 
@@ -41,11 +44,7 @@ def heat_map(report: dict[str, Any]) -> Any:
     for axes, budget in zip(all_axes, budgets, strict=True):
         image = _map(axes, found, budget, min(values, default=0), max(values, default=1))
     figure.colorbar(image, ax=all_axes, label="speed-up over plain decoding")
-    marks = [
-        f"{mark} {what}: {shape_name(found[key])}"
-        for mark, what, key in (("★", "best", "best"), ("▢", "automatic", "automatic"))
-        if found[key]
-    ]
+    marks = [f"{mark} {key}: {shape_name(found[key])}" for key, mark in MARKS.items() if found[key]]
     figure.suptitle("\n".join([_title(report), *marks]), fontsize=10)
     return figure
 
@@ -54,18 +53,16 @@ def cost_curve(report: dict[str, Any]) -> Any:
     """Time of a verification relative to that of one token."""
     rows = report["cost_curve"]["rows"]
     figure, [axes] = _figure(7, 4.5)
+    most = rows[-1]["tokens"]
     axes.plot([r["tokens"] for r in rows], [r["relative"] for r in rows], marker="o", label="measured")
-    axes.plot([1, rows[-1]["tokens"]], [1, rows[-1]["tokens"]], "--", color="grey", label="one after another")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= rows[-1]["tokens"]]
-    axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.set_yticks(ticks, [str(n) for n in ticks])
-    axes.set_xlabel("tokens verified at once")
-    axes.set_ylabel(f"time, relative to one token ({1000 * rows[0]['seconds']:.3g} ms)")
+    axes.loglog([1, most], [1, most], "--", base=2, color="grey", label="one after another")
+    ticks = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= most]
+    axes.set_xticks(ticks, ticks)
+    axes.set_yticks(ticks, ticks)
+    relative = f"time, relative to one token ({1000 * rows[0]['seconds']:.3g} ms)"
+    axes.set(xlabel="tokens verified at once", ylabel=relative, title=_title(report))
     axes.grid(alpha=0.3)
     axes.legend()
-    axes.set_title(_title(report))
     return figure
 
 
@@ -78,7 +75,7 @@ PLOTS = (
 
 def _map(axes: Any, found: dict[str, Any], budget: int | None, low: float, high: float) -> Any:
     widths, lengths = found["widths"], found["lengths"]
-    rows = {_key(row): row for row in found["rows"]}
+    rows = {numbers(row): row for row in found["rows"]}
 
     def cell(width: int, length: int) -> dict[str, Any] | None:
         most = 1 + width * length + found["lookup"]
@@ -92,32 +89,20 @@ def _map(axes: Any, found: dict[str, Any], budget: int | None, low: float, high:
         for j, x in enumerate(row):
             if x is None:
                 continue
-            median, star = x["speedup"]["median"], "★" * (_key(x) == _key(found["best"]))
+            median, star = x["speedup"]["median"], MARKS["best"] * (numbers(x) == numbers(found["best"]))
             colour = "black" if median > (low + high) / 2 else "white"
             axes.text(j, i, f"{star}{median:.2f}", ha="center", va="center", color=colour)
-            if _key(x) == _key(found["automatic"]):
-                axes.add_patch(_frame(j, i))
+            if numbers(x) == numbers(found["automatic"]):
+                corner = (j - 0.46, i - 0.46)
+                axes.add_patch(Rectangle(corner, 0.92, 0.92, fill=False, edgecolor="red", linewidth=2))
     axes.set_xticks(range(len(lengths)), lengths)
     axes.set_yticks(range(len(widths)), widths)
-    axes.set_xlabel("length")
-    axes.set_ylabel("width")
+    axes.set(xlabel="length", ylabel="width")
     axes.set_title("all nodes" if budget is None else f"at most {budget} nodes", fontsize=10)
     return image
 
 
-def _key(shape: dict[str, Any] | None) -> tuple[Any, ...]:
-    return () if shape is None else tuple(shape[key] for key in KEYS)
-
-
-def _frame(column: int, row: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="red", linewidth=2)
-
-
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
 

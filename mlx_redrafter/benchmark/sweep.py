@@ -1,7 +1,6 @@
 """Every draft shape of a grid against plain decoding, and what a verification costs."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -15,7 +14,7 @@ from ..decoding.tree import make_tree
 from ..generate_command import describe_shape
 from ..target import Target, from_prompt_cache
 from .measure import Contender, Meter, Run, time_answer
-from .statistics import interval, speed, tokens_per_step
+from .statistics import interval, shapes_used, speed, tokens_per_step
 from .tables import Table, number, speedup
 
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 33, 40, 48, 64)  # tokens of the cost curve
@@ -34,11 +33,8 @@ class Grid:
     lookup: int = 4  # tokens copied from the text besides, as most automatic shapes do
 
     def __post_init__(self) -> None:
-        for name, values, least in (
-            ("width", self.widths, 1),
-            ("length", self.lengths, 1),
-            ("nodes", self.nodes, 2),
-        ):
+        asked = (("width", self.widths, 1), ("length", self.lengths, 1), ("nodes", self.nodes, 2))
+        for name, values, least in asked:
             if bad := [value for value in values if value < least]:
                 raise ValueError(f"sweep: {name} {bad[0]} is not usable: give {least} or more.")
 
@@ -88,9 +84,7 @@ def summarise(grid: Grid, found: Sequence[Swept]) -> dict[str, Any]:
     shapes.sort(key=lambda shape: (shape.size, shape.width, shape.length, shape.lookup))
     rows = [{**describe_shape(shape), **_fared(found, shape)} for shape in shapes]
     timed = [row for row in rows if row["speedup"]["median"] is not None]
-    used: Counter[DraftShape] = sum(
-        (Counter(swept.runs[None].shapes) for swept in found if None in swept.runs), Counter()
-    )
+    used = shapes_used([swept.runs[None] for swept in found if None in swept.runs])
     chosen = used.most_common(1)[0][0] if used else None
     best = max(timed, key=lambda row: row["speedup"]["median"], default=None)
     return {
@@ -108,12 +102,13 @@ def summarise(grid: Grid, found: Sequence[Swept]) -> dict[str, Any]:
 def sweep_table(report: dict[str, Any]) -> Table:
     """All shapes, best first."""
     found = report["sweep"]
-    rows = sorted(found["rows"], key=lambda row: -(row["speedup"]["median"] or 0))
     automatic = found["automatic"]
+    chosen = {"best": numbers(found["best"]), "automatic choice": numbers(automatic)}
     cells = []
-    for row in rows:
-        names = ["best"] * _same(row, found["best"]) + ["automatic choice"] * _same(row, automatic)
-        cells.append([", ".join(names), *(str(row[k]) for k in KEYS), *_figures(row)])
+    for row in sorted(found["rows"], key=lambda row: -(row["speedup"]["median"] or 0)):
+        shape = numbers(row)
+        names = [name for name, its in chosen.items() if its == shape]
+        cells.append([", ".join(names), *map(str, shape), *_figures(row)])
     if automatic:
         cells.append(["automatic, as it goes", *[""] * len(KEYS), *_figures(automatic)])
     notes = [f"{found['prompts']} prompts; plain decoding timed before and after the shapes of each."]
@@ -123,11 +118,16 @@ def sweep_table(report: dict[str, Any]) -> Table:
     return Table("Draft shapes against plain decoding", header, cells, notes)
 
 
+def numbers(shape: dict[str, Any] | None) -> tuple[int, ...]:
+    """Those of a shape, or of a row about one; none of no shape."""
+    return () if shape is None else tuple(shape[key] for key in KEYS)
+
+
 def shape_name(shape: dict[str, Any]) -> str:
     """A shape in words."""
-    if shape["max_nodes"] == 1:
+    width, length, nodes, copied = numbers(shape)
+    if nodes == 1:
         return "plain decoding"
-    width, length, nodes, copied = (shape[key] for key in KEYS)
     copying = f", lookup {copied}" if copied else ""
     return f"width {width}, length {length}{copying}, {nodes} nodes"
 
@@ -181,10 +181,6 @@ def _fared(found: Sequence[Swept], shape: DraftShape | None) -> dict[str, Any]:
     ratios = [fast / plain for run, plain in runs if plain and (fast := speed([run]))]
     mine = [run for run, _ in runs]
     return {"speedup": asdict(interval(ratios)), "tps": speed(mine), "tokens_per_step": tokens_per_step(mine)}
-
-
-def _same(row: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    return other is not None and all(row[key] == other[key] for key in KEYS)
 
 
 def _figures(row: dict[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..generate_command import colours
+
 
 @dataclass(frozen=True)
 class Table:
@@ -43,32 +45,25 @@ def markdown(tables: Sequence[Table]) -> str:
 
 def show(tables: Sequence[Table]) -> None:
     """Print the tables on standard output."""
+    from rich import box
     from rich.console import Console
-
-    from ..generate_command import colours
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
     console = Console(highlight=False, color_system="auto" if colours() else None)
     if not console.is_terminal:
         console.width = 120
     for table in tables:
-        console.print(_rich(table))
+        title = Text(table.title) if table.title else None
+        made = RichTable(title=title, box=box.SIMPLE, title_justify="left")
+        for i, name in enumerate(table.header):
+            made.add_column(Text(name), justify="right" if i else "left")
+        for row in table.rows:
+            made.add_row(*map(Text, row), style="bold" if row[0] == "overall" else "")
+        console.print(made)
         for note in table.notes:
             console.print(note, markup=False, style="dim")
         console.print()
-
-
-def _rich(table: Table) -> Any:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    made = RichTable(title=Text(table.title) if table.title else None, box=box.SIMPLE, title_justify="left")
-    for i, name in enumerate(table.header):
-        made.add_column(Text(name), justify="right" if i else "left")
-    for row in table.rows:
-        total = row[0] == "overall"
-        made.add_row(*(Text(cell) for cell in row), style="bold" if total else "")
-    return made
 
 
 def _markdown(table: Table) -> str:
