@@ -5,7 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .files import atomic_file, check_writable
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PLOTS = Path("benchmark-plots")
 STDOUT = "-"
+LEAST = {"limit": 1, "turns": 1, "trials": 1, "warm_up": 1, "profile": 0, "sweep_limit": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(default: 4 8 16, and all)",
     )
     add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most")
-    add("--json", nargs="?", const=STDOUT, metavar="FILE", help="write the result; without FILE, print it")
-    add(
-        "--markdown",
-        nargs="?",
-        const=STDOUT,
-        metavar="FILE",
-        help="write the tables; without FILE, print them",
-    )
+    file: Any = {"nargs": "?", "const": STDOUT, "metavar": "FILE"}
+    add("--json", **file, help="write the result; without FILE, print it")
+    add("--markdown", **file, help="write the tables; without FILE, print them")
     add("--plots", metavar="FOLDER", help=f"draw PNGs there (with --sweep and --cost-curve: {PLOTS})")
     add_decoding_arguments(parser)
 
@@ -64,24 +60,23 @@ def run(args: argparse.Namespace) -> int:
     if args.plots is not None:
         _require("matplotlib", "plots need")
     _check(args)
+    from .benchmark.measure import settle
     from .benchmark.session import Session
 
-    session = Session(args)
-    interrupted = False
+    session, code = Session(args), 0
     try:
         session.measure()
     except KeyboardInterrupt:
-        interrupted = True
+        code = 130
     finally:  # what was finished is kept, whatever happened
-        session.wait()
+        settle()  # ending while something is being computed aborts the process
         if session.report:
             _write(args, session.report)
-    if not interrupted:
-        return 0
-    kept = "kept" if session.report else "nothing to keep"
-    asked = len(session.prompts)
-    print(f"\nInterrupted: {session.finished} of {asked} prompts finished, {kept}.", file=sys.stderr)
-    return 130
+    if code:
+        kept = "kept" if session.report else "nothing to keep"
+        done, asked = len(session.asked), len(session.prompts)
+        print(f"\nInterrupted: {done} of {asked} prompts finished, {kept}.", file=sys.stderr)
+    return code
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -96,9 +91,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for flag, least in (
-        ("limit", 1), ("turns", 1), ("trials", 1), ("warm_up", 1), ("profile", 0), ("sweep_limit", 1)
-    ):  # fmt: skip
+    for flag, least in LEAST.items():
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not usable: give {least} or more.")
@@ -112,9 +105,9 @@ def _check(args: argparse.Namespace) -> None:
             check_writable(name)
     if args.json is not None and args.json == args.markdown:
         raise ValueError("--json and --markdown would be mixed: give one of them another file.")
-    if args.plots is not None and Path(args.plots).exists() and not Path(args.plots).is_dir():
-        raise ValueError(f"--plots {args.plots} is no folder: name one.")
     if args.plots is not None:
+        if Path(args.plots).exists() and not Path(args.plots).is_dir():
+            raise ValueError(f"--plots {args.plots} is no folder: name one.")
         check_writable(Path(args.plots, "speedup.png"))
 
 
@@ -147,8 +140,7 @@ def _show(markdown: str | None, tables: "Sequence[Table]", quiet: bool) -> None:
     """Print the tables, or write them as Markdown to a file besides."""
     from .benchmark import tables as form
 
-    if markdown not in (None, STDOUT):
-        assert markdown is not None
+    if markdown is not None and markdown != STDOUT:
         with atomic_file(Path(markdown)) as new:
             new.write_text(form.markdown(tables), "utf-8")
         _say_written(markdown)

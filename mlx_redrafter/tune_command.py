@@ -38,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure the step times anew, keep them, and say which draft shape is used and why."""
     if not 0 < args.seconds < float("inf"):
         raise ValueError(f"--seconds {args.seconds} is not usable: give more than 0.")
-    if args.tokens < 0:
-        raise ValueError(f"--tokens {args.tokens} is not usable: give 0 or more.")
-    if args.lookup is not None and args.lookup < 0:
-        raise ValueError(f"--lookup {args.lookup} is not usable: give 0 or more.")
+    for flag, value in (("tokens", args.tokens), ("lookup", args.lookup)):
+        if value is not None and value < 0:
+            raise ValueError(f"--{flag} {value} is not usable: give 0 or more.")
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt([text]) for text in PROMPTS]
     drafter = None if args.drafter == "none" else args.drafter
     model, tokenizer = load(args.model, drafter=drafter, dtype=args.dtype)
@@ -87,9 +86,8 @@ def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> di
 
 def table(record: dict[str, Any]) -> str:
     """The report for people."""
-    known = record["conditions"]
-    machine = [known["chip"], known["backend"], known["blas"]]
-    lines = [", ".join(str(part) for part in machine if part), ""]
+    known, read = record["conditions"], record["tokens"]
+    lines = [", ".join(known[key] for key in ("chip", "backend", "blas") if known[key]), ""]
     heads = ("ms/step", f"at {LONG}", "plain steps", "tokens/step", "speed-up")
     lines.append(f"{'draft shape':36}" + "".join(f"{head:>12}" for head in heads))
     for row in record["shapes"]:
@@ -100,11 +98,7 @@ def table(record: dict[str, Any]) -> str:
         ratios = (row["plain_steps"], row["tokens_per_step"], row["speedup"])
         numbers = [*(f"{x:12.1f}" for x in times), *(f"{x:12.2f}" for x in ratios)]
         lines.append(f"{name(row):36}" + "".join(numbers))
-    learned = (
-        f"in {record['tokens']} tokens of answers"
-        if record["tokens"]
-        else "by other drafters, nothing decoded"
-    )
+    learned = f"in {read} tokens of answers" if read else "by other drafters, nothing decoded"
     lines += [
         "",
         f"Step times behind a text of {SHORT} tokens: medians of {record['rounds']} rounds; behind {LONG}:",
@@ -112,31 +106,26 @@ def table(record: dict[str, Any]) -> str:
         f"Tokens per step: expected from what was accepted {learned}.",
     ]
     if not record["steady"]:
-        lines.append(
-            f"The rounds differ too much, even after {PATIENCE} times the time, to be kept: something"
-        )
-        lines.append("else uses this machine. Run this again when it is idle.")
-    return "\n".join(
-        [*lines, f"Chosen: {reason(record)}", *([f"Kept in {record['file']}."] if record["file"] else [])]
-    )
+        lines += [
+            f"The rounds differ too much, even after {PATIENCE} times the time, to be kept: something",
+            "else uses this machine. Run this again when it is idle.",
+        ]
+    kept = [f"Kept in {record['file']}."] if record["file"] else []
+    return "\n".join([*lines, f"Chosen: {reason(record)}", *kept])
 
 
 def reason(record: dict[str, Any]) -> str:
     """Why the chosen shape is the best."""
     chosen = record["chosen"]
-    if chosen["max_nodes"] > 1:
-        return (
-            f"{name(chosen)}, which gives {chosen['tokens_per_step']:.2f} tokens in the time of "
-            f"{chosen['plain_steps']:.2f} plain steps."
-        )
     drafts = [row for row in record["shapes"] if row["max_nodes"] > 1 and "speedup" in row]
     if not drafts:
         return "plain decoding; every draft takes longer than it could ever save."
-    best = max(drafts, key=lambda row: row["speedup"])
-    return (
-        f"plain decoding; the best draft, {name(best)}, would give {best['tokens_per_step']:.2f} tokens in "
-        f"the time of {best['plain_steps']:.2f} plain steps. Others are still tried now and then."
-    )
+    best = chosen if chosen["max_nodes"] > 1 else max(drafts, key=lambda row: row["speedup"])
+    gain = f"{best['tokens_per_step']:.2f} tokens in the time of {best['plain_steps']:.2f} plain steps."
+    if best is chosen:
+        return f"{name(best)}, which gives {gain}"
+    also = "Others are still tried now and then."
+    return f"plain decoding; the best draft, {name(best)}, would give {gain} {also}"
 
 
 def name(row: dict[str, Any]) -> str:

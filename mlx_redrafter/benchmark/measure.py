@@ -38,35 +38,20 @@ class Contender:
 
 @dataclass(frozen=True)
 class Run:
-    """One timed answer.
+    """One timed answer."""
 
-    Attributes:
-        tokens: what was said, a stop token included.
-        text: the same as text.
-        prompt_tokens: how many were read.
-        first: seconds until the first token.
-        seconds: from the first token to the last.
-        peak_memory: GB.
-        steps: verification steps; 0 where nothing was drafted.
-        accepted: for each depth, the steps that emitted the token drafted there.
-        joules: used from the first token to the last; None where the machine cannot say.
-        waited: seconds of these in which the device waited for the host; None where that is not known.
-        copied: tokens that came from the text itself where the drafter had none.
-        shapes: how many steps used each draft shape.
-    """
-
-    tokens: list[int]
-    text: str
-    prompt_tokens: int
-    first: float
-    seconds: float
-    peak_memory: float = 0.0
-    steps: int = 0
-    accepted: tuple[float, ...] = ()
-    joules: float | None = None
-    waited: float | None = None
-    copied: int = 0
-    shapes: Mapping[DraftShape, int] = field(default_factory=dict)
+    tokens: list[int]  # what was said, a stop token included
+    text: str  # the same as text
+    prompt_tokens: int  # how many were read
+    first: float  # seconds until the first token
+    seconds: float  # from the first token to the last
+    peak_memory: float = 0.0  # GB
+    steps: int = 0  # verification steps; 0 where nothing was drafted
+    accepted: tuple[float, ...] = ()  # for each depth, the steps that emitted the token drafted there
+    joules: float | None = None  # from the first token to the last; None where the machine cannot say
+    waited: float | None = None  # of the seconds, the device's wait for the host; None: that is not known
+    copied: int = 0  # tokens that came from the text itself where the drafter had none
+    shapes: Mapping[DraftShape, int] = field(default_factory=dict)  # how many steps used each draft shape
 
     @property
     def generated(self) -> int:
@@ -76,16 +61,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where an answer first differs from the baseline's.
+    """Where an answer first differs from the baseline's."""
 
-    Attributes:
-        place: tokens that are the same before.
-        gap: by how much the baseline's logit of its own token is above that of the other one; None if
-            one of the answers ends there.
-    """
-
-    place: int
-    gap: float | None
+    place: int  # tokens that are the same before
+    gap: float | None  # the baseline's logit of its own token less that of the other; None: an answer ends
 
 
 @dataclass(frozen=True)
@@ -114,25 +93,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """How prompts are asked.
+    """How prompts are asked."""
 
-    Attributes:
-        contenders: the first one is the baseline.
-        encode: a conversation's token ids, up to where the model goes on.
-        max_tokens: per answer; -1 is no limit.
-        turns: of each prompt at most; None asks all.
-        trials: how often each turn is answered.
-        exact: whether all have to say what the baseline says.
-        longest: tokens that a prompt may have; None: any number. Later turns beyond that are left out.
-    """
-
-    contenders: Sequence[Contender]
-    encode: Callable[[list[Message]], list[int]]
-    max_tokens: int
-    turns: int | None = None
-    trials: int = 1
-    exact: bool = True
-    longest: int | None = None
+    contenders: Sequence[Contender]  # the first one is the baseline
+    encode: Callable[[list[Message]], list[int]]  # a conversation's token ids, up to where the model goes on
+    max_tokens: int  # per answer; -1 is no limit
+    turns: int | None = None  # of each prompt at most; None asks all
+    trials: int = 1  # how often each turn is answered
+    exact: bool = True  # whether all have to say what the baseline says
+    longest: int | None = None  # tokens that a prompt may have (None: any); later turns beyond are left out
 
     @property
     def runs_per_turn(self) -> int:

@@ -88,8 +88,8 @@ def tables(report: dict[str, Any]) -> list[Table]:
 def speed_table(report: dict[str, Any], part: str | None = None) -> Table:
     """Speed by category, compared with plain decoding."""
     groups = report[part] if part else report
-    rows = [[name, *_cells(group)] for name, group in groups["categories"].items()]
-    rows.append(["overall", *_cells(groups["overall"])])
+    named = [*groups["categories"].items(), ("overall", groups["overall"])]
+    rows = [[name, *_cells(group)] for name, group in named]
     who, notes = (DRAFT_MODEL, []) if part else (OURS, _notes(report))
     notes.append(_equality_note(groups["overall"], report["settings"]["weights"]))
     header = ["prompts", "speed-up (95 %)", "tokens/s", "plain", "tokens per step", "same output"]
@@ -165,7 +165,6 @@ def _groups(plan: Plan, asked: Sequence[Asked], name: str) -> dict[str, Any]:
 
 
 def _prompt(asked: Asked, exact: bool) -> dict[str, Any]:
-    answers = [r for r in asked.repeats if r.contender == BASELINE and r.trial == 0]
     return {
         "number": asked.number,
         "category": asked.prompt.category,
@@ -175,14 +174,14 @@ def _prompt(asked: Asked, exact: bool) -> dict[str, Any]:
         "baseline_tps": speed(asked.runs(BASELINE)),
         "tps": speed(asked.runs(OURS)),
         "identical": equality([asked], OURS, exact)["identical"],
-        "answers": [{"text": repeat.run.text, "tokens": repeat.run.tokens} for repeat in answers],
+        "answers": [{"text": run.text, "tokens": run.tokens} for run in asked.runs(BASELINE, 0)],
         "repeats": [_repeat(repeat, exact) for repeat in asked.repeats],
     }
 
 
 def _repeat(repeat: Repeat, exact: bool) -> dict[str, Any]:
-    run = repeat.run
-    found = {
+    run, divergence = repeat.run, repeat.divergence
+    return {
         "turn": repeat.turn,
         "trial": repeat.trial,
         "contender": repeat.contender,
@@ -196,8 +195,6 @@ def _repeat(repeat: Repeat, exact: bool) -> dict[str, Any]:
         "acceptance": [hits / run.steps for hits in run.accepted] if run.steps else [],
         "peak_memory_gb": run.peak_memory,
         "energy_joules": run.joules,
-        "identical": repeat.divergence is None if exact else None,
+        "identical": divergence is None if exact else None,
+        **({"divergence": {"place": divergence.place, "logit_gap": divergence.gap}} if divergence else {}),
     }
-    if repeat.divergence is not None:
-        found["divergence"] = {"place": repeat.divergence.place, "logit_gap": repeat.divergence.gap}
-    return found

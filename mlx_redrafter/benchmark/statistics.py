@@ -61,13 +61,9 @@ def speed(runs: Sequence[Run]) -> float | None:
 
 
 def summary(asked: Sequence[Asked], name: str, baseline: str, exact: bool) -> dict[str, Any]:
-    """What the report says of a group of prompts.
+    """What the report says of prompts: how contender ``name`` fared, and ``baseline``.
 
-    Args:
-        asked: the prompts.
-        name: the contender that is compared.
-        baseline: with this one.
-        exact: whether both had to say the same; ``identical`` is None otherwise.
+    ``identical`` is None unless ``exact``, where both had to say the same.
     """
     mine = [run for prompt in asked for run in prompt.runs(name)]
     theirs = [run for prompt in asked for run in prompt.runs(baseline)]
@@ -77,16 +73,11 @@ def summary(asked: Sequence[Asked], name: str, baseline: str, exact: bool) -> di
         "speedup": asdict(interval(ratios)),
         "tokens_per_step": tokens_per_step(mine),
         "acceptance": acceptance(mine),
-        **_both("tps", speed, mine, theirs),
-        **_both("prompt_tps", prompt_speed, mine, theirs),
-        **_both("time_to_first_token", lambda runs: _median(run.first for run in runs), mine, theirs),
-        **_both(
-            "peak_memory_gb", lambda runs: max((r.peak_memory for r in runs), default=None), mine, theirs
-        ),
+        **{key: figure(mine) for key, figure in FIGURES.items()},
+        **{f"baseline_{key}": figure(theirs) for key, figure in FIGURES.items()},
         "copied_tokens": sum(run.copied for run in mine),
         "shapes": [{**describe_shape(x), "steps": n} for x, n in shapes_used(mine).most_common()],
         "device_waits": device_waits(mine),
-        **_both("energy_per_token", energy_per_token, mine, theirs),
         **equality(asked, name, exact),
     }
 
@@ -149,12 +140,10 @@ def equality(asked: Sequence[Asked], name: str, exact: bool) -> dict[str, Any]:
     }
 
 
-def _both(
-    key: str, what: Callable[[Sequence[Run]], float | None], mine: Sequence[Run], theirs: Sequence[Run]
-) -> dict[str, float | None]:
-    return {key: what(mine), f"baseline_{key}": what(theirs)}
-
-
-def _median(values: Any) -> float | None:
-    known = list(values)
-    return median(known) if known else None
+FIGURES: dict[str, Callable[[Sequence[Run]], float | None]] = {  # of both contenders
+    "tps": speed,
+    "prompt_tps": prompt_speed,
+    "time_to_first_token": lambda runs: median(run.first for run in runs) if runs else None,
+    "peak_memory_gb": lambda runs: max((run.peak_memory for run in runs), default=None),
+    "energy_per_token": energy_per_token,
+}

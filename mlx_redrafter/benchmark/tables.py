@@ -9,19 +9,12 @@ from ..generate_command import colours
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column is text and whose others are figures.
+    """A table whose first column is text and whose others are figures."""
 
-    Attributes:
-        title: of the table; empty for none.
-        header: names of the columns.
-        rows: cells; the last row is a total if its first cell is "overall".
-        notes: sentences below the table.
-    """
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
+    title: str  # empty for none
+    header: list[str]  # names of the columns
+    rows: list[list[str]]  # cells; the last row is a total if its first cell is "overall"
+    notes: list[str] = field(default_factory=list)  # sentences below the table
 
 
 def number(value: float | None) -> str:
