@@ -27,17 +27,8 @@ CONVERSATIONS = ("messages", "conversations", "conversation")
 QUESTIONS = ("prompt", "instruction", "question", "query")
 INPUTS = ("input", "context")  # what an instruction is about
 ANSWERS = ("completion", "response", "output", "answer", "chosen")
-KNOWN = {
-    *CONVERSATIONS,
-    *QUESTIONS,
-    *INPUTS,
-    *ANSWERS,
-    "turns",
-    "text",
-    "system",
-    "system_prompt",
-    "category",
-}
+OTHERS = ("turns", "text", "system", "system_prompt", "category")
+KNOWN = {*CONVERSATIONS, *QUESTIONS, *INPUTS, *ANSWERS, *OTHERS}
 LIST = re.compile(  # how a file begins that is a list of rows, perhaps as the first entry of an object
     r'\s*(?:\{\s*"(?:data|train|rows|examples|instances)"\s*:\s*)?\[(?!\s*\{\s*"(?:role|from)")'
 )
@@ -46,38 +37,23 @@ BETWEEN = re.compile(r"[\s,\]}]*")  # what may stand between rows, and after the
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked.
+    """What is asked."""
 
-    Attributes:
-        turns: the user's texts; the first one is asked unless there are ``messages``.
-        category: what kind of prompt it is; empty if the file does not say.
-        messages: a conversation with roles that ends with a user's message.
-        ids: token ids that take the place of all these.
-    """
-
-    turns: list[str]
-    category: str = ""
-    messages: list[Message] | None = None
-    ids: list[int] | None = None
+    turns: list[str]  # the user's texts; the first one is asked unless there are messages
+    category: str = ""  # what kind of prompt it is; empty if the file does not say
+    messages: list[Message] | None = None  # a conversation with roles that ends with a user's message
+    ids: list[int] | None = None  # token ids that take the place of all these
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file: a conversation, a user's turns or a text; the other two are empty.
+    """A row of a file: a conversation, a user's turns or a text; the other two are empty."""
 
-    Attributes:
-        messages: with the roles' usual names; perhaps without an answer.
-        turns: the user's texts, to be asked one after the other.
-        text: without roles.
-        category: what kind of row it is, if it says so.
-        unread: the row's other keys.
-    """
-
-    messages: list[Message]
-    turns: list[str]
-    text: str
-    category: str
-    unread: list[str]
+    messages: list[Message]  # with the roles' usual names; perhaps without an answer
+    turns: list[str]  # the user's texts, to be asked one after the other
+    text: str  # without roles
+    category: str  # what kind of row it is, if it says so
+    unread: list[str]  # the row's other keys
 
     def asked(self) -> list[Message]:
         """The messages from the user's first to the last one; ``ValueError`` if there is none, or no text."""
@@ -133,19 +109,15 @@ def read_rows(path: str | Path, use: Callable[[Row], T], unusable: list[str]) ->
     tell(path, unusable, used)
 
 
-def summary(unusable: Sequence[str]) -> str:
-    """How many rows are unusable, and why the first one is."""
-    if not unusable:
-        return "it is empty"
-    return f"{len(unusable)} unusable row{'s' * (len(unusable) > 1)}; the first, {unusable[0]}"
-
-
 def tell(path: str | Path, unusable: Sequence[str], used: int) -> None:
     """Warn of rows that are left out, if there are any; ``ValueError`` if none was used."""
-    if not used:
-        raise ValueError(f"{_name(path)} holds nothing that can be used ({summary(unusable)}): give another.")
+    rows = "it is empty"
     if unusable:
-        warnings.warn(f"{_name(path)}: left out {summary(unusable)}", stacklevel=2)
+        rows = f"{len(unusable)} unusable row{'s' * (len(unusable) > 1)}; the first, {unusable[0]}"
+    if not used:
+        raise ValueError(f"{_name(path)} holds nothing that can be used ({rows}): give another.")
+    if unusable:
+        warnings.warn(f"{_name(path)}: left out {rows}", stacklevel=2)
 
 
 def read_text(path: str | Path) -> str:
@@ -167,22 +139,16 @@ def _items(text: str) -> Iterator[tuple[str, Any]]:
     place, number = (found.end() if found else 0), 0
     line = 1 + text.count("\n", 0, place)
     while (start := place + len(BETWEEN.match(text, place)[0])) < len(text):  # type: ignore[index]
-        item, end = _decode(text, start)
+        end = text.find("\n", start) + 1 or len(text)
+        try:
+            item, end = json.JSONDecoder().raw_decode(text, start)
+        except (ValueError, RecursionError) as error:
+            item = ValueError(f"not JSON ({getattr(error, 'msg', error)}): correct it.")
+        if not is_whole(text[start:end]):
+            item = ValueError("not UTF-8: correct it.")
         line, number = line + text.count("\n", place, start), number + 1
         yield f"item {number}" if found else f"line {line}", item
         line, place = line + text.count("\n", start, end), end
-
-
-def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The object that starts there, or an error, and where to go on."""
-    end = text.find("\n", start) + 1 or len(text)
-    try:
-        item, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError) as error:
-        item = ValueError(f"not JSON ({getattr(error, 'msg', error)}): correct it.")
-    if not is_whole(text[start:end]):
-        item = ValueError("not UTF-8: correct it.")
-    return item, end
 
 
 # --- Rows ------------------------------------------------------------------------------------------------
@@ -197,7 +163,9 @@ def _parse(item: Any) -> Row:
         row = {"messages": row.pop("turns"), **row}
     messages, turns, text = _conversation(row), list[str](), ""
     if not messages and "turns" in row:
-        turns = _turns(row["turns"])
+        if not isinstance(row["turns"], list) or not row["turns"]:
+            raise ValueError(f"turns is {_short(row['turns'])}: it must be a list of texts.")
+        turns = [_text(turn, "a turn") for turn in row["turns"]]
     elif not messages and "text" in row:
         text = _text(row["text"], "text")
     elif not messages:
@@ -286,12 +254,6 @@ def _message(item: dict[str, Any]) -> Message:
     return {"role": usual, "content": content} | ({} if weight else {"weight": 0})
 
 
-def _turns(raw: Any) -> list[str]:
-    if not isinstance(raw, list) or not raw:
-        raise ValueError(f"turns is {_short(raw)}: it must be a list of texts.")
-    return [_text(turn, "a turn") for turn in raw]
-
-
 def _prompt(row: Row) -> Prompt:
     if row.text:
         raise ValueError("a text is no prompt: give messages, turns or prompt.")
@@ -311,11 +273,7 @@ def _text(value: Any, what: str) -> str:
 
 def is_whole(text: str) -> bool:
     """Whether no half of a character is in a text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search(r"[\ud800-\udfff]", text) is None
 
 
 def _short(value: Any) -> str:

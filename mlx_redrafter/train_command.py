@@ -5,13 +5,21 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from .files import check_writable, shell_word
-from .model import DEFAULT_MODEL, DTYPES
+from .model import DEFAULT_MODEL, DTYPES, load
+from .prompts import read_prompts
+from .train.evaluate import Measured, parse_shape
+from .train.loss import Objective
+from .train.run import Evaluation, Request, read_facts, train
+from .train.selfgen import Recipe, read_openings
+from .train.trainer import Settings
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
@@ -20,6 +28,8 @@ NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on res
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
+    files: Any = {"nargs": "+", "default": [], "metavar": "FILE"}
+    share: Any = {"type": float, "metavar": "SHARE"}
     add = parser.add_argument
     add("--model", default=DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
     add("--output", required=True, help="folder for the drafter; OUTPUT.train beside it holds the work")
@@ -31,20 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
     add("--license", default="", help="of the drafter, for its model card, such as apache-2.0")
     add("--seed", type=int, default=0, help="of data and training")
-    _add_data(parser.add_argument_group("data"))
-    _add_network(parser.add_argument_group("drafter"))
-    _add_training(parser.add_argument_group("training"))
-    _add_evaluation(parser.add_argument_group("evaluation"))
-
-
-def _add_data(group: Any) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("data").add_argument
     add(
         "--data",
-        nargs="+",
-        default=[],
-        metavar="FILE",
         help="conversations, prompts or text (.jsonl, .json, .txt, .npz); without, the model writes its own",
+        **files,
     )
     add(
         "--tokens",
@@ -67,10 +68,7 @@ def _add_data(group: Any) -> None:
         choices=("auto", "disk", "off"),
         help="keep hidden states on disk (auto: what is faster)",
     )
-
-
-def _add_network(group: Any) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("drafter").add_argument
     add(
         "--draft-vocab",
         type=int,
@@ -88,28 +86,18 @@ def _add_network(group: Any) -> None:
         "none given: Apple's layout)",
     )
     add("--start-from", metavar="DRAFTER", help="train an existing drafter on, also one in Apple's layout")
-
-
-def _add_training(group: Any) -> None:
-    add = group.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--length", type=int, default=5, help="depths it is trained for")
     add("--labels", default="soft", choices=("soft", "hard"), help="distribution or token")
     add("--loss", default="kl", choices=("kl", "tv"), help="divergence or total variation")
     add("--label-temp", type=float, default=1.0, help="of soft labels")
     add(
         "--negatives",
-        type=float,
         default=0.15,
-        metavar="SHARE",
         help="of the draft tokens unlikely in a batch that its softmax has",
+        **share,
     )
-    add(
-        "--dropout",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="of the drafter's inputs that a step does not see",
-    )
+    add("--dropout", default=0.2, help="of the drafter's inputs that a step does not see", **share)
     add("--depth-weight", type=float, default=0.9, help="of each depth to the one before")
     add("--epochs", type=float, default=2.0, help="passes over the data")
     add("--batch", type=int, default=1024, help="positions per step")
@@ -123,17 +111,8 @@ def _add_training(group: Any) -> None:
         choices=("auto", "float32", "bfloat16"),
         help="of products in training",
     )
-
-
-def _add_evaluation(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--eval-prompts",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="JSONL of prompts to measure with besides",
-    )
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-prompts", help="JSONL of prompts to measure with besides", **files)
     add(
         "--eval-shapes",
         nargs="+",
@@ -157,24 +136,17 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     work, given = output.with_name(f"{output.name}.train"), _given(args.words[1:])
     if args.resume:
-        from .train.run import read_facts
-
         kept = {name: x for name, x in read_facts(work)["asked"].items() if name not in given}
         vars(args).update(kept)
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     check_writable(output)
-    import mlx.core as mx
-
-    from .model import load
-    from .train.run import train
-
     _warn_of_idle(args, given)
-    chunk = _limit_memory(args.memory_limit)
-    request = _request(args, mx.default_device().type == mx.gpu, chunk)
-    request = replace(request, writing=tuple(_flag(name) for name in WRITING if name in given))
-    evaluation = _evaluation(args)
+    request = _request(args, given, _limit_memory(args.memory_limit))
+    prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
+    shapes = tuple(parse_shape(text) for text in args.eval_shapes)
+    evaluation = Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
     model, tokenizer = load(
         args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
@@ -202,7 +174,7 @@ def _given(words: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(found).items() if value is not None}
 
 
-def _warn_of_idle(args: argparse.Namespace, given: Iterable[str]) -> None:
+def _warn_of_idle(args: argparse.Namespace, given: Collection[str]) -> None:
     """Warn of flags that do nothing beside others."""
     for why, there, names in (
         ("--start-from", args.start_from, ("exit_dim", "blocks", "cell", "context_layers")),
@@ -211,13 +183,13 @@ def _warn_of_idle(args: argparse.Namespace, given: Iterable[str]) -> None:
         ("--opened 0", args.opened == 0, ("openings",)),
         ("--eval-tokens 0", args.eval_tokens == 0, ("eval_prompts", "eval_shapes", "eval_temps")),
     ):
-        for name in names:
-            if there and name in given:
-                warnings.warn(f"{_flag(name)} does nothing with {why}.", stacklevel=1)
+        for flag in _flags(names, given) if there else ():
+            warnings.warn(f"{flag} does nothing with {why}.", stacklevel=1)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _flags(names: Sequence[str], given: Collection[str]) -> tuple[str, ...]:
+    """Those options that are ``given``, as they are typed."""
+    return tuple("--" + name.replace("_", "-") for name in names if name in given)
 
 
 def seconds(text: str | None) -> float | None:
@@ -233,97 +205,60 @@ def seconds(text: str | None) -> float | None:
     return total
 
 
-def _limit_memory(limit: float | None) -> int | None:
-    """Tell MLX its limit; how many logits may be held at once under it (None: the usual)."""
-    import mlx.core as mx
-
+def _limit_memory(limit: float | None) -> int:
+    """Tell MLX its limit; how many logits may be held at once under it."""
     if limit is None:
-        return None
+        return Objective.chunk
     if not limit > 0:
         raise ValueError(f"memory limit {limit} is not usable: give GB, more than 0.")
     mx.set_memory_limit(int(limit * 1e9))
     mx.set_cache_limit(int(limit * 1e9 / 8))
-    return max(1 << 16, min(1 << 23, int(limit * 1e9 / 4 / 64)))  # a chunk's arrays take a fraction
+    # A chunk's arrays take a fraction.
+    return max(1 << 16, min(Objective.chunk, int(limit * 1e9 / 4 / 64)))
 
 
-def _request(args: argparse.Namespace, gpu: bool, chunk: int | None) -> Any:
-    from .train.loss import Objective
-    from .train.run import Request
-    from .train.selfgen import Recipe, read_openings
-    from .train.trainer import Settings
-
+def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> Request:
     if args.tokens is not None and args.tokens < 0:
         raise ValueError(f"tokens {args.tokens} is not usable: give 0 or more.")
     if args.blocks < 0 or (args.exit_dim is not None and args.exit_dim < 1):
         raise ValueError(f"blocks {args.blocks}, exit dim {args.exit_dim}: give sizes of at least 0 and 1.")
     if args.workers is not None and args.workers < 1:
         raise ValueError(f"workers {args.workers} is not usable: give 1 or more.")
-    recipe = Recipe(
+    recipe = _made(
+        Recipe,
+        args,
         length=args.row_length,
         batch=args.rows,
         temperature=args.temp,
         user_temperature=args.user_temp,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
         systems=tuple(args.system_prompt),
         openings=read_openings(Path(args.openings) if args.openings else None),
-        opened=args.opened,
         longest_user_turn=max(1, min(160, args.row_length // 3)),
     )
-    objective = Objective(
-        args.length,
-        args.depth_weight,
-        args.loss,
-        args.labels,
-        args.label_temp,
-        negatives=args.negatives,
-        dropout=args.dropout,
-    )
-    if chunk is not None:
-        objective = replace(objective, chunk=chunk)
-    dtype = ("bfloat16" if gpu else "float32") if args.train_dtype == "auto" else args.train_dtype
-    settings = Settings(
-        objective=objective,
-        batch=args.batch,
-        learning_rate=args.learning_rate,
-        warm_up=args.warm_up,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        epochs=args.epochs,
-        seed=args.seed,
-        dtype=dtype,
-    )
-    layers = None if args.context_layers is None else tuple(args.context_layers)
-    return Request(
+    objective = _made(Objective, args, decay=args.depth_weight, temperature=args.label_temp, chunk=chunk)
+    usual = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
+    dtype = usual if args.train_dtype == "auto" else args.train_dtype
+    request: Request = _made(
+        Request,
+        args,
         data=tuple(args.data),
-        tokens=args.tokens,
         recipe=recipe,
-        settings=settings,
-        draft_vocab=args.draft_vocab,
-        exit_dim=args.exit_dim,
-        blocks=args.blocks,
-        cell=args.cell,
-        context_layers=layers,
-        start_from=args.start_from,
+        settings=_made(Settings, args, objective=objective, dtype=dtype),
+        context_layers=None if args.context_layers is None else tuple(args.context_layers),
         seconds=seconds(args.time),
         cache=args.cache_features,
-        license=args.license,
-        workers=args.workers,
+        writing=_flags(WRITING, given),
     )
+    return request
 
 
-def _evaluation(args: argparse.Namespace) -> Any:
-    from .prompts import read_prompts
-    from .train.evaluate import parse_shape
-    from .train.run import Evaluation
-
-    prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
-    shapes = tuple(parse_shape(text) for text in args.eval_shapes)
-    return Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
+def _made(kind: Any, args: argparse.Namespace, **others: Any) -> Any:
+    """A dataclass of ``others``; its other fields take the options of their names, if there are any."""
+    names = {field.name for field in fields(kind)} & vars(args).keys() - others.keys()
+    return kind(**others, **{name: getattr(args, name) for name in names})
 
 
-def _report(measured: dict[str, list[Any]]) -> None:
+def _report(measured: dict[str, list[Measured]]) -> None:
     for name, found in measured.items():
         print(f"Tokens per step, {name}:")
         for m in found:
