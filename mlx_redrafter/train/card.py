@@ -21,70 +21,40 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a trained drafter; None and empty values are left out of its card.
+    """What is known of a trained drafter; None and empty values are left out of its card."""
 
-    Attributes:
-        base: the base model as the user named it.
-        drafter: the drafter's folder or repository, for the usage snippet.
-        identity: of the base model, for people (``str(BaseIdentity)``).
-        license: of the drafter, as Hugging Face abbreviates it.
-        license_note: where the licence comes from, or what else binds the user.
-        commands: the command lines that made it.
-        sizes: of the network, by name.
-        parameters: how many.
-        bytes_per_step: read from memory for one drafted token.
-        conversations: that were trained on, and so ``tokens`` and ``trained_tokens`` (those of the
-            model's answers).
-        duplicates: conversations dropped because they came before, and so ``loops``, for repetition.
-        held_out: conversations kept for the losses below.
-        sources: where the conversations come from.
-        seeds: by what they are for.
-        versions: of software and the machine's name, see ``environment``.
-        steps: of the optimizer.
-        epochs: passes over the data.
-        seconds: of training.
-        loss: on held-out conversations, for each depth.
-        top1: share of the held-out tokens that were the drafter's first choice, for each depth.
-        measured: by real decoding, for each set of prompts.
-        notes: further remarks, in Markdown.
-    """
-
-    base: str
-    drafter: str = ""
-    identity: str = ""
-    license: str = ""
-    license_note: str = ""
-    commands: Sequence[str] = ()
-    sizes: dict[str, object] = field(default_factory=dict)
-    parameters: int | None = None
-    bytes_per_step: int | None = None
-    conversations: int | None = None
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    duplicates: int | None = None
-    loops: int | None = None
-    held_out: int | None = None
-    sources: Sequence[str] = ()
-    seeds: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    steps: int | None = None
-    epochs: float | None = None
-    seconds: float | None = None
-    loss: Sequence[float] = ()
-    top1: Sequence[float] = ()
-    measured: Mapping[str, Sequence[Measured]] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    base: str  # the base model as the user named it
+    drafter: str = ""  # the drafter's folder or repository, for the usage snippet
+    identity: str = ""  # of the base model, for people (str(BaseIdentity))
+    license: str = ""  # of the drafter, as Hugging Face abbreviates it
+    license_note: str = ""  # where the licence comes from, or what else binds the user
+    commands: Sequence[str] = ()  # the command lines that made it
+    sizes: dict[str, object] = field(default_factory=dict)  # of the network, by name
+    parameters: int | None = None  # how many
+    bytes_per_step: int | None = None  # read from memory for one drafted token
+    conversations: int | None = None  # that were trained on
+    tokens: int | None = None  # of theirs
+    trained_tokens: int | None = None  # those of the model's answers
+    duplicates: int | None = None  # conversations dropped because they came before
+    loops: int | None = None  # conversations dropped for repetition
+    held_out: int | None = None  # conversations kept for the losses below
+    sources: Sequence[str] = ()  # where the conversations come from
+    seeds: dict[str, int] = field(default_factory=dict)  # by what they are for
+    versions: dict[str, str] = field(default_factory=dict)  # of software and machine, see ``environment``
+    steps: int | None = None  # of the optimizer
+    epochs: float | None = None  # passes over the data
+    seconds: float | None = None  # of training
+    loss: Sequence[float] = ()  # on held-out conversations, for each depth
+    top1: Sequence[float] = ()  # share of the held-out tokens that were its first choice, for each depth
+    measured: Mapping[str, Sequence[Measured]] = field(default_factory=dict)  # for each set of prompts
+    notes: Sequence[str] = ()  # further remarks, in Markdown
 
 
 def environment() -> dict[str, str]:
     """Versions of what computes, and the machine."""
     packages = {name: metadata.version(name) for name in ("mlx-redrafter", "mlx", "mlx-lm")}
-    return {
-        **packages,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "chip": backend.chip(),
-    }
+    machine = {"platform": platform.platform(), "chip": backend.chip()}
+    return {**packages, "python": platform.python_version(), **machine}
 
 
 def model_card(facts: Facts) -> str:
@@ -101,9 +71,9 @@ def model_card(facts: Facts) -> str:
         _section("Held-out conversations", _losses(facts)),
         _section("Measured by real decoding", _evaluation(facts)),
         *facts.notes,
-        _section("License", _license(facts)),
+        _section("License", _joined([escape(facts.license), escape(facts.license_note)])),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _joined(parts) + "\n"
 
 
 def evaluation_table(measured: Iterable[Measured]) -> str:
@@ -119,15 +89,8 @@ def evaluation_table(measured: Iterable[Measured]) -> str:
         ]
         for m in measured
     ]
-    head = [
-        "width × length, nodes",
-        "temperature",
-        "prompts",
-        "tokens",
-        "tokens per step",
-        "acceptance by depth",
-    ]
-    return _table(head, rows)
+    head = ["width × length, nodes", "temperature", "prompts", "tokens", "tokens per step"]
+    return _table([*head, "acceptance by depth"], rows)
 
 
 def category_table(measured: Iterable[Measured]) -> str:
@@ -164,13 +127,8 @@ def _front_matter(facts: Facts) -> str:
 
 
 def _yaml(text: str) -> str:
-    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in (
-        "true",
-        "false",
-        "null",
-        "yes",
-        "no",
-    )
+    values = ("true", "false", "null", "yes", "no")  # which are no texts
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", text) and text.lower() not in values
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
@@ -191,12 +149,13 @@ def _usage(facts: Facts) -> str:
 
 def _network(facts: Facts) -> str:
     sizes = [(escape(name), escape(value)) for name, value in facts.sizes.items() if value is not None]
+    size = "" if facts.bytes_per_step is None else f"{facts.bytes_per_step / 1e6:,.2f} MB"
     return _bullets(
         [
             ("Base model", escape(facts.identity)),
             *sizes,
             ("Parameters", _count(facts.parameters)),
-            ("Read from memory per drafted token", _bytes(facts.bytes_per_step)),
+            ("Read from memory per drafted token", size),
         ]
     )
 
@@ -226,7 +185,7 @@ def _training(facts: Facts) -> str:
         ]
     )
     commands = _fence("bash", "\n".join(facts.commands)) if facts.commands else ""
-    return "\n\n".join(part for part in (commands, rows) if part)
+    return _joined([commands, rows])
 
 
 def _losses(facts: Facts) -> str:
@@ -245,11 +204,11 @@ def _evaluation(facts: Facts) -> str:
     parts = ["1 token per step is plain decoding; in parentheses, a 95 % bootstrap interval over prompts."]
     for prompts, rows in facts.measured.items():
         parts += [f"Prompts: {escape(prompts)}", evaluation_table(rows), category_table(rows)]
-    return "\n\n".join(part for part in parts if part)
+    return _joined(parts)
 
 
-def _license(facts: Facts) -> str:
-    return "\n\n".join(escape(part) for part in (facts.license, facts.license_note) if part)
+def _joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, parts))
 
 
 def _section(title: str, text: str) -> str:
@@ -274,10 +233,6 @@ def _fence(language: str, text: str) -> str:
 
 def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
-
-
-def _bytes(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:,.2f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -29,28 +29,19 @@ LIKELY = 0.05  # a token that the model gives more somewhere in a batch is alway
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """What is minimised."""
 
-    Args:
-        length: L, depths.
-        decay: the weight of depth d is decay^(d - 1).
-        loss: kl, the Kullback-Leibler divergence from the label, or tv, the total variation, which is
-            one minus the probability that a sample of the drafter is accepted (arXiv 2211.17192).
-        labels: soft, the base model's distribution, or hard, the token that came.
-        temperature: of soft labels; below 1 they lean to the model's first choice.
-        chunk: logits (rows times draft tokens) held at once.
-        negatives: share of the draft tokens that are unlikely in a batch that its softmax has.
-        dropout: share of the context, and of what the last layer reads, that a training step does not
-            see (Srivastava et al., JMLR 15, 2014).
-    """
-
-    length: int = 5
-    decay: float = 0.9
+    length: int = 5  # L, depths
+    decay: float = 0.9  # the weight of depth d is decay^(d - 1)
+    # kl, the Kullback-Leibler divergence from the label, or tv, the total variation, which is one minus the
+    # probability that a sample of the drafter is accepted (arXiv 2211.17192).
     loss: str = "kl"
-    labels: str = "soft"
-    temperature: float = 1.0
-    chunk: int = 1 << 23
-    negatives: float = 1.0
+    labels: str = "soft"  # the base model's distribution; or hard, the token that came
+    temperature: float = 1.0  # of soft labels; below 1 they lean to the model's first choice
+    chunk: int = 1 << 23  # logits (rows times draft tokens) held at once
+    negatives: float = 1.0  # share of the draft tokens that are unlikely in a batch that its softmax has
+    # Share of the context, and of what the last layer reads, that a training step does not see (Srivastava
+    # et al., JMLR 15, 2014).
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,12 +51,9 @@ class Objective:
             raise ValueError(f"loss {self.loss!r} is not known: choose one of {', '.join(LOSSES)}.")
         if self.labels not in LABELS:
             raise ValueError(f"labels {self.labels!r} are not known: choose one of {', '.join(LABELS)}.")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"depth weight {self.decay} is not usable: give more than 0, at most 1.")
-        if not 0 < self.negatives <= 1:
-            raise ValueError(
-                f"share of negatives {self.negatives} is not usable: give more than 0, at most 1."
-            )
+        for name, value in (("depth weight", self.decay), ("share of negatives", self.negatives)):
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} {value} is not usable: give more than 0, at most 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is not usable: give a share from 0 to below 1.")
         if not self.temperature > 0:
@@ -141,17 +129,11 @@ class LabelHead:
 
 @dataclass
 class Drawn:
-    """Draft tokens that stand for all of them in one batch.
+    """Draft tokens that stand for all of them in one batch."""
 
-    Attributes:
-        ids: [K] their places in the draft vocabulary.
-        shift: [K] base-2 logarithms of how many tokens each one stands for.
-        labels: [n, S + L - 1, K] the label, of these tokens only.
-    """
-
-    ids: mx.array
-    shift: mx.array
-    labels: mx.array
+    ids: mx.array  # [K] their places in the draft vocabulary
+    shift: mx.array  # [K] base-2 logarithms of how many tokens each one stands for
+    labels: mx.array  # [n, S + L - 1, K] the label, of these tokens only
 
 
 def draw(head: LabelHead, objective: Objective, batch: Batch, random: np.random.Generator) -> Drawn:
@@ -325,17 +307,11 @@ def _divergence(
 
 @dataclass
 class Score:
-    """How a drafter fares on held-out text.
+    """How a drafter fares on held-out text."""
 
-    Attributes:
-        loss: mean loss per depth.
-        top1: per depth, the share of positions where its first choice is the token that came.
-        tokens_per_step: 1 plus the mean length of the first choices' agreement with the text, up to L.
-    """
-
-    loss: list[float]
-    top1: list[float]
-    tokens_per_step: float
+    loss: list[float]  # mean loss per depth
+    top1: list[float]  # per depth, the share of positions where its first choice is the token that came
+    tokens_per_step: float  # 1 plus the mean length of the first choices' agreement with the text, up to L
 
 
 def score(
@@ -349,23 +325,15 @@ def score(
         x = trunk(drafter, target.embed, batch, objective.length)
         losses, right = _compare(x, drafter.lm_head[-1].weight, mask, head, objective, batch)
         whole = batch.left >= objective.length  # [n, S]: all depths are there
-        chain = mx.cumprod((right & whole).astype(mx.float32), axis=0)
-        found = mx.stack(
-            [
-                (right & whole).sum(axis=(1, 2)),
-                chain.sum(axis=(1, 2)),
-                mx.broadcast_to(whole.sum(), losses.shape),
-            ],
-            axis=-1,
-        )
+        right = right & whole
+        chain = mx.cumprod(right.astype(mx.float32), axis=0)
+        positions = mx.broadcast_to(whole.sum(), losses.shape)
+        found = mx.stack([right.sum(axis=(1, 2)), chain.sum(axis=(1, 2)), positions], axis=-1)
         total += np.array(mx.stack([losses, mask.sum(axis=(1, 2)).astype(mx.float32)], axis=-1))
         hits += np.array(found.astype(mx.float32))
-    positions = max(hits[0, 2], 1)
-    return Score(
-        (total[:, 0] / np.maximum(total[:, 1], 1)).tolist(),
-        (hits[:, 0] / positions).tolist(),
-        float(1 + hits[:, 1].sum() / positions),
-    )
+    scored = max(hits[0, 2], 1)
+    mean = total[:, 0] / np.maximum(total[:, 1], 1)
+    return Score(mean.tolist(), (hits[:, 0] / scored).tolist(), float(1 + hits[:, 1].sum() / scored))
 
 
 def _compare(

@@ -19,11 +19,12 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from types import FrameType
+from threading import Event
 from typing import Any
 
 import mlx.core as mx
@@ -57,7 +58,7 @@ from .features import Features, extract, load_tensors, read_features, select, wr
 from .loss import Score
 from .selfgen import Recipe, check, generate
 from .streams import Workers
-from .trainer import Data, Settings, Shards, Trainer, initial_drafter, save_best, steps_of, with_vocabulary
+from .trainer import Data, Settings, Shards, Trainer, initial_drafter, steps_of, with_vocabulary
 
 SHARD_ROWS = 16
 HELD_OUT = 24  # of so many shards, one is held out
@@ -74,55 +75,35 @@ CHAT_FLAGS = ("--user-temp", "--system-prompt", "--openings", "--opened")  # of 
 SHORTEST_CUT = 96  # tokens of a conversation that is cut because the time is up
 ANSWERS = 0.6  # the usual share of a conversation's tokens
 STALE = 3  # batches in a row with hardly anything new end the writing
-EVALUATION_SHAPES = (DraftShape(1, 4), DraftShape(2, 4), DraftShape(4, 5))
 HELD_OUT_PROMPTS = 16
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """What the user asked for."""
 
-    Args:
-        data: files to train on, or to take prompts from.
-        tokens: trained tokens that the model writes itself, besides ``data``; None: none if conversations
-            are given, else as many as the time allows, or ``DEFAULT_TOKENS``.
-        recipe: how it writes them.
-        settings: of training; its ``epochs`` give way to ``seconds``.
-        draft_vocab: draft tokens; None keeps those of ``start_from`` or chooses by coverage, 0 takes all.
-        exit_dim: None is H.
-        blocks: residual blocks of the head.
-        cell: simple, gru or none.
-        context_layers: None chooses a low, a middle and a high one; empty is Apple's layout.
-        start_from: a drafter to train on, instead of a new one.
-        seconds: for everything together.
-        cache: disk keeps hidden states, off computes them in every epoch, auto chooses.
-        license: of the drafter, for the card.
-        workers: None is one per core on a CPU, one on a GPU.
-        writing: the user's own options of ``recipe``, to warn where they change nothing.
-    """
-
-    data: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()  # files to train on, or to take prompts from
+    # Trained tokens that the model writes itself, besides ``data``; None: none if conversations are given,
+    # else as many as the time allows, or ``DEFAULT_TOKENS``.
     tokens: int | None = None
-    recipe: Recipe = field(default_factory=Recipe)
-    settings: Settings = field(default_factory=Settings)
-    draft_vocab: int | None = None
-    exit_dim: int | None = None
-    blocks: int = 2
-    cell: str = "simple"
-    context_layers: tuple[int, ...] | None = None
-    start_from: str | None = None
-    seconds: float | None = None
-    cache: str = "auto"
-    license: str = ""
-    workers: int | None = None
-    writing: tuple[str, ...] = ()
+    recipe: Recipe = field(default_factory=Recipe)  # how it writes them
+    settings: Settings = field(default_factory=Settings)  # of training; epochs give way to seconds
+    draft_vocab: int | None = None  # None: those of start_from, or chosen by coverage; 0: all
+    exit_dim: int | None = None  # None is H
+    blocks: int = 2  # residual blocks of the head
+    cell: str = "simple"  # or gru, or none
+    context_layers: tuple[int, ...] | None = None  # None: a low, a middle and a high one; empty: Apple's
+    start_from: str | None = None  # a drafter to train on, instead of a new one
+    seconds: float | None = None  # for everything together
+    cache: str = "auto"  # disk keeps hidden states, off computes them in every epoch, auto chooses
+    license: str = ""  # of the drafter, for the card
+    workers: int | None = None  # None is one per core on a CPU, one on a GPU
+    writing: tuple[str, ...] = ()  # the user's own options of the recipe, to warn where they change nothing
 
     def __post_init__(self) -> None:
         if self.draft_vocab is not None and self.draft_vocab < 0:
-            raise ValueError(
-                f"a draft vocabulary of {self.draft_vocab} tokens is not usable: give 1 or more, or 0 for "
-                "all."
-            )
+            size = f"a draft vocabulary of {self.draft_vocab} tokens"
+            raise ValueError(f"{size} is not usable: give 1 or more, or 0 for all.")
 
 
 @dataclass
@@ -187,11 +168,7 @@ class Work:
 
     def note(self, **facts: Any) -> None:
         """Add to run.json."""
-        self.facts.update(facts)
-        self.save()
-
-    def save(self) -> None:
-        self.facts["seconds"] = self.elapsed
+        self.facts.update(facts, seconds=self.elapsed)
         self.began = time.monotonic()
         with atomic_file(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
@@ -246,10 +223,11 @@ def train(
         ValueError: bad input; nothing is lost of an earlier run.
         KeyboardInterrupt: after all work so far was saved.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already: delete it or name another output folder.")
-    sets = {name: _usable(model, tokenizer, prompts) for name, prompts in evaluation.prompts.items()}
-    evaluation = replace(evaluation, prompts=sets)  # bad ones are told before the work, not after
+    sets = {}
+    for source, prompts in evaluation.prompts.items():  # bad ones are told before the work, not after
+        sets[source], ids = usable(prompts, partial(encode, tokenizer=tokenizer))
+        model.check_prompts(ids)
+    evaluation = replace(evaluation, prompts=sets)
     for temperature in evaluation.temperatures:
         Sampling(temperature)
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
@@ -269,17 +247,10 @@ def train(
         fast = SpeculativeModel(model.model, drafter, model.context_length)
         measured = evaluation.run(fast, tokenizer, work, request, workers)
         card = describe(work, trainer, drafter, identity, request, measured, output.name)
-        training = {"training": work.facts["trained"]}
-        write_drafter(output, drafter.config, _stored(drafter), identity, training, card)
+        stored = {name: cast(x, mx.bfloat16) for name, x in drafter.weights().items()}
+        write_drafter(output, drafter.config, stored, identity, {"training": work.facts["trained"]}, card)
         shutil.rmtree(work.folder / "features", ignore_errors=True)
     return measured
-
-
-def _usable(model: SpeculativeModel, tokenizer: TokenizerWrapper, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that can be encoded; ``ValueError`` if one of them is too long."""
-    found, ids = usable(prompts, partial(encode, tokenizer=tokenizer))
-    model.check_prompts(ids)
-    return found
 
 
 def _mark(name: str) -> str:
@@ -354,23 +325,6 @@ def _wanted(request: Request, given: Given) -> int:
     return UNLIMITED if request.seconds else DEFAULT_TOKENS
 
 
-def make_data(
-    work: Work,
-    target: Target,
-    tokenizer: TokenizerWrapper,
-    request: Request,
-    given: Given,
-    workers: Workers,
-) -> None:
-    """Fill ``data/`` (and ``features/`` with what generating computed anyway)."""
-    if work.facts.get("data_done"):
-        return
-    _self_generate(work, target, tokenizer, request, given.prompts, _wanted(request, given), workers)
-    if len(work.shards()) < 2:
-        raise ValueError("there are too few conversations to train on: give or generate more of them.")
-    work.note(data_done=True)
-
-
 def keep_given(work: Work, given: Given, found: Dropped) -> None:
     """Write given conversations as shards, once."""
     kept = given.conversations
@@ -387,17 +341,16 @@ def keep_given(work: Work, given: Given, found: Dropped) -> None:
     )
 
 
-def _self_generate(
-    work: Work,
-    target: Target,
-    tokenizer: TokenizerWrapper,
-    request: Request,
-    prompts: list[list[str]],
-    wanted: int,
-    workers: Workers,
+def make_data(
+    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, given: Given, workers: Workers
 ) -> None:
-    """Let the model write conversations until they have ``wanted`` trained tokens or time is up."""
-    cleaner = Cleaner()
+    """Let the model write conversations until they have the wanted trained tokens or time is up.
+
+    Fills ``data/``, and ``features/`` with what generating computed anyway.
+    """
+    if work.facts.get("data_done"):
+        return
+    prompts, wanted, cleaner = given.prompts, _wanted(request, given), Cleaner()
     batch, stale, duration = int(work.facts.get("batches", 0)), 0, 0.0
     trained = _read_written(work, cleaner, batch)
     limit = math.inf if request.seconds is None else DATA_TIME * request.seconds
@@ -434,6 +387,9 @@ def _self_generate(
             f"Data: {trained:,} tokens written, dropped {dropped['duplicates']} near-duplicates and "
             f"{dropped['loops']} loops."
         )
+    if len(work.shards()) < 2:
+        raise ValueError("there are too few conversations to train on: give or generate more of them.")
+    work.note(data_done=True)
 
 
 def _read_written(work: Work, cleaner: Cleaner, batches: int) -> int:
@@ -499,7 +455,8 @@ def make_features(work: Work, target: Target, request: Request, workers: Workers
     train = [shard for shard in shards if shard not in held]
     rows = {shard: read_shard(shard) for shard in shards}
     vocabulary = int(target.embed.weight.shape[0])
-    counts = count_tokens([row for shard in train for row in rows[shard]], vocabulary)
+    kept = [row for shard in train for row in rows[shard]]
+    counts = count_tokens(kept, vocabulary)
     cached = _cached(work, target, request, shards, rows, workers)
     missing = [shard for shard in shards if not work.features(shard).exists()] if cached else []
     for shard in tqdm(missing, desc="Reading data", unit="shard", disable=not missing):
@@ -513,11 +470,10 @@ def make_features(work: Work, target: Target, request: Request, workers: Workers
 
         return Shards([sum(int(row.trained[1:].sum()) for row in rows[path]) for path in paths], load)
 
-    tokens = {"tokens": sum(len(row.tokens) for shard in train for row in rows[shard])}
-    conversations = sum(len(rows[shard]) for shard in train)
+    tokens, trained = sum(len(row.tokens) for row in kept), int(counts[0].sum())
     held_out = sum(len(rows[shard]) for shard in held)
-    trained = int(counts[0].sum())
-    work.note(counted={**tokens, "conversations": conversations, "held_out": held_out, "trained": trained})
+    counted = {"tokens": tokens, "conversations": len(kept), "held_out": held_out, "trained": trained}
+    work.note(counted=counted)
     return Data(shards_of(train), shards_of(held), choose_vocabulary(counts, request.draft_vocab))
 
 
@@ -538,12 +494,8 @@ def _cached(
     mx.eval(vars(read_features(work.features(first))))
     reading = time.monotonic() - start
     missing = sum(not work.features(shard).exists() for shard in shards)
-    size = work.features(first).stat().st_size * missing
-    return (
-        size <= shutil.disk_usage(work.folder).free // 2
-        and reading < computing
-        and request.settings.epochs > 1
-    )
+    fits = work.features(first).stat().st_size * missing <= shutil.disk_usage(work.folder).free // 2
+    return fits and reading < computing and request.settings.epochs > 1
 
 
 def choose_vocabulary(counts: np.ndarray[Any, Any], size: int | None) -> np.ndarray[Any, Any]:
@@ -619,12 +571,10 @@ def _epochs(
         return request.settings.epochs
     if "epochs" in work.facts:
         return float(work.facts["epochs"])
-    trial = Trainer(target, _copy(drafter), data, request.settings, workers)
-    times = []
-    for _ in trial.run():
-        times.append(time.monotonic())
-        if len(times) == 4:
-            break
+    twin = Drafter(drafter.config, drafter.weights().get("draft_to_target"))
+    twin.update(drafter.parameters())
+    trial = Trainer(target, twin, data, request.settings, workers)
+    times = [time.monotonic() for _ in islice(trial.run(), 4)]
     per_step = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
     left = (1 - EVALUATION_TIME) * request.seconds - work.elapsed
     per_epoch = steps_of(data.train.sizes, replace(request.settings, epochs=1.0))
@@ -632,12 +582,6 @@ def _epochs(
     epochs = min(max(left / (per_step * scoring * per_epoch), 1 / per_epoch), MOST_EPOCHS)
     work.note(epochs=epochs)
     return epochs
-
-
-def _copy(drafter: Drafter) -> Drafter:
-    twin = Drafter(drafter.config, drafter.weights().get("draft_to_target"))
-    twin.update(drafter.parameters())
-    return twin
 
 
 def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
@@ -655,11 +599,12 @@ def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
             if step % every == 0 or last:
                 found = trainer.score()
                 if trainer.progress.best_step == step:
-                    save_best(trainer, work.folder / "best.safetensors")
+                    with atomic_file(work.folder / "best.safetensors") as temporary:
+                        mx.save_safetensors(str(temporary), trainer.weights())
                 work.note(scores=[*work.facts.get("scores", []), [step, asdict(found)]])
             if last or interrupted() or time.monotonic() - saved > SAVE_SECONDS:
                 trainer.save(checkpoint)
-                work.save()
+                work.note()
                 saved = time.monotonic()
             bar.set_postfix_str(_postfix(losses, found), refresh=False)
             bar.update()
@@ -679,28 +624,23 @@ def _postfix(losses: np.ndarray[Any, Any], found: Score | None) -> str:
 @contextmanager
 def _interrupted() -> Iterator[Callable[[], bool]]:
     """Within the block, the first Ctrl-C (or SIGTERM) is only remembered; the second one interrupts."""
-    seen = False
+    seen = Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        seen = True
-        restore()
+    def handle(handlers: Mapping[signal.Signals, Any]) -> None:
+        with suppress(ValueError):  # not the main thread, which alone gets signals
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def remember(*_: Any) -> None:
+        seen.set()
+        handle(before)
 
+    handle(dict.fromkeys(before, remember))
     try:
-        for number in before:
-            signal.signal(number, remember)
-    except ValueError:  # not the main thread, which alone gets signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
+        yield seen.is_set
     finally:
-        restore()
+        handle(before)
 
 
 def best_drafter(trainer: Trainer, work: Work) -> Drafter:
@@ -726,46 +666,30 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
     return drafter
 
 
-def _stored(drafter: Drafter) -> dict[str, mx.array]:
-    """Weights as they are written: bfloat16."""
-    return {name: cast(x, mx.bfloat16) for name, x in drafter.weights().items()}
-
-
 # --- Evaluation --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How the result is measured by real decoding.
+    """How the result is measured by real decoding."""
 
-    Args:
-        prompts: what to answer, by where the prompts come from; held-out conversations' beginnings
-            come besides.
-        shapes: how much is drafted; no wider than the drafter has tokens.
-        temperatures: 0 is greedy.
-        tokens: per answer, at most; 0 leaves the evaluation out.
-        batch: prompts decoded at once.
-    """
-
-    prompts: Mapping[str, Sequence[Prompt]] = field(default_factory=dict)
-    shapes: Sequence[DraftShape] = EVALUATION_SHAPES
-    temperatures: Sequence[float] = (0.0, 0.7)
-    tokens: int = 128
-    batch: int = 8
+    prompts: Mapping[
+        str, Sequence[Prompt]
+    ]  # by their sources; held-out conversations' beginnings come besides
+    shapes: Sequence[DraftShape]  # how much is drafted; no wider than the drafter has tokens
+    temperatures: Sequence[float]  # 0 is greedy
+    tokens: int  # per answer, at most; 0 leaves the evaluation out
+    batch: int = 8  # prompts decoded at once
 
     def run(
-        self,
-        model: SpeculativeModel,
-        tokenizer: TokenizerWrapper,
-        work: Work,
-        request: Request,
-        workers: Workers,
+        self, model: SpeculativeModel, tokenizer: Any, work: Work, request: Request, workers: Workers
     ) -> dict[str, list[Measured]]:
         """Decode the answers to each set of prompts, within the time that is left."""
         held_out = _held_out_prompts(work)
         sets = {**self.prompts, **({"held-out conversations": held_out} if held_out else {})}
         known = model.drafter.config.head_outputs if model.drafter else 1
         shapes = [s if s.width <= known else DraftShape(known, s.length) for s in self.shapes]
+        options: Any = {"max_tokens": self.tokens, "batch": self.batch, "workers": workers}
         found = {}
         for done, (name, prompts) in enumerate(sets.items() if self.tokens else ()):
             deadline = None
@@ -773,15 +697,7 @@ class Evaluation:
                 left = max(20.0, request.seconds - work.elapsed)
                 deadline = time.monotonic() + left / (len(sets) - done)
             found[name] = evaluate(
-                model,
-                tokenizer,
-                prompts,
-                shapes,
-                self.temperatures,
-                max_tokens=self.tokens,
-                batch=self.batch,
-                deadline=deadline,
-                workers=workers,
+                model, tokenizer, prompts, shapes, self.temperatures, deadline=deadline, **options
             )
         return found
 
@@ -808,15 +724,14 @@ def describe(
 ) -> str:
     """The model card."""
     facts, config = work.facts, drafter.config
-    counted, dropped = facts["counted"], facts.get("dropped", {})
+    counted = facts["counted"]
     best = facts["trained"]["held_out"]
     parameters = sum(x.size for key, x in drafter.weights().items() if key != "draft_to_target")
     once = 0 if config.head_inputs == config.exit_dim else config.context_size * config.exit_dim
     sources = [Path(path).name for path in request.data]
     if facts.get("batches"):
-        sources.append(
-            f"written by the model itself, {facts['batches']} batches of {request.recipe.batch} rows"
-        )
+        written = f"{facts['batches']} batches of {request.recipe.batch} rows"
+        sources.append(f"written by the model itself, {written}")
     shown = Facts(
         base=identity.name,
         drafter=name,
@@ -830,8 +745,7 @@ def describe(
         conversations=counted["conversations"],
         tokens=counted["tokens"],
         trained_tokens=counted["trained"],
-        duplicates=dropped.get("duplicates"),
-        loops=dropped.get("loops"),
+        **facts.get("dropped", {}),
         held_out=counted["held_out"],
         sources=sources,
         seeds={"data": request.recipe.seed, "training": request.settings.seed},

@@ -42,29 +42,17 @@ SCORED = 16384  # held-out positions at most
 
 @dataclass(frozen=True)
 class Settings:
-    """How training goes.
+    """How training goes."""
 
-    Args:
-        objective: what is minimised.
-        batch: positions per step.
-        learning_rate: the highest of a cosine schedule.
-        warm_up: the first share of the steps, in which it rises from 0.
-        weight_decay: AdamW's, of matrices.
-        clip: the norm that gradients are scaled down to.
-        epochs: passes over the data; part of one is possible.
-        seed: of the order of the data and of the initial weights.
-        dtype: of the products; weights are kept in float32.
-    """
-
-    objective: Objective = field(default_factory=Objective)
-    batch: int = 1024
-    learning_rate: float = 1.5e-3
-    warm_up: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    epochs: float = 2.0
-    seed: int = 0
-    dtype: str = "float32"
+    objective: Objective = field(default_factory=Objective)  # what is minimised
+    batch: int = 1024  # positions per step
+    learning_rate: float = 1.5e-3  # the highest of a cosine schedule
+    warm_up: float = 0.05  # the first share of the steps, in which it rises from 0
+    weight_decay: float = 0.01  # AdamW's, of matrices
+    clip: float = 1.0  # the norm that gradients are scaled down to
+    epochs: float = 2.0  # passes over the data; part of one is possible
+    seed: int = 0  # of the order of the data and of the initial weights
+    dtype: str = "float32"  # of the products; weights are kept in float32
 
     def __post_init__(self) -> None:
         if self.batch < SEGMENT:
@@ -170,15 +158,11 @@ def schedule(sizes: Sequence[int], settings: Settings, epoch: int) -> list[tuple
     for begin in range(0, len(order), GROUP):
         shards = order[begin : begin + GROUP]
         offsets = np.cumsum([0, *(sizes[shard] for shard in shards)])
-        starts = np.concatenate(
-            [
-                offset
-                + np.arange(
-                    min(int(random.integers(SEGMENT)), max(0, sizes[shard] - SEGMENT)), sizes[shard], SEGMENT
-                )
-                for offset, shard in zip(offsets, shards, strict=False)
-            ]
-        )
+        begun = []
+        for offset, size in zip(offsets, (sizes[shard] for shard in shards), strict=False):
+            first = min(int(random.integers(SEGMENT)), max(0, size - SEGMENT))
+            begun.append(offset + np.arange(first, size, SEGMENT))
+        starts = np.concatenate(begun)
         random.shuffle(starts)
         whole = max(1, len(starts) // per_batch)
         groups.append((shards, [starts[i * per_batch : (i + 1) * per_batch] for i in range(whole)]))
@@ -202,14 +186,9 @@ def rate(settings: Settings, steps: int, step: int) -> float:
 
 
 class Trainer:
-    """A run of training: its weights, its optimizer, and its place in the data.
+    """A run of training: its weights (first ``drafter``'s), its optimizer, and its place in the data.
 
-    Args:
-        target: the base model, which is not changed.
-        drafter: starts from its weights.
-        data: features of it.
-        settings: how.
-        workers: each does a part of a batch.
+    The ``target`` is not changed; each of the ``workers`` does a part of a batch.
     """
 
     def __init__(self, target: Target, drafter: Drafter, data: Data, settings: Settings, workers: Workers):
@@ -326,9 +305,8 @@ class Trainer:
     def _update(self, gradients: Any, scale: float) -> None:
         """Clip, and take one step of AdamW with weight decay on matrices only."""
         flat: Any = tree_flatten(gradients)
-        norm = (
-            mx.sqrt(mx.stack([mx.square(x).sum() for _, x in sorted(flat, key=itemgetter(0))]).sum()) * scale
-        )
+        squares = [mx.square(x).sum() for _, x in sorted(flat, key=itemgetter(0))]
+        norm = mx.sqrt(mx.stack(squares).sum()) * scale
         factor = scale * mx.minimum(1.0, self.settings.clip / (norm + 1e-6))
         now = rate(self.settings, self.steps, self.progress.step)
         keep = 1 - now * self.settings.weight_decay
@@ -362,9 +340,3 @@ class Trainer:
             ]
         mx.eval([vars(batch) for batch in batches])
         return batches
-
-
-def save_best(trainer: Trainer, path: Path) -> None:
-    """Write the weights of now; the file appears whole or not at all."""
-    with atomic_file(path) as temporary:
-        mx.save_safetensors(str(temporary), trainer.weights())
