@@ -100,7 +100,9 @@ def convert_drafter(
     config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
     unused = bundle.check_shapes(config, weights, folder)
     bundle.check_values(folder, config, {name: weights[name] for name in config.shapes()})
-    _check_draft_vocab(draft_vocab, config)
+    if draft_vocab is not None and draft_vocab > (most := config.head_outputs):
+        asked = f"a draft vocabulary of {draft_vocab} tokens"
+        raise ValueError(f"{asked}: the drafter has {most}, keep at most these.")
     identity = _identity(base, folder, config, bundle.base_of(raw), trust_remote_code)
     if frequencies is not None:
         tokenizer = tokenizer or _tokenizer(base, frequencies, trust_remote_code)
@@ -162,9 +164,7 @@ def trim(
     best = np.lexsort((candidates, -counts[candidates]))[:size]
     rows = best[np.argsort(candidates[best])]  # [size]
     head = f"lm_head.{config.num_draft_layers}."
-    trimmed = {
-        name: value[mx.array(rows)] if name.startswith(head) else value for name, value in weights.items()
-    }
+    trimmed = {name: x[mx.array(rows)] if name.startswith(head) else x for name, x in weights.items()}
     trimmed["draft_to_target"] = mx.array(candidates[rows].astype(np.int32))
     return replace(config, draft_vocab_size=size), trimmed
 
@@ -280,35 +280,26 @@ def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``mlx-redrafter convert``: mlx_lm.convert's, and those of drafters."""
-    parser.add_argument(
-        "--hf-path", "--model", help="base model: a folder, a GGUF file or a Hugging Face repository"
-    )
-    parser.add_argument("--mlx-path", default="mlx_model", help="output folder (default: %(default)s)")
-    parser.add_argument(
-        "-q", "--quantize", action="store_true", help="quantize the base model, anew if it is"
-    )
-    parser.add_argument("--q-bits", type=int, help="bits per weight (default: 4)")
-    parser.add_argument("--q-group-size", type=int, help="weights per scale (default: 64)")
-    parser.add_argument("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
-    parser.add_argument(
-        "--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe (without --q-bits)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights that are not quantized")
-    parser.add_argument("-d", "--dequantize", action="store_true", help="dequantize the base model")
-    parser.add_argument("--upload-repo", help="upload the result to this Hugging Face repository")
-    parser.add_argument("--revision", help="branch, tag or commit of the source repository")
-    parser.add_argument("--trust-remote-code", action="store_true", help="allow Python code in the source")
-    group = parser.add_argument_group("drafters")
-    group.add_argument("--drafter", help="convert this drafter; --model then names the base it belongs to")
-    group.add_argument("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
-    group.add_argument(
-        "--drafter-q-group-size", type=int, help=f"weights per scale (default: {DRAFTER_GROUP_SIZE})"
-    )
-    group.add_argument("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
-    group.add_argument(
-        "--frequencies", help="where to count them: text, JSONL conversations, or saved counts"
-    )
-    group.add_argument("--save-frequencies", help="write the counts to this .json or .npz file")
+    add = parser.add_argument
+    add("--hf-path", "--model", help="base model: a folder, a GGUF file or a Hugging Face repository")
+    add("--mlx-path", default="mlx_model", help="output folder (default: %(default)s)")
+    add("-q", "--quantize", action="store_true", help="quantize the base model, anew if it is")
+    add("--q-bits", type=int, help="bits per weight (default: 4)")
+    add("--q-group-size", type=int, help="weights per scale (default: 64)")
+    add("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
+    add("--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe (without --q-bits)")
+    add("--dtype", choices=DTYPES, help="of the weights that are not quantized")
+    add("-d", "--dequantize", action="store_true", help="dequantize the base model")
+    add("--upload-repo", help="upload the result to this Hugging Face repository")
+    add("--revision", help="branch, tag or commit of the source repository")
+    add("--trust-remote-code", action="store_true", help="allow Python code in the source")
+    add = parser.add_argument_group("drafters").add_argument
+    add("--drafter", help="convert this drafter; --model then names the base it belongs to")
+    add("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
+    add("--drafter-q-group-size", type=int, help=f"weights per scale (default: {DRAFTER_GROUP_SIZE})")
+    add("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
+    add("--frequencies", help="where to count them: text, JSONL conversations, or saved counts")
+    add("--save-frequencies", help="write the counts to this .json or .npz file")
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -320,14 +311,15 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.drafter is None and args.hf_path is None:
         raise ValueError("nothing to convert: name a base model with --model, or a drafter with --drafter.")
     _check_output(args.mlx_path)
-    if args.upload_repo is not None:
-        _check_repo(args.upload_repo)
+    repo = args.upload_repo
+    if repo is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
+        raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
     if args.drafter is None and _is_drafter(args.hf_path, args.revision):
         args.drafter, args.hf_path = args.hf_path, None
     report = (_run_base if args.drafter is None else _run_drafter)(args)
-    if args.upload_repo is not None:
-        upload(args.mlx_path, args.upload_repo)
-        report += f"\nuploaded to https://huggingface.co/{args.upload_repo}"
+    if repo is not None:
+        upload(args.mlx_path, repo)
+        report += f"\nuploaded to https://huggingface.co/{repo}"
     print(report)
     return 0
 
@@ -355,25 +347,12 @@ def _run_base(args: argparse.Namespace) -> str:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
     from .base import convert_base
 
-    convert_base(
-        args.hf_path,
-        Path(args.mlx_path),
-        quantize=args.quantize,
-        q_bits=args.q_bits,
-        q_group_size=args.q_group_size,
-        q_mode=args.q_mode,
-        quant_predicate=args.quant_predicate,
-        dtype=args.dtype,
-        dequantize=args.dequantize,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        progress=_say if sys.stderr.isatty() else None,
-    )
+    names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
+    names += ["dtype", "revision", "trust_remote_code"]
+    options: Any = {name: getattr(args, name) for name in names}
+    say = partial(print, file=sys.stderr) if sys.stderr.isatty() else None
+    convert_base(args.hf_path, Path(args.mlx_path), **options, progress=say)
     return f"{args.mlx_path}: the model {args.hf_path}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _run_drafter(args: argparse.Namespace) -> str:
@@ -395,10 +374,6 @@ def _run_drafter(args: argparse.Namespace) -> str:
         trust_remote_code=args.trust_remote_code,
         progress=sys.stderr.isatty(),
     )
-    return _report(converted)
-
-
-def _report(converted: Converted) -> str:
     config, size = converted.config, (converted.folder / "model.safetensors").stat().st_size
     bits = f", {config.quantization.bits} bits" if config.quantization else ""
     report = (
@@ -413,11 +388,6 @@ def _check_output(output: str | Path) -> None:
     if os.path.lexists(path):
         raise ValueError(f"{str(output)!r} exists already: delete it or name another output folder.")
     check_writable(path)
-
-
-def _check_repo(repo: str) -> None:
-    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
-        raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
 
 
 def _check_frequency_arguments(size: int | None, source: str | Path | None, save: str | Path | None) -> None:
@@ -439,13 +409,6 @@ def _check_frequency_arguments(size: int | None, source: str | Path | None, save
         raise ValueError(f"counts cannot be saved as {save}: name a file in a folder that exists.")
     if save is not None:
         check_writable(save)
-
-
-def _check_draft_vocab(size: int | None, config: DrafterConfig) -> None:
-    if size is not None and size > config.head_outputs:
-        raise ValueError(
-            f"a draft vocabulary of {size} tokens: the drafter has {config.head_outputs}, keep at most these."
-        )
 
 
 def _is_drafter(source: str, revision: str | None) -> bool:

@@ -32,32 +32,20 @@ TABLE_BITS = 26
 
 @dataclass
 class Conversation:
-    """A conversation of T tokens.
+    """A conversation of T tokens."""
 
-    Attributes:
-        tokens: int32 [T].
-        trained: bool [T]; True where the model itself speaks, its end-of-turn token included.
-    """
-
-    tokens: Array
-    trained: Array
+    tokens: Array  # int32 [T]
+    trained: Array  # bool [T]; True where the model itself speaks, its end-of-turn token included
 
 
 @dataclass
 class Given:
-    """What a file holds.
+    """What a file holds."""
 
-    Attributes:
-        conversations: to train on, each with at least one trained token.
-        prompts: user texts that the model still has to answer; each a conversation's user turns.
-        unusable: rows that were left out, because nothing in them could be trained on.
-        unread: keys of the prompts' rows that were not read.
-    """
-
-    conversations: list[Conversation] = field(default_factory=list)
-    prompts: list[list[str]] = field(default_factory=list)
-    unusable: int = 0
-    unread: set[str] = field(default_factory=set)
+    conversations: list[Conversation] = field(default_factory=list)  # each with at least one trained token
+    prompts: list[list[str]] = field(default_factory=list)  # a conversation's user turns, to be answered
+    unusable: int = 0  # rows that were left out, because nothing in them could be trained on
+    unread: set[str] = field(default_factory=set)  # keys of the prompts' rows that were not read
 
 
 @dataclass
@@ -111,8 +99,7 @@ def read_shard(path: Path, vocab_size: int | None = None) -> list[Conversation]:
     ends = np.cumsum(lengths, dtype=np.int64)[:-1]
     tokens = np.split(toks.reshape(-1).astype(np.int32), ends)
     trained = np.split(role.reshape(-1) == 1, ends)
-    pairs = zip(tokens, trained, strict=True) if len(lengths) else ()
-    return [Conversation(*pair) for pair in pairs]
+    return list(map(Conversation, tokens, trained)) if len(lengths) else []
 
 
 def _load_arrays(path: Path) -> dict[str, Array]:

@@ -33,38 +33,23 @@ NEVER = -1e30  # a score that loses against every other
 
 @dataclass(frozen=True)
 class Recipe:
-    """How conversations are written.
+    """How conversations are written; ``ValueError`` if a value is out of range."""
 
-    Attributes:
-        length: tokens per conversation, the template's included.
-        batch: conversations written at once.
-        temperature: of answers (0: the likeliest token).
-        user_temperature: of the user's turns.
-        top_p: keep the likeliest candidates that together have this share of all candidates'
-            probability at temperature 1.
-        top_k: candidates, the likeliest tokens; 0 takes the whole vocabulary, which is exact, but sorts
-            it for every token unless ``top_p`` is 1.
-        seed: decides everything, together with a batch's index.
-        systems: system prompts to draw from; empty leaves it to the template.
-        openings: beginnings of the first user turn.
-        opened: share of conversations that start with one of them.
-        longest_user_turn: sampled tokens after which a user's turn is ended.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    length: int = 512
-    batch: int = 32
-    temperature: float = 0.7
-    user_temperature: float = 1.0
+    length: int = 512  # tokens per conversation, the template's included
+    batch: int = 32  # conversations written at once
+    temperature: float = 0.7  # of answers (0: the likeliest token)
+    user_temperature: float = 1.0  # of the user's turns
+    # Keep the likeliest candidates that together have this share of all candidates' probability at
+    # temperature 1.
     top_p: float = 0.95
+    # Candidates, the likeliest tokens; 0 takes the whole vocabulary, which is exact, but sorts it for every
+    # token unless ``top_p`` is 1.
     top_k: int = 40
-    seed: int = 0
-    systems: tuple[str, ...] = ()
-    openings: tuple[str, ...] = ()
-    opened: float = 0.65
-    longest_user_turn: int = 160
+    seed: int = 0  # decides everything, together with a batch's index
+    systems: tuple[str, ...] = ()  # system prompts to draw from; empty leaves it to the template
+    openings: tuple[str, ...] = ()  # beginnings of the first user turn
+    opened: float = 0.65  # share of conversations that start with one of them
+    longest_user_turn: int = 160  # sampled tokens after which a user's turn is ended
 
     def __post_init__(self) -> None:
         for name, least in (("length", 2), ("batch", 1), ("top_k", 0), ("seed", 0), ("longest_user_turn", 1)):
@@ -84,15 +69,10 @@ class Recipe:
 
 @dataclass
 class Generated:
-    """A batch of B conversations of exactly T tokens, the recipe's ``length`` unless they were cut.
+    """A batch of B conversations of exactly T tokens, the recipe's ``length`` unless they were cut."""
 
-    Attributes:
-        conversations: B of them; one whose prompt alone fills the row has no trained token.
-        features: bfloat16 [B, T, F], the target's hidden state at every token, the last one included;
-            None if not asked for.
-    """
-
-    conversations: list[Conversation]
+    conversations: list[Conversation]  # B; one whose prompt alone fills the row has no trained token
+    # bfloat16 [B, T, F], the target's hidden state at every token, the last one included, if asked for.
     features: mx.array | None
 
 
@@ -118,17 +98,11 @@ def read_openings(path: Path | None = None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Turn:
-    """How a turn ends: with one of the tokens ``ends``, or with the beginning of what follows.
+    """How a turn ends: with one of the tokens ``ends``, or with the beginning of what follows."""
 
-    Attributes:
-        ends: special tokens that end it.
-        never_first: tokens that would make the turn empty.
-        then: tokens of the template that follow it, the end-of-turn token (if there is one) included.
-    """
-
-    ends: frozenset[int]
-    never_first: frozenset[int]
-    then: tuple[int, ...]
+    ends: frozenset[int]  # special tokens that end it
+    never_first: frozenset[int]  # tokens that would make the turn empty
+    then: tuple[int, ...]  # tokens of the template that follow it, the end-of-turn token (if any) included
 
     @classmethod
     def before(cls, piece: str, tokenizer: TokenizerWrapper) -> "Turn":
@@ -149,10 +123,8 @@ class Turn:
         if turn[-1] in self.ends:
             return next((i + 1 for i, token in enumerate(self.then) if token in self.ends), 0)
         stop = self.then[:STOP_TOKENS]
-        return len(stop) if stop and not self._marked() and tuple(turn[-len(stop) :]) == stop else None
-
-    def _marked(self) -> bool:
-        return not self.ends.isdisjoint(self.then[:STOP_TOKENS])
+        marked = not self.ends.isdisjoint(stop)
+        return len(stop) if stop and not marked and tuple(turn[-len(stop) :]) == stop else None
 
 
 @dataclass(frozen=True)
@@ -161,17 +133,12 @@ class Template:
 
     Where the model writes a user's turn itself, the piece before it loses the spaces at its end, which
     in most vocabularies belong to the first word.
-
-    Attributes:
-        before_user: text before the first user turn, BOS and the template's own system prompt included.
-        assistant_to_user: text between an answer and the next user turn.
-        user, assistant: how their turns end; ``user.then`` is what an answer is prompted with.
     """
 
     tokenizer: TokenizerWrapper = field(repr=False)
-    before_user: str
-    assistant_to_user: str
-    user: Turn
+    before_user: str  # before the first user turn, BOS and the template's own system prompt included
+    assistant_to_user: str  # text between an answer and the next user turn
+    user: Turn  # how it ends; ``then`` is what an answer is prompted with
     assistant: Turn
 
     @classmethod
@@ -238,21 +205,15 @@ def _follow(piece: str, tokenizer: TokenizerWrapper) -> list[int]:
 
 
 class _Row:
-    """A conversation between a model and itself.
-
-    Attributes:
-        tokens, trained: of the conversation so far.
-        queue: what is dictated next; when it is empty, ``answering`` says who speaks.
-        turn: what was sampled in this turn.
-    """
+    """A conversation between a model and itself."""
 
     def __init__(self, template: Template, recipe: Recipe, start: list[int], questions: list[str]) -> None:
         self.template, self.recipe = template, recipe
-        self.queue, self.questions = deque(start), deque(questions)
-        self.tokens: list[int] = []
+        self.queue, self.questions = deque(start), deque(questions)  # the queue is dictated next
+        self.tokens: list[int] = []  # of the conversation so far
         self.trained: list[bool] = []
-        self.turn: list[int] = []
-        self.answering = False
+        self.turn: list[int] = []  # what was sampled in this turn
+        self.answering = False  # who speaks when the queue is empty
 
     @classmethod
     def written(cls, template: Template, recipe: Recipe, rng: np.random.Generator) -> "_Row":
@@ -280,16 +241,12 @@ class _Row:
 
     def advance(self, sampled: int) -> None:
         """Take the next token: the dictated one if there is one, else ``sampled``."""
-        if self.queue:
-            self._append(self.queue.popleft(), trained=False)
-            return
-        self._append(sampled, trained=self.answering)
-        self.turn.append(sampled)
-        self._hand_over()
-
-    def _append(self, token: int, trained: bool) -> None:
-        self.tokens.append(token)
-        self.trained.append(trained)
+        dictated = bool(self.queue)
+        self.tokens.append(self.queue.popleft() if dictated else sampled)
+        self.trained.append(self.answering and not dictated)
+        if not dictated:
+            self.turn.append(sampled)
+            self._hand_over()
 
     def _speaker(self) -> Turn:
         return self.template.assistant if self.answering else self.template.user
@@ -409,7 +366,7 @@ def generate(
             row.advance(token)
         if progress is not None and progress(done + 1, recipe.length):
             break
-    conversations = [_conversation(row) for row in rows]
+    conversations = [Conversation(np.array(row.tokens, np.int32), np.array(row.trained)) for row in rows]
     return Generated(conversations, _features(rows, groups, workers) if features else None)
 
 
@@ -474,7 +431,8 @@ def _next(
         group = groups[index]
         logits = group.feed(tokens)[:, -1]  # [b, V]
         scores, ids = _candidates(logits, recipe, mx.array(ends, mx.int32), forbidden[group.rows])
-        noise = _noise(key, group, scores, len(rows))
+        # Noise for all B rows, so that grouping changes nothing.
+        noise = mx.random.gumbel((len(rows), scores.shape[-1]), key=key)[group.rows]  # [b, K]
         picks = _pick(scores, ids, temperatures[group.rows], noise)
         mx.eval(picks, group.kept())
         return [int(token) for token in np.array(picks)]
@@ -536,15 +494,6 @@ def _pick(scores: mx.array, index: mx.array, temperatures: mx.array, noise: mx.a
     """A token for each row, by the Gumbel-max trick: [b]. Temperature 0 takes the best."""
     best = mx.argmax(scores + temperatures * noise, axis=-1, keepdims=True)  # [b, 1]
     return mx.take_along_axis(index, best, axis=-1)[:, 0]
-
-
-def _noise(key: mx.array, group: _Group, scores: mx.array, batch: int) -> mx.array:
-    """The group's part [b, K] of the Gumbel noise of all B rows, so that grouping changes nothing."""
-    return mx.random.gumbel((batch, scores.shape[-1]), key=key)[group.rows]
-
-
-def _conversation(row: _Row) -> Conversation:
-    return Conversation(np.array(row.tokens, np.int32), np.array(row.trained, bool))
 
 
 def _features(rows: list[_Row], groups: list[_Group], workers: Workers) -> mx.array:
