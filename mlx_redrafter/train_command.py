@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from . import model as models
 from .files import check_writable, shell_word
-from .model import DEFAULT_MODEL, DTYPES, load
 from .prompts import read_prompts
+from .train import run as training
 from .train.evaluate import Measured, parse_shape
 from .train.loss import Objective
-from .train.run import Evaluation, Request, read_facts, train
 from .train.selfgen import Recipe, read_openings
 from .train.trainer import Settings
 
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files: Any = {"nargs": "+", "default": [], "metavar": "FILE"}
     share: Any = {"type": float, "metavar": "SHARE"}
     add = parser.add_argument
-    add("--model", default=DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
+    add("--model", default=models.DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
     add("--output", required=True, help="folder for the drafter; OUTPUT.train beside it holds the work")
     add("--resume", action="store_true", help="go on with an interrupted run; other flags may be left out")
     add("--time", help="for everything together, such as 30m or 1h30m; decides tokens and epochs")
-    add("--dtype", default="auto", choices=DTYPES, help="of the base model")
+    add("--dtype", default="auto", choices=models.DTYPES, help="of the base model")
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
     add("--memory-limit", type=float, help="GB that may be used")
     add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     work, given = output.with_name(f"{output.name}.train"), _given(args.words[1:])
     if args.resume:
-        kept = {name: x for name, x in read_facts(work)["asked"].items() if name not in given}
+        kept = {name: x for name, x in training.read_facts(work)["asked"].items() if name not in given}
         vars(args).update(kept)
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():
@@ -146,19 +146,19 @@ def run(args: argparse.Namespace) -> int:
     request = _request(args, given, _limit_memory(args.memory_limit))
     prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
     shapes = tuple(parse_shape(text) for text in args.eval_shapes)
-    evaluation = Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
-    model, tokenizer = load(
+    evaluation = training.Evaluation(prompts, shapes, tuple(args.eval_temps), args.eval_tokens)
+    model, tokenizer = models.load(
         args.model, drafter=None, dtype=args.dtype, trust_remote_code=args.trust_remote_code
     )
     command = shlex.join(["mlx-redrafter", *args.words])
     try:
-        measured = train(model, tokenizer, request, output, asked, args.model, evaluation, command)
+        measured = training.train(model, tokenizer, request, output, asked, args.model, evaluation, command)
     except KeyboardInterrupt:
         if (work / "run.json").is_file():
             again = f"mlx-redrafter train --output {shell_word(output)} --resume"
             print(f"\nSaved. Go on with: {again}", file=sys.stderr)
         raise
-    base = "" if args.model == DEFAULT_MODEL else f" --model {shell_word(args.model)}"
+    base = "" if args.model == models.DEFAULT_MODEL else f" --model {shell_word(args.model)}"
     base += " --trust-remote-code" * args.trust_remote_code
     print(f"Wrote {output}. Use it with: mlx-redrafter generate{base} --drafter {shell_word(output)}")
     _report(measured)
@@ -217,7 +217,7 @@ def _limit_memory(limit: float | None) -> int:
     return max(1 << 16, min(Objective.chunk, int(limit * 1e9 / 4 / 64)))
 
 
-def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> Request:
+def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> training.Request:
     if args.tokens is not None and args.tokens < 0:
         raise ValueError(f"tokens {args.tokens} is not usable: give 0 or more.")
     if args.blocks < 0 or (args.exit_dim is not None and args.exit_dim < 1):
@@ -238,8 +238,8 @@ def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> Re
     objective = _made(Objective, args, decay=args.depth_weight, temperature=args.label_temp, chunk=chunk)
     usual = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
     dtype = usual if args.train_dtype == "auto" else args.train_dtype
-    request: Request = _made(
-        Request,
+    request: training.Request = _made(
+        training.Request,
         args,
         data=tuple(args.data),
         recipe=recipe,
