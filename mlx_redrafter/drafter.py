@@ -97,7 +97,13 @@ class DrafterConfig:
                 )
         known = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         if "quantization" in known:
-            known["quantization"] = _read_quantization(known["quantization"])
+            given = known["quantization"]
+            if not isinstance(given, Mapping) or "bits" not in given:
+                raise ValueError(
+                    f"quantization is {given!r} in the drafter's configuration: "
+                    "it needs 'bits' and 'group_size'."
+                )
+            known["quantization"] = Quantization(given["bits"], given.get("group_size", 64))
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -348,11 +354,3 @@ def _check_size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(
             f"{name} is {value!r} in the drafter's configuration: it must be an integer of at least {least}."
         )
-
-
-def _read_quantization(raw: object) -> Quantization:
-    if not isinstance(raw, Mapping) or "bits" not in raw:
-        raise ValueError(
-            f"quantization is {raw!r} in the drafter's configuration: it needs 'bits' and 'group_size'."
-        )
-    return Quantization(raw["bits"], raw.get("group_size", 64))
