@@ -31,20 +31,18 @@ class Backend:
     compiled: bool
 
 
+def _shapes(*shapes: tuple[int, int, int | None, int]) -> tuple[DraftShape, ...]:
+    """Plain decoding, then shapes of these widths, lengths, sizes and lookups."""
+    return (PLAIN, *(DraftShape(*shape) for shape in shapes))
+
+
 # Up to 5 rows cost little with 4-bit weights on every Apple GPU, more than that fill one tile of 32 rows;
 # attention has its vector kernel up to 8 rows (if rows x heads per key head <= 32).
 METAL = Backend(
     "metal",
     None,
-    (
-        PLAIN,
-        DraftShape(0, 0, None, 3),
-        DraftShape(1, 1, 2, 1),
-        DraftShape(1, 2, 3, 2),
-        DraftShape(2, 3, 5, 4),
-        DraftShape(3, 4, 8, 4),
-        DraftShape(4, 5, 16, 5),
-        DraftShape(8, 5, 32, 6),
+    _shapes(
+        (0, 0, None, 3), (1, 1, 2, 1), (1, 2, 3, 2), (2, 3, 5, 4), (3, 4, 8, 4), (4, 5, 16, 5), (8, 5, 32, 6)
     ),
     grain=256,
     compiled=True,
@@ -53,14 +51,7 @@ METAL = Backend(
 CUDA = Backend(
     "cuda",
     None,
-    (
-        PLAIN,
-        DraftShape(0, 0, None, 7),
-        DraftShape(2, 4, 8, 4),
-        DraftShape(4, 5, 16, 5),
-        DraftShape(8, 5, 32, 6),
-        DraftShape(16, 5, 64, 8),
-    ),
+    _shapes((0, 0, None, 7), (2, 4, 8, 4), (4, 5, 16, 5), (8, 5, 32, 6), (16, 5, 64, 8)),
     grain=256,
     compiled=True,
 )
@@ -69,14 +60,7 @@ CUDA = Backend(
 CPU = Backend(
     "cpu",
     "float32",
-    (
-        PLAIN,
-        DraftShape(0, 0, None, 3),
-        DraftShape(0, 0, None, 7),
-        DraftShape(2, 2, 4, 3),
-        DraftShape(3, 3, 8, 4),
-        DraftShape(4, 4, 16, 5),
-    ),
+    _shapes((0, 0, None, 3), (0, 0, None, 7), (2, 2, 4, 3), (3, 3, 8, 4), (4, 4, 16, 5)),
     grain=1,
     compiled=False,
 )

@@ -21,6 +21,7 @@ from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize
 from safetensors import SafetensorError, safe_open
 
 from mlx_redrafter.bundle import PICKLES
+from mlx_redrafter.bundle import cast as cast_array
 from mlx_redrafter.drafter import Q_BITS, Q_GROUP_SIZES
 from mlx_redrafter.files import atomic_folder, unfinished
 from mlx_redrafter.gguf import convert_gguf
@@ -39,6 +40,10 @@ LOAD_ERRORS = (
     OSError, MemoryError, ImportError,
 )  # fmt: skip
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in a config.json
+CARD = (  # the README.md of a converted model
+    "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
+    "Converted from {} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
+)
 Progress = Callable[[str], None]
 
 
@@ -79,8 +84,6 @@ def convert_base(
     options = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode}
     _check_options(quantize, dequantize, dtype=dtype, quant_predicate=quant_predicate, **options)
     say = progress or (lambda _: None)
-    if output.exists():
-        raise ValueError(f"{output} exists already: delete it or name another output folder.")
     gguf = find_gguf(source)
     as_it_is = gguf is not None and not (quantize or dequantize or dtype)
     with atomic_folder(output) as result, unfinished(result.parent) as unpacked:
@@ -107,15 +110,7 @@ def convert_base(
             save_ends(result, tokenizer)
         card = result / "README.md"
         if not card.exists():
-            card.write_text(base_card(source), "utf-8", "replace")
-
-
-def base_card(source: object) -> str:
-    """The README.md of a converted base model."""
-    return (
-        "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
-        f"Converted from {source} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
-    )
+            card.write_text(CARD.format(source), "utf-8", "replace")
 
 
 def base_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -361,15 +356,12 @@ def _quantized(model: Module) -> int:
 
 def cast(model: Module, dtype: Any) -> None:
     """Give the float parameters that the model allows to be cast this type; unless it is none of three."""
-    if dtype not in MODEL_CONVERSION_DTYPES:
-        return
-    allowed = getattr(model, "cast_predicate", lambda _: True)
-
-    def one(path: str, array: mx.array) -> mx.array:
-        floating = allowed(path) and mx.issubdtype(array.dtype, mx.floating)
-        return array.astype(getattr(mx, dtype)) if floating else array
-
-    model.update(tree_map_with_path(one, model.parameters()))
+    if dtype in MODEL_CONVERSION_DTYPES:
+        allowed, wanted = getattr(model, "cast_predicate", lambda _: True), getattr(mx, dtype)
+        weights = model.parameters()
+        model.update(
+            tree_map_with_path(lambda path, x: cast_array(x, wanted) if allowed(path) else x, weights)
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent / "drafters"
 UNUSED = ("emb_norm.weight",)  # in Apple's checkpoints; nothing reads it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-ALIASES = ((r"lm_heads\.", "lm_head."), (r"0\.", "lm_head."), (r"input_projs\.", "input_proj."))
+ALIASES = {r"^lm_heads\.": "lm_head.", r"^0\.": "lm_head.", r"^input_projs\.": "input_proj."}
 
 DIGEST_ROWS = 64
 DIGEST_BITS = 4 * DIGEST_ROWS
@@ -106,9 +106,8 @@ def identity_of(model: nn.Module, name: str = "") -> BaseIdentity:
         raise ValueError(f"{name or type(model).__name__} has no token embedding: it cannot have a drafter.")
     vocab_size = embedding.weight.shape[0]
     rows = np.array(embedding(mx.array(digest_rows(vocab_size))).astype(mx.float32))  # [64, H]
-    model_type = getattr(model, "model_type", None) or getattr(
-        getattr(model, "args", None), "model_type", "?"
-    )
+    args = getattr(model, "args", None)
+    model_type = getattr(model, "model_type", None) or getattr(args, "model_type", "?")
     return BaseIdentity(str(model_type), rows.shape[1], vocab_size, embedding_digest(rows), name)
 
 
@@ -172,15 +171,15 @@ def load_drafter(
     if target is not None:
         check_base(folder, config, base_of(raw), target)
     weights = read_weights(folder)
-    unknown = set(check_shapes(config, weights, folder)) - {
-        *UNUSED,
-        *raw.get(SECTION, {}).get("unused_tensors", []),
-    }
-    if unknown:
-        raise ValueError(
-            f"{folder} holds tensors that no drafter of its config.json has: {_listed(unknown)}."
-        )
-    return _build(folder, config, {name: weights[name] for name in config.shapes()}, dtype)
+    unused = {*UNUSED, *raw.get(SECTION, {}).get("unused_tensors", [])}
+    if unknown := sorted(set(check_shapes(config, weights, folder)) - unused):
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        raise ValueError(f"{folder} holds tensors that no drafter of its config.json has: {names}.")
+    weights = {name: cast(weights[name], dtype) for name in config.shapes()}
+    check_values(folder, config, weights)
+    drafter = Drafter(config, weights.pop("draft_to_target", None))
+    drafter.load_weights(list(weights.items()))
+    return drafter.train(False)
 
 
 def find_drafter(identity: BaseIdentity) -> Path | None:
@@ -257,15 +256,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has model_type {found!r}, not {MODEL_TYPE!r}: name the folder of a drafter."
         )
     section = raw.get(SECTION, {})
-    if not isinstance(section, dict) or section.get("format", FORMAT) != FORMAT or not _names(section):
+    known = isinstance(section, dict) and section.get("format", FORMAT) == FORMAT
+    names = section.get("unused_tensors", []) if known else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is of a format that this version cannot read: update mlx-redrafter.")
     return dict(raw)
-
-
-def _names(section: Mapping[str, Any]) -> bool:
-    """Whether the section's list of unused tensors is one."""
-    names = section.get("unused_tensors", [])
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def base_of(raw: Mapping[str, Any]) -> BaseIdentity | None:
@@ -292,7 +287,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for path in _weight_files(folder):
         for name, value in _read_safetensors(path).items():
-            canonical = _canonical(name)
+            canonical = name
+            for pattern, replacement in ALIASES.items():
+                canonical = re.sub(pattern, replacement, canonical)
             if canonical in weights:
                 raise ValueError(
                     f"{path} holds {name}, which is {canonical} a second time: keep one of them."
@@ -323,7 +320,12 @@ def check_shapes(
                 f"{where}: the tensor {name} has shape {list(found)}, but its config.json asks for "
                 f"{list(expected)}: fetch or convert it again."
             )
-        _check_type(where, name, weights[name], packed=f"{name.removesuffix('weight')}scales" in shapes)
+        allowed = [mx.int32] if name == "draft_to_target" else [mx.float32, mx.float16, mx.bfloat16]
+        if f"{name.removesuffix('weight')}scales" in shapes:
+            allowed = [mx.uint32]
+        if (dtype := weights[name].dtype) not in allowed:
+            types = " or ".join(map(_dtype_name, allowed))
+            raise ValueError(f"{where}: the tensor {name} is {_dtype_name(dtype)}, not {types}: convert it.")
     return sorted(set(weights) - set(shapes))
 
 
@@ -339,10 +341,10 @@ def refuse_pickles(paths: list[Path]) -> None:
 
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    else:
+    if index.is_file():
         files = [folder / name for name in _shards(index)]
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
         refuse_pickles(sorted(folder.iterdir()))
         raise ValueError(f"{folder} has no model.safetensors: fetch or convert the drafter again.")
@@ -370,25 +372,6 @@ def _read_safetensors(path: Path) -> dict[str, mx.array]:
         raise ValueError(f"{path} is damaged ({error}): fetch or convert the drafter again.") from error
 
 
-def _canonical(name: str) -> str:
-    for pattern, replacement in ALIASES:
-        if match := re.match(pattern, name):
-            return replacement + name[match.end() :]
-    return name
-
-
-def _check_type(where: object, name: str, value: mx.array, packed: bool) -> None:
-    if name == "draft_to_target":
-        allowed = [mx.int32]
-    else:
-        allowed = [mx.uint32] if packed else [mx.float32, mx.float16, mx.bfloat16]
-    if value.dtype not in allowed:
-        expected = " or ".join(_dtype_name(dtype) for dtype in allowed)
-        raise ValueError(
-            f"{where}: the tensor {name} is {_dtype_name(value.dtype)}, not {expected}: convert it."
-        )
-
-
 def check_base(folder: Path, config: DrafterConfig, base: BaseIdentity | None, target: BaseIdentity) -> None:
     """Raise ``ValueError`` if a drafter is not for ``target``; only sizes count if it records no base."""
     if (config.hidden_size, config.vocab_size) != (target.hidden_size, target.vocab_size):
@@ -406,17 +389,6 @@ def parse_config(folder: Path, raw: Mapping[str, Any]) -> DrafterConfig:
         return DrafterConfig.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _build(
-    folder: Path, config: DrafterConfig, weights: dict[str, mx.array], dtype: mx.Dtype | None
-) -> Drafter:
-    weights = {name: cast(value, dtype) for name, value in weights.items()}
-    check_values(folder, config, weights)
-    drafter = Drafter(config, weights.pop("draft_to_target", None))
-    drafter.load_weights(list(weights.items()))
-    drafter.eval()
-    return drafter
 
 
 def cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
@@ -450,8 +422,3 @@ def check_values(folder: Path, config: DrafterConfig, weights: Mapping[str, mx.a
 
 def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -97,7 +97,13 @@ class DrafterConfig:
                 )
         known = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         if "quantization" in known:
-            known["quantization"] = _read_quantization(known["quantization"])
+            given = known["quantization"]
+            if not isinstance(given, Mapping) or "bits" not in given:
+                raise ValueError(
+                    f"quantization is {given!r} in the drafter's configuration: "
+                    "it needs 'bits' and 'group_size'."
+                )
+            known["quantization"] = Quantization(given["bits"], given.get("group_size", 64))
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,16 +133,13 @@ class DrafterConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor a drafter of these sizes has on disk, by name."""
-        shapes = dict(self._linear_shapes())
-        if self.draft_vocab_size is not None:
-            shapes["draft_to_target"] = (self.draft_vocab_size,)
-        return shapes
+        return dict(self._shapes())
 
     def quantizes(self, inputs: int) -> bool:
         """Whether a linear layer with this input width is quantized."""
         return self.quantization is not None and inputs % self.quantization.group_size == 0
 
-    def _linear_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         if self.head_inputs != self.exit_dim:
             yield from self._linear("input_proj", self.head_inputs, self.exit_dim, bias=True)
         for block in range(self.num_draft_layers):
@@ -147,6 +150,8 @@ class DrafterConfig:
         if self.rnn:
             yield from self._linear("rnn_u", self.hidden_size, self.cell_outputs, bias=True)
             yield from self._linear("rnn_w", self.hidden_size, self.cell_outputs, bias=False)
+        if self.draft_vocab_size is not None:
+            yield "draft_to_target", (self.draft_vocab_size,)
 
     def _linear(
         self, name: str, inputs: int, outputs: int, bias: bool
@@ -217,13 +222,11 @@ class Drafter(nn.Module):
             outside of training its products [..., H + exit_dim], where one layer computes both.
         """
         new = self.read_tokens(embedding)
-        after: mx.array
-        if self._joint:
-            size = self.config.hidden_size
-            old = self.rnn_u.bias if state.shape[-1] == size else state[..., :size]
-            after = self._joint[0](nn.silu(new + old))
-        else:
-            after = self.update_state(new, state)
+        if not self._joint:
+            return self.update_state(new, state)
+        size = self.config.hidden_size
+        old = self.rnn_u.bias if state.shape[-1] == size else state[..., :size]
+        after: mx.array = self._joint[0](nn.silu(new + old))
         return after
 
     def read_tokens(self, embedding: mx.array) -> mx.array:
@@ -324,7 +327,7 @@ def _columns(layer: nn.Module, start: int, stop: int | None) -> nn.Module:
 
     Only the first part keeps the bias.
     """
-    part: Any = copy.copy(layer)
+    part = copy.copy(layer)
     inputs = {"weight": 1}  # of each column
     if isinstance(layer, nn.QuantizedLinear):
         inputs = {"weight": 32 / layer.bits, "scales": layer.group_size, "biases": layer.group_size}
@@ -333,19 +336,17 @@ def _columns(layer: nn.Module, start: int, stop: int | None) -> nn.Module:
         part[name] = mx.contiguous(part[name][:, int(start / per) : end])
     if start:
         part.pop("bias")
-    module: nn.Module = part
-    return module
+    return part
 
 
 def _stack(first: nn.Module, second: nn.Module) -> nn.Module:
     """One layer with the outputs of two that read the same input; only the first has a bias."""
-    part: Any = copy.copy(first)
+    part = copy.copy(first)
     for name in ("weight", "scales", "biases"):
         if name in part:
             part[name] = mx.concatenate([first[name], second[name]])
-    part.bias = mx.pad(part.bias, (0, second["weight"].shape[0]))
-    module: nn.Module = part
-    return module
+    part["bias"] = mx.pad(part["bias"], (0, second["weight"].shape[0]))
+    return part
 
 
 def _check_size(name: str, value: object, least: int = 1) -> None:
@@ -353,11 +354,3 @@ def _check_size(name: str, value: object, least: int = 1) -> None:
         raise ValueError(
             f"{name} is {value!r} in the drafter's configuration: it must be an integer of at least {least}."
         )
-
-
-def _read_quantization(raw: object) -> Quantization:
-    if not isinstance(raw, Mapping) or "bits" not in raw:
-        raise ValueError(
-            f"quantization is {raw!r} in the drafter's configuration: it needs 'bits' and 'group_size'."
-        )
-    return Quantization(raw["bits"], raw.get("group_size", 64))

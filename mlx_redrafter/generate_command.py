@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -29,6 +30,18 @@ from .stream import PREFILL_STEP_SIZE, Response, Sampler, check_shape, statistic
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"
 GREEN, PLAIN = "\033[32m", "\033[0m"
+RANGES: dict[str, tuple[float, float | None]] = {  # of the flags' numbers: the least, the most
+    "lookup": (0, None),
+    "max_kv_size": (1, None),
+    "context_length": (1, None),
+    "prefill_step_size": (1, None),
+    "quantized_kv_start": (0, None),
+    "min_tokens_to_keep": (1, None),
+    "num_draft_tokens": (1, None),
+    "seed": (0, (1 << 64) - 1),
+    "xtc_probability": (0, 1),
+    "xtc_threshold": (0, 0.5),
+}
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # what a terminal may obey
 
 
@@ -97,8 +110,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, printing text as it is accepted and then statistics, or one JSON record."""
-    _check_text("--prompt", args.prompt, empty=True)
-    _check_text("--prefill-response", args.prefill_response, empty=True)
+    _check_text("prompt", args.prompt, empty=True)
+    _check_text("prefill_response", args.prefill_response, empty=True)
     shape = check_decoding(args)
     prompt = _standard_input() if args.prompt == "-" else args.prompt
     if not prompt.strip():
@@ -134,21 +147,42 @@ def run(args: argparse.Namespace) -> int:
 
 def check_decoding(args: argparse.Namespace) -> DraftShape | None:
     """Refuse decoding flags that no model can follow; the shape they ask for, None for the usual one."""
-    shape = _shape(args)
+    for name in ("model", "drafter", "adapter_path", "draft_model"):
+        _check_text(name, getattr(args, name))
+    _check_text("system_prompt", args.system_prompt, empty=True)
+    for text in args.stop:
+        _check_text("stop", text)
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= (math.inf if most is None else most):
+            usable = f"{least} or more" if most is None else f"{least} to {most}"
+            raise ValueError(f"{_flag(name)} {value} is not usable: give {usable}.")
+    if args.max_tokens < 1 and args.max_tokens != -1:
+        raise ValueError(f"--max-tokens {args.max_tokens} is not usable: give 1 or more, or -1 for no limit.")
+    try:
+        options = json.loads(args.chat_template_config or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--chat-template-config is not JSON ({error}): give an object.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--chat-template-config {args.chat_template_config} is no JSON object: give one.")
     sampling_of(args)
-    _check(args)
-    _check_special(args)
-    return shape
+    if args.beam_width == "auto" and args.beam_length is None and args.max_nodes is None:
+        return None
+    width = USUAL.width if args.beam_width == "auto" else args.beam_width
+    length = USUAL.length if args.beam_length is None else args.beam_length
+    return DraftShape(width, length, args.max_nodes, args.lookup or 0)
 
 
 def choose_drafter(args: argparse.Namespace, shape: DraftShape | None) -> str | Path | None:
     """What ``load`` is to be told of the drafter; XTC switches drafting off."""
     args.no_draft = args.no_draft or args.xtc_probability > 0
     drafter = None if args.no_draft or args.drafter == "none" else args.drafter
-    if drafter not in (None, "auto"):
-        drafter = _find_drafter(drafter, shape)
+    known = None
+    if drafter not in (None, "auto"):  # what can be checked before the model is there
+        drafter = resolve_drafter(drafter)
+        known = parse_config(drafter, read_config(drafter)).head_outputs
     if shape is not None:
-        check_shape(shape)
+        check_shape(shape, known)
     return drafter
 
 
@@ -196,7 +230,7 @@ def _warn_of_idle_flags(args: argparse.Namespace, raw: bool) -> None:
     ):
         for flag in flags if idle else ():
             if getattr(args, flag, None) not in (None, 0, "none", parser.get_default(flag)):
-                warnings.warn(f"--{flag.replace('_', '-')} does nothing {why}.", stacklevel=1)
+                warnings.warn(f"{_flag(flag)} does nothing {why}.", stacklevel=1)
 
 
 def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:
@@ -210,8 +244,12 @@ def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:
 
 
 def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """The options of ``stream_generate`` that the flags ask for, but for the shape."""
-    sampler = _special_sampler(args, tokenizer)
+    """The options of ``stream_generate`` that the flags ask for, but for the shape.
+
+    mlx-lm samples where flags ask for what ``Sampling`` does not do.
+    """
+    usual = args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)
+    sampler = None if usual else mlx_lm_sampler(args, tokenizer)
     return {
         "max_tokens": args.max_tokens,
         "sampling": sampling_of(args) if sampler is None else None,
@@ -314,12 +352,8 @@ def record(
 
 def describe_shape(shape: DraftShape) -> dict[str, int]:
     """A draft shape in the words of the flags."""
-    return {
-        "beam_width": shape.width,
-        "beam_length": shape.length,
-        "max_nodes": shape.size,
-        "lookup": shape.lookup,
-    }
+    names = ("beam_width", "beam_length", "max_nodes", "lookup")
+    return dict(zip(names, (shape.width, shape.length, shape.size, shape.lookup), strict=True))
 
 
 def _beam_width(text: str) -> int | str:
@@ -327,26 +361,6 @@ def _beam_width(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not usable: give a number, or auto.") from error
-
-
-def _shape(args: argparse.Namespace) -> DraftShape | None:
-    """The draft shape the flags ask for; None for the automatic one."""
-    if args.lookup is not None and args.lookup < 0:
-        raise ValueError(f"--lookup {args.lookup} is not usable: give 0 or more.")
-    if args.beam_width == "auto" and args.beam_length is None and args.max_nodes is None:
-        return None
-    width = USUAL.width if args.beam_width == "auto" else args.beam_width
-    length = USUAL.length if args.beam_length is None else args.beam_length
-    return DraftShape(width, length, args.max_nodes, args.lookup or 0)
-
-
-def _find_drafter(name: str, shape: DraftShape | None) -> Path:
-    """The folder of the drafter, after a look at what can be checked before the model is there."""
-    folder = resolve_drafter(name)
-    config = parse_config(folder, read_config(folder))
-    if shape is not None:
-        check_shape(shape, config.head_outputs)
-    return folder
 
 
 def _standard_input() -> str:
@@ -360,59 +374,20 @@ def _standard_input() -> str:
         ) from error
 
 
-def _check(args: argparse.Namespace) -> None:
-    for flag in ("model", "drafter", "adapter_path", "draft_model"):
-        _check_text(f"--{flag.replace('_', '-')}", getattr(args, flag))
-    _check_text("--system-prompt", args.system_prompt, empty=True)
-    for text in args.stop:
-        _check_text("--stop", text)
-    for flag, value, least in (
-        ("--max-kv-size", args.max_kv_size, 1),
-        ("--context-length", args.context_length, 1),
-        ("--prefill-step-size", args.prefill_step_size, 1),
-        ("--quantized-kv-start", args.quantized_kv_start, 0),
-        ("--min-tokens-to-keep", args.min_tokens_to_keep, 1),
-        ("--num-draft-tokens", args.num_draft_tokens, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} {value} is not usable: give {least} or more.")
-    if args.seed is not None and not 0 <= args.seed < 1 << 64:
-        raise ValueError(f"--seed {args.seed} is not usable: give 0 to {(1 << 64) - 1}.")
-    if args.max_tokens < 1 and args.max_tokens != -1:
-        raise ValueError(f"--max-tokens {args.max_tokens} is not usable: give 1 or more, or -1 for no limit.")
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def _check_text(flag: str, value: str | None, empty: bool = False) -> None:
+def _check_text(name: str, value: str | None, empty: bool = False) -> None:
     if value == "" and not empty:
-        raise ValueError(f"{flag} '' names nothing: leave it out, or give a value.")
+        raise ValueError(f"{_flag(name)} '' names nothing: leave it out, or give a value.")
     if value and any(0xD800 <= ord(character) <= 0xDFFF for character in value):
-        raise ValueError(f"{flag} {value!r} is not text in UTF-8: check the terminal's encoding.")
-
-
-def _check_special(args: argparse.Namespace) -> None:
-    for flag, value, most in (
-        ("--xtc-probability", args.xtc_probability, 1),
-        ("--xtc-threshold", args.xtc_threshold, 0.5),
-    ):
-        if not 0 <= value <= most:
-            raise ValueError(f"{flag} {value} is not usable: give 0 to {most}.")
-    try:
-        options = json.loads(args.chat_template_config or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--chat-template-config is not JSON ({error}): give an object.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"--chat-template-config {args.chat_template_config} is no JSON object: give one.")
+        raise ValueError(f"{_flag(name)} {value!r} is not text in UTF-8: check the terminal's encoding.")
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling that the flags ask for."""
     return Sampling(args.temp, args.top_p, args.top_k, args.min_p)
-
-
-def _special_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:
-    """mlx-lm's sampler where flags ask for what ``Sampling`` does not do."""
-    usual = args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)
-    return None if usual else mlx_lm_sampler(args, tokenizer)
 
 
 def mlx_lm_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:
@@ -452,10 +427,8 @@ def _boolean(text: str) -> bool:
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a quantized cache."""
-    if args.kv_bits is None:
-        return {}
-    start = args.quantized_kv_start
-    return {"kv_bits": args.kv_bits, "kv_group_size": args.kv_group_size, "quantized_kv_start": start}
+    names = ("kv_bits", "kv_group_size", "quantized_kv_start")
+    return {} if args.kv_bits is None else {name: getattr(args, name) for name in names}
 
 
 def _read_prompt_cache(args: argparse.Namespace) -> PromptCache | None:
