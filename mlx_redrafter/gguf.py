@@ -354,7 +354,7 @@ def _expected(config: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[int, 
         ("ffn_down", "mlp.down_proj", (hidden, wide), mlp_bias),
     ]
     if config["model_type"] == "qwen3":
-        parts += [(f"attn_{x}_norm", f"self_attn.{x}_norm", (head_dim,), False) for x in "qk"]
+        parts[2:2] = [(f"attn_{x}_norm", f"self_attn.{x}_norm", (head_dim,), False) for x in "qk"]
     for layer in range(config["num_hidden_layers"]):
         for name, hf_name, shape, biased in parts:
             yield f"blk.{layer}.{name}.weight", f"model.layers.{layer}.{hf_name}.weight", shape
