@@ -35,7 +35,7 @@ _ENDS = re.compile(
     r"|▁?<EOT>|\[EOT\]|<｜end▁of▁sentence｜>"
 )
 _QUESTION, _ANSWER = {"role": "user", "content": "6 x 9?"}, {"role": "assistant", "content": "Forty-two"}
-_SMALL_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.jsonl", "*.tiktoken", "*.py")
+_SMALL_FILES = (".json", ".model", ".jinja", ".txt", ".jsonl", ".tiktoken", ".py")
 _OBSOLETE = ("auto_map", "legacy", "sp_model_kwargs", "use_default_system_prompt", "added_tokens_decoder")
 _MARK = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>")
 _LONGEST_MERGED_PIECE = 1024  # characters; bounds the work a hostile vocabulary can ask for
@@ -67,7 +67,8 @@ def load_tokenizer(
     Raises:
         ValueError: there is no tokenizer, it cannot be read, or it lacks the ``eos_token`` of ``options``.
     """
-    name = name or _name_of(folder)
+    real = folder.resolve()  # of the Hugging Face cache, the repository has the model's name
+    name = name or (real.parents[1] if real.parent.name == "snapshots" else real).name
     end = str(_content((options or {}).get("eos_token") or ""))
     if end and end not in load_tokenizer(folder, name=name, trust_remote_code=trust_remote_code).get_vocab():
         raise ValueError(f"eos_token {end!r} is not a token of {folder}: give one of its vocabulary.")
@@ -78,7 +79,9 @@ def load_tokenizer(
             return _load(folder, extra, ends)
         with tempfile.TemporaryDirectory() as temporary:
             copy = Path(temporary)
-            _copy_small_files(folder, copy)
+            for path in folder.iterdir():
+                if path.suffix in _SMALL_FILES:
+                    shutil.copy(path, copy)
             ensure_fast_tokenizer(copy)
             if _needs_vicuna_template(copy, name):
                 (copy / "chat_template.jinja").write_text(VICUNA_TEMPLATE, "utf-8")
@@ -164,14 +167,27 @@ def _muted() -> Iterator[None]:
 def ensure_fast_tokenizer(folder: Path) -> None:
     """Write the ``tokenizer.json`` equivalent to ``tokenizer.model`` into a folder that lacks it.
 
-    Does nothing if ``tokenizer.json`` exists or ``tokenizer.model`` is not a SentencePiece file.
+    Does nothing if ``tokenizer.json`` exists or ``tokenizer.model`` is not SentencePiece's (but tiktoken's).
     """
     if not _sentencepiece_only(folder):
         return
-    proto = _read_proto(folder / "tokenizer.model")
-    if proto is None:
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        proto.ParseFromString((folder / "tokenizer.model").read_bytes())
+    except DecodeError:
         return
-    pieces = _pieces_of_proto(proto)
+    if not proto.pieces or proto.trainer_spec.model_type not in (1, 2):
+        return
+    pieces = Pieces(
+        texts=[piece.piece for piece in proto.pieces],
+        scores=[piece.score for piece in proto.pieces],
+        types=[piece.type for piece in proto.pieces],
+        unigram=proto.trainer_spec.model_type == 1,
+        charsmap=proto.normalizer_spec.precompiled_charsmap,
+        add_prefix=proto.normalizer_spec.add_dummy_prefix,
+        isolate=True,
+        collapse_spaces=proto.normalizer_spec.remove_extra_whitespaces,
+    )
     tokenizer = _sentencepiece_tokenizer(pieces)
     added = folder / "added_tokens.json"
     if added.exists():
@@ -187,24 +203,18 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]
     ``config`` follows transformers: ``add_bos_token``, ``add_eos_token``, ``bos_token``, ... The class
     is set to the one that reads ``tokenizer.json`` as it stands; others rebuild parts of it.
     """
-    _add_template(
-        tokenizer,
-        _content(config.get("bos_token")) if config.get("add_bos_token") else None,
-        _content(config.get("eos_token")) if config.get("add_eos_token") else None,
-    )
+    ends = [
+        config.get(f"add_{name}_token") and _content(config.get(f"{name}_token")) for name in ("bos", "eos")
+    ]
+    bos, eos = ([token] if token else [] for token in ends)
+    if bos or eos:
+        single = [*bos, "$A:0", *eos]
+        pair = [*single, *(f"{part}:1" for part in (*bos, "$B", *eos))]
+        ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(bos + eos)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
-
-
-def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Make encoding add ``bos`` in front and ``eos`` behind; None adds nothing."""
-    if bos is None and eos is None:
-        return
-    single = ([bos] if bos else []) + ["$A:0"] + ([eos] if eos else [])
-    pair = single + [part.replace("$A:0", "$B") + ":1" for part in single]
-    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys([bos, eos]) if token]
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
 
 
 def _sentencepiece_only(folder: Path) -> bool:
@@ -212,23 +222,11 @@ def _sentencepiece_only(folder: Path) -> bool:
 
 
 def _needs_vicuna_template(folder: Path, name: str) -> bool:
-    if "vicuna" not in f"{Path(name).name} {_read_json(folder / 'config.json').get('_name_or_path')}".lower():
+    names = f"{Path(name).name} {_read_json(folder / 'config.json').get('_name_or_path')}"
+    if "vicuna" not in names.lower():
         return False
-    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
-        return False
-    return not _read_json(folder / "tokenizer_config.json").get("chat_template")
-
-
-def _name_of(folder: Path) -> str:
-    """Return the model's name: the folder's, or the repository's if it is in the Hugging Face cache."""
-    folder = folder.resolve()
-    return folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
-
-
-def _copy_small_files(source: Path, destination: Path) -> None:
-    for pattern in _SMALL_FILES:
-        for path in source.glob(pattern):
-            shutil.copy(path, destination)
+    given = any((folder / f"chat_template.{ending}").exists() for ending in ("jinja", "json"))
+    return not (given or _read_json(folder / "tokenizer_config.json").get("chat_template"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -267,29 +265,6 @@ class Pieces:
     collapse_spaces: bool = False
 
 
-def _read_proto(path: Path) -> Any:
-    """Return the parsed SentencePiece model of type unigram or BPE, or None for anything else (tiktoken)."""
-    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except DecodeError:
-        return None
-    return proto if proto.pieces and proto.trainer_spec.model_type in (1, 2) else None
-
-
-def _pieces_of_proto(proto: Any) -> Pieces:
-    return Pieces(
-        texts=[piece.piece for piece in proto.pieces],
-        scores=[piece.score for piece in proto.pieces],
-        types=[piece.type for piece in proto.pieces],
-        unigram=proto.trainer_spec.model_type == 1,
-        charsmap=proto.normalizer_spec.precompiled_charsmap,
-        add_prefix=proto.normalizer_spec.add_dummy_prefix,
-        isolate=True,
-        collapse_spaces=proto.normalizer_spec.remove_extra_whitespaces,
-    )
-
-
 def _spm_config(proto: Any) -> dict[str, Any]:
     """Return the tokenizer_config.json of a Llama tokenizer with the model's own special tokens."""
     spec = proto.trainer_spec
@@ -304,7 +279,7 @@ def _sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
     As in Llama's own tokenizer.json, the space in front is added again after a special token.
     """
     byte_fallback = TokenType.BYTE in pieces.types
-    unknown = next((i for i, kind in enumerate(pieces.types) if kind == TokenType.UNKNOWN), None)
+    unknown = next(iter(_of_type(pieces.texts, pieces.types, TokenType.UNKNOWN)), None)
     if pieces.unigram:
         vocabulary = list(zip(pieces.texts, pieces.scores, strict=True))
         model: models.Model = models.Unigram(vocabulary, unk_id=unknown, byte_fallback=byte_fallback)
@@ -317,32 +292,6 @@ def _sentencepiece_tokenizer(pieces: Pieces) -> Tokenizer:
             byte_fallback=byte_fallback,
         )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = _normalizer(pieces)
-    strip = [decoders.Strip(" ", 1, 0)] if pieces.add_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    _add_special(tokenizer, pieces.texts, pieces.types, user_defined=not pieces.isolate)
-    if pieces.isolate:
-        _isolate_user_defined(tokenizer, pieces)
-    return tokenizer
-
-
-def _isolate_user_defined(tokenizer: Tokenizer, pieces: Pieces) -> None:
-    """Cut the text at user-defined pieces, longest first, and let the model take each whole.
-
-    Added tokens would do that too, but the normalizer would put a space in front of what follows them.
-    """
-    own = [t for t, kind in zip(pieces.texts, pieces.types, strict=True) if kind == TokenType.USER_DEFINED]
-    if not own:
-        return
-    pattern = "|".join(re.escape(text) for text in sorted(own, key=len, reverse=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    if isinstance(tokenizer.model, models.BPE):
-        tokenizer.model.ignore_merges = True
-
-
-def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if pieces.charsmap:
         steps.append(normalizers.Precompiled(pieces.charsmap))
@@ -350,16 +299,26 @@ def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
         steps += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if pieces.add_prefix:
         steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if pieces.add_prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    _add_special(tokenizer, pieces.texts, pieces.types, user_defined=not pieces.isolate)
+    own = _of_type(pieces.texts, pieces.types, TokenType.USER_DEFINED).values()
+    if pieces.isolate and own:
+        # Added tokens would cut the text too, but get a space in front of what follows them.
+        longest_first = "|".join(map(re.escape, sorted(own, key=len, reverse=True)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
+        if isinstance(tokenizer.model, models.BPE):
+            tokenizer.model.ignore_merges = True
+    return tokenizer
 
 
 def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     """List every way to form a piece from two others, best score first: SentencePiece's merge order."""
-    ids = {
-        text: i
-        for i, (text, kind) in enumerate(zip(pieces.texts, pieces.types, strict=True))
-        if kind == TokenType.NORMAL and len(text) <= _LONGEST_MERGED_PIECE
-    }
+    normal = _of_type(pieces.texts, pieces.types, TokenType.NORMAL)
+    ids = {text: i for i, text in normal.items() if len(text) <= _LONGEST_MERGED_PIECE}
     ranked = []
     for text, i in ids.items():
         for cut in range(1, len(text)):
@@ -381,12 +340,16 @@ def _add_special(
     tokenizer: Tokenizer, texts: Sequence[str], types: Sequence[int], *, user_defined: bool = True
 ) -> None:
     """Register control tokens as special and user-defined ones as tokens found in any text."""
-    kinds = [*zip(texts, types, strict=True)]
-    special = [text for text, kind in kinds if text and kind in (TokenType.CONTROL, TokenType.UNKNOWN)]
+    special = filter(None, _of_type(texts, types, TokenType.CONTROL, TokenType.UNKNOWN).values())
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     if user_defined:
-        plain = [text for text, kind in kinds if text and kind == TokenType.USER_DEFINED]
+        plain = filter(None, _of_type(texts, types, TokenType.USER_DEFINED).values())
         tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
+
+
+def _of_type(texts: Sequence[str], types: Sequence[int], *wanted: int) -> dict[int, str]:
+    """The tokens of the wanted types, by their ids."""
+    return {i: text for i, (text, kind) in enumerate(zip(texts, types, strict=True)) if kind in wanted}
 
 
 # --- GGUF --------------------------------------------------------------------------------------------
@@ -427,50 +390,38 @@ _DEEPSEEK_LLM = (
     "[一-龥ࠀ-一가-퟿]+",
     r"\p{N}",
 )
-_DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     + rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_REST}",
 )
-_GPT2 = Pre(gpt2=True)
-_GPT_NEOX = Pre(gpt2=True, nfc=True)
 _DIGITS = Pre((r"\p{N}",), gpt2=True)
 _LLAMA3 = Pre((_WORDS % r"\p{N}{1,3}",), ignore_merges=True, add_bos=True)
-_CL100K = Pre((_WORDS % r"\p{N}{1,3}",))
 _QWEN2 = Pre((_WORDS % r"\p{N}",), nfc=True)
-_TEKKEN = Pre((_CASED % ("", "", r"\p{N}"),), ignore_merges=True, add_bos=True)
 _GPT4O = Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", r"\p{N}{1,3}"),))
 
 PRE_TOKENIZERS: dict[str, Pre] = {
-    **dict.fromkeys(("default", "gpt-2", "jais", "phi-2", "trillion", "exaone4"), _GPT2),
-    **dict.fromkeys(("olmo", "mpt"), _GPT_NEOX),
+    **dict.fromkeys(("default", "gpt-2", "jais", "phi-2", "trillion", "exaone4"), Pre(gpt2=True)),
+    **dict.fromkeys(("olmo", "mpt"), Pre(gpt2=True, nfc=True)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "mellum2"), _DIGITS),
     **dict.fromkeys(("command-r", "exaone"), Pre((r"\p{N}",), gpt2=True, nfc=True)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), _CL100K),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), Pre((_WORDS % r"\p{N}{1,3}",))),
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
-    "tekken": _TEKKEN,
+    "tekken": Pre((_CASED % ("", "", r"\p{N}"),), ignore_merges=True, add_bos=True),
     "deepseek-llm": Pre(_DEEPSEEK_LLM),
-    "deepseek-coder": Pre(_DEEPSEEK_CODER),
+    "deepseek-coder": Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
     "deepseek-v3": Pre(_DEEPSEEK_V3),
 }
-
-
 _GGUF_TYPES: dict[str, type] = {
     **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"), str),
     **{f"tokenizer.ggml.add_{name}": bool for name in ("bos_token", "eos_token", "space_prefix")},
     "tokenizer.ggml.remove_extra_whitespaces": bool,
     **{f"tokenizer.ggml.{name}_token_id": int for name in ("bos", "eos", "unknown", "padding")},
 }
-_GGUF_LISTS: dict[str, type | tuple[type, ...]] = {
-    "tokens": str,
-    "merges": str,
-    "token_type": int,
-    "scores": (int, float),
-}
+_GGUF_LISTS = {"tokens": (str,), "merges": (str,), "token_type": (int,), "scores": (int, float)}
 
 
 def _check_gguf_types(metadata: Mapping[str, Any]) -> None:
@@ -484,9 +435,7 @@ def _check_gguf_types(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"GGUF metadata {wrong[0]} is not of the right type: download the file again.")
 
 
-def write_gguf_tokenizer(
-    metadata: Mapping[str, Any], folder: Path, context_length: int, name: str = ""
-) -> None:
+def write_gguf_tokenizer(metadata: Mapping[str, Any], folder: Path, context_length: int, name: str) -> None:
     """Rebuild the tokenizer a GGUF file describes and write it to ``folder``.
 
     Args:
@@ -530,8 +479,7 @@ def _guess_pre(metadata: Mapping[str, Any]) -> str:
     """Name the pattern that the architecture has, or the vocabulary shows: no token spans two words."""
     if metadata.get("general.architecture") in ("qwen2", "qwen3"):
         return "qwen2"
-    tokens = zip(*_gguf_tokens(metadata), strict=True)
-    words = "\n".join(text for text, kind in tokens if kind == TokenType.NORMAL)
+    words = "\n".join(_of_type(*_gguf_tokens(metadata), TokenType.NORMAL).values())
     digits = max(map(len, re.findall("[0-9]+", words)), default=1)
     joined = re.search(r"^[!-&(-/:-@\[-`{-~][A-Za-z]+$", words, re.MULTILINE)  # such as "(self"
     if digits == 1:
@@ -589,7 +537,8 @@ def gguf_ends(metadata: Mapping[str, Any]) -> list[int]:
     texts, types = _gguf_tokens(metadata)
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     if not metadata.get("tokenizer.chat_template"):
-        ids += [i for i, kind in enumerate(types) if kind == TokenType.CONTROL and _ENDS.fullmatch(texts[i])]
+        special = _of_type(texts, types, TokenType.CONTROL)
+        ids += [i for i, text in special.items() if _ENDS.fullmatch(text)]
     return [i for i in ids if type(i) is int and 0 <= i < len(texts)]
 
 
@@ -606,9 +555,8 @@ def _gguf_config(metadata: Mapping[str, Any], pre: Pre, context_length: int) -> 
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {f"{to}_token": metadata.get(f"tokenizer.ggml.{key}_token_id", -1) for to, key in names.items()}
     config: dict[str, Any] = {name: texts[i] for name, i in ids.items() if 0 <= i < len(texts)}
-    config["add_bos_token"] = (
-        metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos) and "bos_token" in config
-    )
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.add_bos)
+    config["add_bos_token"] = add_bos and "bos_token" in config
     config["add_eos_token"] = metadata.get("tokenizer.ggml.add_eos_token", False) and "eos_token" in config
     config["model_max_length"] = context_length
     if template := metadata.get("tokenizer.chat_template"):
