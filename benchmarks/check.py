@@ -23,10 +23,9 @@ import synthetic
 
 import mlx_redrafter as r
 from mlx_redrafter import backend
-from mlx_redrafter.calibrate import UNLIMITED, candidates
-from mlx_redrafter.decoding.loop import Fixed, decode
-from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.calibrate import candidates
+from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip
@@ -104,14 +103,12 @@ Text = tuple[list[int], list[mx.array]]  # tokens, and the logits [V] from which
 
 def text(model: SpeculativeModel, shape: DraftShape, rows: int, tokens: int) -> Text:
     """What is decoded greedily behind a made-up text of ``rows`` tokens."""
-    run, state = model.runner(Sampling()), harness.after_prompt(model, rows)
-    steps = decode(run, Fixed(shape), state, rows, UNLIMITED, frozenset(), grain=backend.current().grain)
-    del state
+    steps = harness.decode(model, Fixed(shape), harness.after_prompt(model, rows), rows)
     said: list[int] = []
     logits: list[mx.array] = []
     for step in steps:
         said += step.tokens
-        logits += list(step.logits[: len(step.tokens)])
+        logits += [step.logits[place] for place in range(len(step.tokens))]
         mx.eval(logits[-len(step.tokens) :])
         if len(said) >= tokens:
             break

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
 from mlx_redrafter.calibrate import made_up_text
-from mlx_redrafter.decoding.step import State, begin
+from mlx_redrafter.decoding.state import State, begin
 from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.engine.loop import Emitted, Policy
 from mlx_redrafter.files import atomic_file
 from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
-from mlx_redrafter.target import from_prompt_cache
 
 import mlx.core as mx  # isort: skip
 from mlx_lm.models import llama  # isort: skip
@@ -70,14 +70,24 @@ def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: in
 
 
 def after_prompt(model: SpeculativeModel, rows: int) -> State:
-    """The state behind a prompt of ``rows`` made-up tokens, which the model has read."""
+    """The state after a prompt of ``rows`` made-up tokens, which the model has read, and one more."""
     target = model.target
     assert target is not None
-    ids = made_up_text(model, rows)
+    ids = made_up_text(model, rows + 1)
     caches = target.make_cache()
-    logits, context = target.read_prompt(ids, 512, lambda done, total: None, caches)
-    token = mx.argmax(logits, axis=-1).astype(mx.int32)
-    return begin(token, context, from_prompt_cache(caches), [ids], [rows], mx.random.key(0))
+    for start in range(0, rows, 512):
+        target.forward(mx.array([ids[start : min(start + 512, rows)]]), caches)
+        mx.eval([cache.state for cache in caches])
+    return begin(ids, rows, target.layers_of(caches)[1], target.no_context(), mx.random.key(0))
+
+
+def decode(model: SpeculativeModel, policy: Policy, state: State, rows: int) -> Iterator[Emitted]:
+    """Steps without end, after a text of which the layers hold ``rows`` tokens; nobody may keep the state."""
+    engine = model.engine(policy)
+    engine.resume(state, rows)
+    del state
+    while True:
+        yield from engine.step()
 
 
 def timed(function: Callable[[], Any], repeats: int) -> dict[str, float]:

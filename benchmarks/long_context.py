@@ -16,12 +16,9 @@ import harness
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_redrafter import backend
 from mlx_redrafter.calibrate import behind_text, candidates, measure
-from mlx_redrafter.decoding.cache import Cache
-from mlx_redrafter.decoding.loop import Fixed, decode, with_room
-from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape, with_capacity
+from mlx_redrafter.engine.loop import Fixed, bucket
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip
@@ -65,31 +62,18 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
 
 def peak(model: SpeculativeModel, shape: DraftShape, rows: int, steps: int) -> dict[str, float]:
     """Peak memory of some steps with room for them, in MB, and its ratio to the weights and the cache."""
-    room = rows + steps * (shape.depth + 1)
-    state = with_room(behind_text(model, rows), room, shape)
-    mx.eval(vars(state.cache))
-    held = weights(model) + cache_bytes(state.cache)
-    decoding = decode(
-        model.runner(Sampling()),
-        Fixed(shape),
-        state,
-        rows,
-        1 << 40,
-        frozenset(),
-        grain=backend.current().grain,
-    )
+    room = bucket(rows + steps * (shape.depth + 1) + shape.room)
+    state = with_capacity(behind_text(model, rows), room)
+    mx.eval(state.layers.rows)
+    held = weights(model) + sum(part.nbytes for parts in state.layers.rows for part in parts)
+    decoding = harness.decode(model, Fixed(shape), state, rows)
     del state
     mx.clear_cache()
     mx.reset_peak_memory()
     for _ in range(steps):
         next(decoding)
     highest = mx.get_peak_memory()
-    decoding.close()
     return {"peak_mb": round(highest / 1e6, 1), "peak_of_weights_and_cache": round(highest / held, 4)}
-
-
-def cache_bytes(cache: Cache) -> int:
-    return sum(buffer.nbytes for buffer in (*cache.keys, *cache.values))
 
 
 def weights(model: SpeculativeModel) -> int:

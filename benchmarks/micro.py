@@ -14,12 +14,13 @@ from mlx_redrafter.calibrate import behind_text, candidates
 from mlx_redrafter.decoding import lookup
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import draft
-from mlx_redrafter.decoding.cache import Cache, commit, leave_path, visible
-from mlx_redrafter.decoding.loop import enqueue, view, with_room
-from mlx_redrafter.decoding.sampling import Sampling, keys_at
-from mlx_redrafter.decoding.step import DraftShape, State, propose
+from mlx_redrafter.decoding.layers import Layers, View, commit, leave_path, visible
+from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, seeds_at
+from mlx_redrafter.decoding.state import DraftShape, State, with_capacity
+from mlx_redrafter.decoding.step import propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
+from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 
@@ -66,8 +67,8 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """The stages of a step of one shape, behind a text of ``rows`` tokens."""
     target, drafter = model.target, model.drafter
     assert target is not None
-    state = with_room(behind_text(model, rows), rows, shape)
-    shown = view(state, rows, shape)
+    state = after_text(model, rows, shape)
+    shown = View(state.capacity)
     if shape.width:
         assert drafter is not None
 
@@ -95,41 +96,46 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     yield "visible (mask)", lambda: visible(tree, state.length, shown.columns)
     picks = mx.zeros(tree.tokens.shape, mx.int32)
     yield "accept", lambda: vars(accept(tree, picks, shape.depth))
-    box = [commit(state.cache)]  # the only reference, so that buffers are written in place
+    box = [commit(state.layers)]  # the only reference, so that buffers are written in place
 
     def verify() -> Any:
         seen = target.verify(tree, box.pop(), state.length, shown)
-        box.append(Cache(seen.keys, seen.values))
-        return seen.logits, seen.context, seen.keys, seen.values, seen.node_keys, seen.node_values
+        box.append(Layers(seen.rows))
+        return vars(seen)
 
     yield "verify", verify
     seen = target.verify(tree, box[0], state.length, shown)
-    mx.eval(seen.logits, seen.node_keys, seen.node_values)
-    nodes, path = (seen.node_keys, seen.node_values), accept(tree, picks, shape.depth).path
+    mx.eval(seen.logits, seen.nodes)
+    nodes, path = seen.nodes, accept(tree, picks, shape.depth).path
     del seen
 
     def write_path() -> Any:
-        cache = commit(leave_path(box.pop(), *nodes, path, state.length))
-        box.append(cache)
-        return cache.keys, cache.values
+        layers = commit(leave_path(box.pop(), nodes, path, state.length))
+        box.append(layers)
+        return layers.rows
 
     yield "commit", write_path
     box.clear()
     yield from whole_step(model, shape, rows)
 
 
+def after_text(model: SpeculativeModel, rows: int, shape: DraftShape) -> State:
+    """The state after a text of ``rows`` tokens, with room for a step."""
+    return with_capacity(behind_text(model, rows), bucket(rows + shape.room))
+
+
 def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """A step in one piece, and what the host does for it before the device has anything to do."""
-    run = model.runner(Sampling())
-    box: list[State] = [with_room(behind_text(model, rows), rows, shape)]
-    shown = view(box[0], rows, shape)
+    run = model.engine(Fixed(shape)).runner
+    box: list[State] = [after_text(model, rows, shape)]
+    shown = View(box[0].capacity)
 
     def step() -> Any:
         state, output = run(shape, box.pop(), shown)
         state.length = mx.array([rows], mx.int32)  # stay where there is room
         box.append(state)
         enqueue(state, output)
-        return output.tokens, vars(state.cache)
+        return output.tokens, vars(state.layers)
 
     yield "step", step
     run(shape, box[0], shown)  # traced, if steps are compiled
@@ -140,10 +146,11 @@ def heads(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Timed:
     """Picking from the target's logits, and the best of the drafter's."""
     for size in sorted({1, max(shape.size for shape in shapes)}):
         logits = 3 * mx.random.normal((1, size, model.vocabulary or 1))
-        keys = keys_at(mx.random.key(0), mx.arange(size)[None])
-        mx.eval(logits, keys)
+        seeds = seeds_at(mx.random.key(0)[None], mx.arange(size)[None])
+        mx.eval(logits, seeds)
         for name, sampling in SAMPLINGS.items():
-            yield f"pick of {size}, {name}", lambda pick=sampling.pick, x=logits, k=keys: pick(x, k)
+            filters = filter_settings([sampling], model.vocabulary or 1)
+            yield f"pick of {size}, {name}", lambda x=logits, s=seeds, f=filters: draw(x, s, f)
     if model.drafter is None:
         return
     for width in sorted({shape.width for shape in shapes if shape.width}):

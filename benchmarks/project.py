@@ -22,9 +22,9 @@ from typing import Any
 
 import curves
 
-from mlx_redrafter.decoding.policy import LOOKUP, Policy
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.drafter import DrafterConfig, Quantization
+from mlx_redrafter.engine.policy import LOOKUP, Policy
 
 LABEL = "PROJECTION from published kernel timings and acceptance measured on a small model; no Mac was used."
 PLAIN = DraftShape(0, 0)
@@ -237,7 +237,7 @@ def follow_policy(
         shape, following = following, policy.choose()
         coin = chance.random()
         ranks = [rank(found, shape, depth, coin) for depth, share in enumerate(fared[shape]) if coin < share]
-        policy.observe(shape, ranks)
+        policy.observe(shape, {1: ranks})
         used[shape] += 1
         time += seconds(shape)
         tokens += 1 + len(ranks)

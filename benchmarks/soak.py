@@ -10,6 +10,7 @@ a fresh one behind a text of the same length: active memory and the time per ste
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -17,11 +18,9 @@ from typing import Any
 import harness
 from tqdm import tqdm
 
-from mlx_redrafter import backend
 from mlx_redrafter.calibrate import behind_text, candidates
-from mlx_redrafter.decoding.loop import Emitted, Fixed, Policy, decode
-from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine.loop import Emitted, Fixed, Policy
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 
@@ -82,11 +81,13 @@ class InTurn:
     def __init__(self, shapes: list[DraftShape]) -> None:
         self.shapes, self.steps = shapes, 0
 
-    def choose(self, rows: int = 0) -> DraftShape:
+    def choose(self, rows: int = 0, texts: Sequence[int] = ()) -> DraftShape:
         self.steps += 1
         return self.shapes[self.steps % len(self.shapes)]
 
-    def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float) -> None:
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
+    ) -> None:
         pass
 
 
@@ -97,18 +98,14 @@ def policy(model: SpeculativeModel, shape: DraftShape | None) -> Policy:
 
 def generate(model: SpeculativeModel, chosen: Policy, prompt: int, tokens: int, window: int) -> list[Window]:
     """Decode ``tokens`` behind a text of ``prompt`` tokens; what each ``window`` of them was like."""
-    state = behind_text(model, prompt)
-    steps = decode(
-        model.runner(Sampling()), chosen, state, prompt, tokens, frozenset(), grain=backend.current().grain
-    )
-    del state
+    steps = harness.decode(model, chosen, behind_text(model, prompt), prompt)
     windows: list[Window] = []
     seen: list[tuple[float, Emitted]] = []
     start, emitted = time.perf_counter(), 0
     with tqdm(total=tokens, unit="tok", desc=f"behind {prompt} tokens") as bar:
         for step in steps:
             now = time.perf_counter()
-            step.logits = mx.array(0)  # nobody asks for them, and they are large
+            step.logits = None  # nobody asks for them, and they are large
             seen.append((now - start, step))
             start = now
             emitted += len(step.tokens)
@@ -117,6 +114,8 @@ def generate(model: SpeculativeModel, chosen: Policy, prompt: int, tokens: int, 
                 windows.append(summary(emitted, seen))
                 seen.clear()
                 start = time.perf_counter()
+            if emitted >= tokens:
+                break
     return windows
 
 

@@ -1,11 +1,13 @@
 """What differs between Metal, CUDA and CPU: a table of facts. The decoding core imports none of it."""
 
+import os
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from .decoding.step import DraftShape
+from .decoding.state import DraftShape
 
 PLAIN = DraftShape(0, 0)
 
@@ -29,6 +31,10 @@ class Backend:
     shapes: tuple[DraftShape, ...]
     grain: int
     compiled: bool
+
+    def padded(self, texts: int) -> int:
+        """How many texts a step is made for: compiled, the next power of two, so that few are traced."""
+        return 1 << (texts - 1).bit_length() if self.compiled else texts
 
 
 def _shapes(*shapes: tuple[int, int, int | None, int]) -> tuple[DraftShape, ...]:
@@ -71,6 +77,14 @@ def current() -> Backend:
     if mx.default_device().type != mx.gpu:
         return CPU
     return METAL if mx.metal.is_available() else CUDA
+
+
+def free_memory() -> int:
+    """Bytes that texts may take: nine tenths of what the device is to have in use at most, less what is."""
+    known: dict[str, Any] = mx.device_info()
+    size = known.get("max_recommended_working_set_size") or known.get("memory_size") or 0
+    size = size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(int(0.9 * size) - mx.get_active_memory(), 0)
 
 
 def chip() -> str:

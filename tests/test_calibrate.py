@@ -5,8 +5,9 @@ import json
 import math
 import os
 import random
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,13 +33,12 @@ from mlx_redrafter.calibrate import (
     step_times,
 )
 from mlx_redrafter.cli import build_parser
-from mlx_redrafter.decoding import loop
-from mlx_redrafter.decoding.loop import Fixed
-from mlx_redrafter.decoding.policy import Policy
-from mlx_redrafter.decoding.runner import TRIALS
-from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.engine import loop
+from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.policy import Policy
+from mlx_redrafter.engine.runner import TRIALS
 from mlx_redrafter.model import SpeculativeModel
 
 PLAIN = DraftShape(0, 0)
@@ -248,11 +248,19 @@ def test_leaves_random_numbers_alone() -> None:
 
 
 def test_policy_of_a_model() -> None:
-    policy = make_policy(speculative())
+    policy = make_policy(speculative()).of(1)
     assert isinstance(policy, Policy)
     assert list(policy.cost) == candidates(speculative())
-    assert all(shape.width == 0 for shape in make_policy(speculative(drafter=False)).cost)  # type: ignore[attr-defined]
+    assert all(shape.width == 0 for shape in make_policy(speculative(drafter=False)).of(1).cost)  # type: ignore[attr-defined]
     assert make_policy(speculative(drafter=False), lookup=0) == Fixed(PLAIN)
+
+
+def test_a_policy_does_not_keep_its_model() -> None:
+    model = speculative()
+    policy, alive = model.policy(), weakref.ref(model)
+    policy.choose(5, [1])
+    del model
+    assert alive() is None
 
 
 def tune(monkeypatch: pytest.MonkeyPatch, *flags: str, **kwargs: Any) -> int:
@@ -490,16 +498,18 @@ def test_absurd_times_are_usable() -> None:
 
 def test_a_made_up_text_fills_the_buffers() -> None:
     state = behind_text(speculative(), 700)
-    assert state.length.item() == 700 and state.cache.capacity >= 701
+    assert state.length.item() == 700 and state.capacity >= 701
     assert (state.history[0, :700] >= 0).all().item()
 
 
 def test_a_slow_reader_is_no_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """What passes while the caller has a step's tokens is told apart from what the next step takes."""
-    clock, times, reads = SimpleNamespace(now=0.0), list[tuple[float, float]](), loop._read
+    clock, times, reads = SimpleNamespace(now=0.0), list[tuple[float, float]](), loop.Batch._read
 
     class Watching(Fixed):
-        def observe(self, shape: DraftShape, ranks: list[int], seconds: float, away: float = 0.0) -> None:
+        def observe(
+            self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
+        ) -> None:
             times.append((seconds, away))
 
     def read(*args: Any) -> Any:
@@ -507,11 +517,12 @@ def test_a_slow_reader_is_no_slow_machine(monkeypatch: pytest.MonkeyPatch) -> No
         return reads(*args)
 
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    monkeypatch.setattr(loop, "_read", read)
-    monkeypatch.setattr(loop, "start", lambda *_: setattr(clock, "now", clock.now + 0.5))
+    monkeypatch.setattr(loop.Batch, "_read", read)
     model = speculative()
-    run, state = model.runner(Sampling()), behind_text(model, SHORT)
-    for _ in loop.decode(run, Watching(PLAIN), state, SHORT, 12, frozenset()):
+    engine = model.engine(Watching(PLAIN), hand_over=lambda *_: setattr(clock, "now", clock.now + 0.5))
+    engine.resume(behind_text(model, SHORT), SHORT)
+    for _ in range(11):
+        engine.step()
         clock.now += 5.0
     assert times[0] == (1.5, 1.5)  # the first step may be like no other: nothing is sure
     assert len(times) == 11 and set(times[1:]) == {(6.5, 5.0)}

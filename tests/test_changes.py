@@ -21,8 +21,8 @@ from models import make_model
 from test_stream import PROMPT, Silent
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, backend, load, stream, stream_generate
-from mlx_redrafter.decoding.loop import Fixed
 from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.engine.loop import Fixed
 
 SHAPES = [DraftShape(2, 3), DraftShape(0, 0, None, 3)]
 COUNT = 20
@@ -163,12 +163,12 @@ def test_a_part_that_is_set_is_set_in_the_model():
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "qwen3_moe"])
 def test_a_model_that_did_not_change_is_not_looked_into_again(name):
     model = SpeculativeModel(make_model(name), None)
-    found = model.target, model.runner(Sampling())
+    found = model.target, model.engine(Fixed(SHAPES[0])).runner
     shape = DraftShape(0, 0, None, 3)
     assert drafted(model, shape) == plain(model)
     model.freeze()
     assert drafted(model, shape) == plain(model)
-    assert (model.target, model.runner(Sampling())) == found
+    assert (model.target, model.engine(Fixed(SHAPES[0])).runner) == found
 
 
 def test_policies_stay_unless_steps_take_another_time(monkeypatch):
@@ -334,33 +334,6 @@ def test_left_alone_and_collected_in_another_thread():
     in_thread(lambda: (held.clear(), gc.collect()))
     assert sum(map(len, stream._idle_streams.values())) == idle + 1
     assert drafted(model) == plain(model)
-
-
-def test_collected_in_the_middle_of_a_step(monkeypatch):
-    """Garbage may be collected at any time, also while this thread is in the model."""
-    model = make_drafted()
-    expected, cache = plain(model), make_prompt_cache(model)
-    left = stream_generate(model, Silent(), PROMPT, COUNT, shape=SHAPES[0], prompt_cache=cache)
-    next(left)
-    responses = stream_generate(model, Silent(), PROMPT, COUNT, shape=SHAPES[0])
-    first, calls = next(responses).token, []
-    layer = type(model.layers[1])
-    usual = layer.__call__
-
-    def call(self, *args, **kwargs):
-        if not calls:
-            calls.append(True)
-            left.close()
-        return usual(self, *args, **kwargs)
-
-    monkeypatch.setattr(layer, "__call__", call)
-    worker = threading.Thread(
-        target=lambda: calls.append([first, *(r.token for r in responses)]), daemon=True
-    )
-    worker.start()
-    worker.join(20)
-    assert calls == [True, expected]
-    assert cache[0].offset == len(PROMPT) + 1
 
 
 def in_thread(function):

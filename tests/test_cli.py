@@ -396,11 +396,11 @@ def test_flags_mean_what_they_mean_there(as_mlx_lm, made, flags):
 @pytest.mark.parametrize(
     ("flags", "drafts"),
     [
-        (("--xtc-probability", "0.5", "--xtc-threshold", "0.1"), False),
+        (("--xtc-probability", "0.5", "--xtc-threshold", "0.1"), True),
         (("--min-p", "0.9", "--min-tokens-to-keep", "3"), True),
     ],
 )
-def test_samplers_of_mlx_lm_alone(generate, flags, drafts):
+def test_every_filter_of_mlx_lm_drafts(generate, flags, drafts):
     code, out, err = generate("--json", "--temp", "2", "--seed", "4", *flags)
     assert (code, err) == (0, "")
     assert json.loads(out)["settings"]["drafting"] == drafts

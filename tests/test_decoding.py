@@ -7,9 +7,9 @@ from models import Unprepared
 
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import LOWEST, Beam, draft, log_softmax
-from mlx_redrafter.decoding.cache import Cache, commit, grow, leave_path, visible, write_rows
+from mlx_redrafter.decoding.layers import Layers, commit, fit_rows, leave_path, visible, write_rows
 from mlx_redrafter.decoding.lookup import PRIOR, Found, alone, find, first_record, learn, merge, scores
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_chain, build_tree, from_beam, make_tree
 
@@ -174,18 +174,18 @@ def test_the_cache_takes_the_accepted_rows(batch):
     start = mx.array([3, 5, 0][:batch], mx.int32)
     path = mx.array([[0, 2, 4], [0, 1, 0], [0, 3, 4]][:batch], mx.int32)
     written = write_rows(keys, nodes, start)
-    cache = commit(leave_path(Cache([written], [written]), [nodes], [nodes], path, start))
+    layers = commit(leave_path(Layers([[written, written]]), [[nodes, nodes]], path, start))
     expected = np.array(keys)
     for row in range(batch):
         at = start[row].item()
         expected[row, :, at : at + 5] = np.array(nodes)[row]
         expected[row, :, at : at + 3] = np.array(nodes)[row][:, path[row].tolist()]
-    np.testing.assert_array_equal(np.array(cache.keys[0]), expected)
-    np.testing.assert_array_equal(np.array(cache.values[0]), expected)
-    assert cache.path_start is None
-    larger = grow(cache, 20)
+    np.testing.assert_array_equal(np.array(layers.rows[0][0]), expected)
+    np.testing.assert_array_equal(np.array(layers.rows[0][1]), expected)
+    assert layers.path_start is None
+    larger = fit_rows(layers, 20)
     assert larger.capacity == 20
-    np.testing.assert_array_equal(np.array(larger.keys[0])[:, :, :12], expected)
+    np.testing.assert_array_equal(np.array(larger.rows[0][0])[:, :, :12], expected)
 
 
 @pytest.mark.parametrize("window", [None, 3])

@@ -17,12 +17,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from models import VOCABULARY, RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, stream_generate
+from mlx_redrafter.engine.engine import Request
+from mlx_redrafter.engine.loop import Emitted, until_end
 from mlx_redrafter.model import load
 from mlx_redrafter.prompts import Prompt, encode, read_prompts, usable
 from mlx_redrafter.target import Target
 from mlx_redrafter.tokenizers import load_tokenizer
 from mlx_redrafter.train.card import Facts, category_table, environment, escape, evaluation_table, model_card
-from mlx_redrafter.train.evaluate import Measured, Row, decode_batch, evaluate, interval, measure, take_step
+from mlx_redrafter.train.evaluate import Measured, Row, decode_batch, evaluate, interval, measure
 from mlx_redrafter.train.streams import Workers
 
 PROMPTS = [[5, 9, 33, 2, 17, 60, 3], [8], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [44, 91], [70, 70, 3]]
@@ -64,17 +66,9 @@ def speculative(base, drafter):
 
 
 def decode(model, prompts, max_tokens=24, stop=(), shape=SHAPE, sampling=GREEDY, **options):
-    return decode_batch(
-        model.target,
-        model.drafter,
-        sampling.pick,
-        shape,
-        prompts,
-        max_tokens,
-        frozenset(stop),
-        KEY,
-        **options,
-    )
+    asks = [Request(prompt, max_tokens, sampling, i, frozenset(stop)) for i, prompt in enumerate(prompts)]
+    rows = decode_batch(model, shape, asks, **options)
+    return SimpleNamespace(rows=rows, tokens=[row.tokens for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +167,8 @@ def test_rows_are_sampled_independently(model):
 )
 def test_a_step_is_cut_at_the_end_of_the_text(tokens, max_tokens, kept, accepted):
     row = Row([1], [0, 0, 0])
-    take_step(row, tokens, max_tokens, frozenset({7}))
+    said = until_end(tokens, max_tokens - 1, frozenset({7}))
+    row.take(Emitted(1, said, min(len(said), len(tokens) - 1)))
     assert (row.tokens, row.accepted, row.steps, row.emitted) == ([1, *kept], accepted, 1, len(kept))
 
 

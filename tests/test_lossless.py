@@ -1,47 +1,43 @@
 """What is emitted is what the model would have said: greedy decoding against mlx-lm's, token for token."""
 
-import gc
-import weakref
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoding import decode, everything
+from decoding import start as start_after
 from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import backend
-from mlx_redrafter.backend import PLAIN
-from mlx_redrafter.decoding.cache import Cache, View, commit
-from mlx_redrafter.decoding.loop import Fixed, bucket, decode, view, with_room
-from mlx_redrafter.decoding.runner import TRIALS, Runner
+from mlx_redrafter.decoding.layers import Layers, commit
 from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape, State, begin, step
-from mlx_redrafter.model import RUNNERS, SpeculativeModel
+from mlx_redrafter.decoding.state import DraftShape, State, begin, join
+from mlx_redrafter.decoding.step import pick, step
+from mlx_redrafter.engine.loop import Fixed, bucket
+from mlx_redrafter.engine.runner import TRIALS, Runner
 from mlx_redrafter.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPES = [(1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8), (3, 2, 2)]
 AUTOMATIC = list(dict.fromkeys(s for b in (backend.METAL, backend.CUDA, backend.CPU) for s in b.shapes))
-GREEDY = Sampling().pick
 
 
 def plain(model, count, prompt=PROMPT):
     return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
 
 
-def start(target, prompt=PROMPT):
+def start(target, prompt=PROMPT, **options):
     """The state after the prompt and the first token."""
-    caches = target.make_cache()
-    logits, context = target.read_prompt(prompt, 4, lambda done, total: None, caches)
-    key = mx.random.key(0)
-    return begin(GREEDY(logits, key), context, from_prompt_cache(caches), [prompt], [len(prompt)], key)
+    return start_after(target, prompt, **options)
 
 
 def speculative(target, drafter, shape, count, prompt=PROMPT, grain=1):
     """Tokens, and how many each step emitted."""
     state = start(target, prompt)
     tokens = state.token.tolist()
-    run = Runner(target, drafter, GREEDY)
+    run = Runner(target, drafter)
     steps = list(decode(run, Fixed(shape), state, len(prompt), count - 1, frozenset(), grain=grain))
     return tokens + [token for s in steps for token in s.tokens], [len(s.tokens) for s in steps]
 
@@ -80,12 +76,12 @@ class Turns:
     def __init__(self, shapes):
         self.shapes, self.chosen, self.seen = shapes, 0, []
 
-    def choose(self, rows=0):
+    def choose(self, rows=0, texts=()):
         self.chosen += 1
         return self.shapes[(self.chosen - 1) % len(self.shapes)]
 
     def observe(self, shape, ranks, seconds, away):
-        self.seen.append((shape, ranks))
+        self.seen += [(shape, each) for each in ranks.values()]
 
 
 @pytest.mark.parametrize("compiled, grain", [(False, 1), (False, 256), (True, 256)])
@@ -96,10 +92,10 @@ def test_every_automatic_shape_and_all_changes_between_them(compiled, grain):
     state = start(target)
     drafter = ScriptedDrafter(target, PROMPT + expected)
     for shapes in ([shape] for shape in AUTOMATIC):
-        run, policy = Runner(target, drafter, GREEDY, compiled), Turns(shapes)
+        run, policy = Runner(target, drafter, compiled=compiled), Turns(shapes)
         assert run_through(run, policy, start(target), 40, grain) == expected[:40]
     policy = Turns([*AUTOMATIC, *AUTOMATIC[::-1], *AUTOMATIC[::2]])
-    run = Runner(target, drafter, GREEDY, compiled)
+    run = Runner(target, drafter, compiled=compiled)
     assert run_through(run, policy, state, 200, grain) == expected
     for shape, ranks in policy.seen:
         assert len(ranks) <= shape.depth
@@ -117,7 +113,7 @@ def test_copies_alone_make_a_repetitive_text_shorter():
     model = make_model("llama")  # which soon repeats itself
     target = Target(model)
     expected = plain(model, 200)
-    run, policy = Runner(target, None, GREEDY), Turns([DraftShape(0, 0, None, 4)])
+    run, policy = Runner(target, None), Turns([DraftShape(0, 0, None, 4)])
     assert run_through(run, policy, start(target), 200) == expected
     assert len(policy.seen) < 160
     assert {rank for _, ranks in policy.seen for rank in ranks} == {-1}
@@ -127,27 +123,11 @@ def test_graphs_are_traced_a_few_times_for_a_long_text():
     model = make_model("qwen3")
     target = Target(model)
     expected = plain(model, 1500)
-    run = Runner(target, RandomDrafter(target), GREEDY, compiled=True)
+    run = Runner(target, RandomDrafter(target), compiled=True)
     assert run_through(run, Fixed(DraftShape(2, 2, 4, 2)), start(target), 1500, grain=64) == expected
     sizes = {bucket(rows, 64) for rows in range(1, 1520)}
     assert len(sizes) <= 8 * (1 + np.log2(1520 / 64))
     assert run.traces <= (2 + TRIALS) * len(sizes)  # with and without a path to commit, or a larger buffer
-
-
-def test_compiled_steps_are_kept_for_the_last_settings_only():
-    model = SpeculativeModel(make_model("llama"), None)
-    first = model.runner(Sampling())
-    for number in range(3 * RUNNERS):
-        other = Sampling(0.1 + number)
-        assert model.runner(other) is model.runner(other)
-        assert model.runner(Sampling()) is first  # in use, so kept
-        assert len(model._runners) <= RUNNERS
-    forgotten = weakref.ref(model.runner(Sampling(0.1)))
-    for number in range(RUNNERS):
-        model.runner(Sampling(0.5 + number))
-    gc.collect()
-    assert forgotten() is None
-    assert model.runner(Sampling()) is not first
 
 
 def test_buckets_hold_their_rows_and_waste_little():
@@ -161,10 +141,19 @@ def test_buckets_hold_their_rows_and_waste_little():
 
 def test_a_plain_step_that_is_not_compiled_sees_its_own_rows_only_and_needs_no_mask():
     target = Target(make_model("llama", num_hidden_layers=1))
-    for rows in range(len(PROMPT), 200):
-        state = with_room(start(target), rows, PLAIN)
-        assert view(state, rows, PLAIN, grain=1) == View(rows + 1, exact=True)
-        assert not view(state, rows, PLAIN, grain=1, known=False).exact
+    run, views = Runner(target, None), []
+
+    def watched(shape, state, view):
+        views.append((view.columns, view.exact))
+        return run(shape, state, view)
+
+    for _ in decode(watched, Fixed(DraftShape(0, 0)), start(target), len(PROMPT), 200):
+        pass
+    assert views[:200] == [(rows + 1, True) for rows in range(len(PROMPT), len(PROMPT) + 200)]
+    del views[:]
+    for _ in decode(watched, Fixed(DraftShape(0, 0, None, 3)), start(target), len(PROMPT), 20):
+        pass
+    assert not any(exact for _, exact in views[1:])  # how far a draft gets is not known beforehand
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -172,7 +161,7 @@ def test_a_plain_step_that_is_not_compiled_sees_its_own_rows_only_and_needs_no_m
 def test_no_step_copies_the_cache(values, compiled):
     """Peak memory over the model and one cache of 4,000 tokens; the buffers grow on the way."""
     target = Target(make_model("llama", num_hidden_layers=8, head_dim=64, max_position_embeddings=8192))
-    run = Runner(target, RandomDrafter(target), GREEDY, compiled)
+    run = Runner(target, RandomDrafter(target), compiled=compiled)
 
     def decode_on(count):
         steps = decode(run, Fixed(DraftShape(*values)), long_state(), LONG, count, frozenset())
@@ -193,11 +182,9 @@ LONG = 4000
 
 def long_state():
     """A state behind a long text, for a model of 8 layers with 2 key heads of size 64."""
-    keys, values = ([mx.random.normal((1, 2, 4096, 64)) for _ in range(8)] for _ in range(2))
-    state = begin(
-        mx.array([5]), mx.zeros((1, 32)), Cache(keys, values), [[1, 2, 5, 1, 2]], [LONG], mx.random.key(0)
-    )
-    mx.eval(keys, values, state.history)
+    rows = [[mx.random.normal((1, 2, 4096, 64)) for _ in range(2)] for _ in range(8)]
+    state = begin([1, 2, 5, 1, 2, 5], LONG, Layers(rows), mx.zeros((1, 32)), mx.random.key(0))
+    mx.eval(rows, state.history)
     return state
 
 
@@ -226,16 +213,16 @@ def test_after_every_step_the_cache_equals_a_fresh_prefill(name, values):
     state = start(target)
     tokens = PROMPT + state.token.tolist()
     for number in range(8):
-        state, output = step(target, bad if number % 3 else good, GREEDY, shape, state)
+        state, output = step(target, bad if number % 3 else good, pick, shape, state, everything(state))
         tokens += output.tokens[0, : output.count.item()].tolist()
         assert state.length.item() == len(tokens) - 1  # every token except the last
         assert tokens[-1] == state.token.item()
-        cache = commit(state.cache)
+        layers = commit(state.layers)
         caches = target.make_cache()
         _, hidden = target.forward(mx.array([tokens[:-1]]), caches)
         fresh = from_prompt_cache(caches)
-        for mine, wanted in zip(cache.keys + cache.values, fresh.keys + fresh.values, strict=True):
-            rows = len(tokens) - 1
+        rows = len(tokens) - 1
+        for mine, wanted in zip(chain(*layers.rows), chain(*fresh.rows), strict=True):
             np.testing.assert_allclose(np.array(mine)[:, :, :rows], np.array(wanted)[:, :, :rows], atol=1e-4)
         np.testing.assert_allclose(np.array(state.context), np.array(hidden[:, -1]), atol=1e-3)
 
@@ -249,10 +236,10 @@ def test_rows_of_a_batch_are_independent():
     text = prompts[0] + expected[0]  # good for the first row only
     drafter = ScriptedDrafter(target, text)
     states = [start(target, prompt) for prompt in prompts]
-    state = stack(states)  # mlx-lm's caches start with 256 rows
     emitted = [row.token.tolist() for row in states]
+    state = join(states, 256)
     for _ in range(25):
-        state, output = step(target, drafter, GREEDY, shape, state)
+        state, output = step(target, drafter, pick, shape, state, everything(state))
         for row, (tokens, count) in enumerate(
             zip(output.tokens.tolist(), output.count.tolist(), strict=True)
         ):
@@ -261,46 +248,35 @@ def test_rows_of_a_batch_are_independent():
         assert emitted[row][:25] == expected[row]
 
 
-def stack(states):
-    """One state of several rows, from states whose caches have one capacity."""
-
-    def join(values):
-        return mx.concatenate(list(values))
-
-    keys = [join(layer) for layer in zip(*[s.cache.keys for s in states], strict=True)]
-    values = [join(layer) for layer in zip(*[s.cache.values for s in states], strict=True)]
-    rows = {
-        name: join(getattr(s, name) for s in states)
-        for name in ("token", "context", "length", "history", "record")
-    }
-    return State(**rows, cache=Cache(keys, values), key=states[0].key)
-
-
 @pytest.mark.parametrize("values", [(1, 4), (4, 5, 8)])
 def test_the_whole_step_traces_under_compile(values):
     shape = DraftShape(*values)
     target = Target(make_model("llama"))
     drafter = RandomDrafter(target)
-    pick = Sampling(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01).pick
+    how = Sampling(temperature=0.8, top_p=0.9, top_k=20, min_p=0.01, repetition_penalty=1.1)
     traces = []
 
     def flat(state):
-        return {**vars(state), "cache": vars(state.cache)}
+        return {**vars(state), "layers": vars(state.layers)}
+
+    def full(arrays):
+        return State(**{**arrays, "layers": Layers(**arrays["layers"])})
 
     @mx.compile
     def compiled(arrays):
         traces.append(1)
-        cache = type(state.cache)(**arrays["cache"])
-        after, output = step(target, drafter, pick, shape, State(**{**arrays, "cache": cache}))
+        state = full(arrays)
+        after, output = step(target, drafter, pick, shape, state, everything(state))
         return flat(after), vars(output)
 
-    state = start(target)
-    state, _ = step(target, drafter, pick, shape, state)  # so that there is a path to commit
+    state = start(target, sampling=how)
+    # one step more, so that there is a path to commit
+    state, _ = step(target, drafter, pick, shape, state, everything(state))
     eager = state
     for _ in range(5):
         arrays, output = compiled(flat(state))
-        eager, expected = step(target, drafter, pick, shape, eager)
-        state = State(**{**arrays, "cache": type(eager.cache)(**arrays["cache"])})
+        eager, expected = step(target, drafter, pick, shape, eager, everything(eager))
+        state = full(arrays)
         assert output["tokens"].tolist() == expected.tokens.tolist()
     assert len(traces) == 1
 
@@ -318,10 +294,10 @@ def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
         Target(make_model("llama")).check()
 
 
-def test_a_model_with_recurrent_layers_is_refused():
+def recurrent_model():
     from mlx_lm.models import mamba2
 
-    model = mamba2.Model(
+    return mamba2.Model(
         mamba2.ModelArgs(
             model_type="mamba2", num_heads=4, head_dim=8, vocab_size=50, hidden_size=16, intermediate_size=32,
             state_size=8, num_hidden_layers=2, layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1,
@@ -329,8 +305,11 @@ def test_a_model_with_recurrent_layers_is_refused():
             time_step_rank="auto",
         )
     )  # fmt: skip
+
+
+def test_a_model_with_recurrent_layers_is_refused():
     with pytest.raises(ValueError, match="cannot be rolled back"):
-        Target(model)
+        Target(recurrent_model())
 
 
 def test_the_view_leaves_the_model_as_it_was():

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_redrafter.decoding.loop import Fixed
-from mlx_redrafter.decoding.policy import (
+from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.policy import (
     LOOKUP,
     MOST,
     RANKS,
@@ -23,7 +24,6 @@ from mlx_redrafter.decoding.policy import (
     copied_tokens,
     drafted_tokens,
 )
-from mlx_redrafter.decoding.step import DraftShape
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 curves = importlib.import_module("curves")
@@ -116,7 +116,7 @@ class Decoding:
         while emitted < tokens:
             shape, self.next = self.next, self.policy.choose(0)
             ranks = accepted(text.path(self.random.random()), verified[shape])
-            self.policy.observe(shape, ranks, 0.0)
+            self.policy.observe(shape, {1: ranks}, 0.0)
             time += self.seconds[self.shapes.index(shape)]
             emitted += 1 + len(ranks)
         return emitted / time * self.seconds[0]
@@ -160,7 +160,7 @@ def test_speculation_stops_after_a_few_steps_of_a_wrong_drafter(chip: str) -> No
     chosen = []
     for _ in range(30):
         chosen.append(policy.choose())
-        policy.observe(chosen[-1], [])
+        policy.observe(chosen[-1], {1: []})
     assert chosen[0] != PLAIN  # the first belief is that it may pay
     assert sum(shape != PLAIN for shape in chosen) <= 8
     assert chosen.count(PLAIN) >= 22
@@ -194,7 +194,7 @@ def test_texts_that_the_model_does_not_fit_lose_little(chip: str, text: Text) ->
 def test_wider_shapes_are_found_from_a_narrow_one() -> None:
     """A drafter that is worth more than is believed, where second guesses cost nothing."""
     decoding, text = Decoding("m1-m2-fp16"), Text(0.4, 0.7, 0)
-    decoding.policy.drafts.share = decoding.policy.copies.share = 0.0
+    decoding.policy.beliefs.drafts.share = decoding.policy.beliefs.copies.share = 0.0
     wide = {shape for shape in decoding.shapes if shape.width > 1}
     assert max(decoding.shapes, key=decoding.policy.rate) not in wide
     decoding.run(text, 1000)
@@ -218,9 +218,9 @@ def test_the_model_takes_the_likeliest_nodes() -> None:
 
 def test_expected_never_exceeds_the_depth() -> None:
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
-    policy.drafts.share = policy.copies.share = 1.0
+    policy.beliefs.drafts.share = policy.beliefs.copies.share = 1.0
     assert [policy.expected(shape) for shape in SHAPES] == [1 + shape.depth for shape in SHAPES]
-    policy.drafts.share = policy.copies.share = 0.0
+    policy.beliefs.drafts.share = policy.beliefs.copies.share = 0.0
     assert [policy.expected(shape) for shape in SHAPES] == [1.0] * len(SHAPES)
 
 
@@ -232,36 +232,39 @@ def test_what_the_shape_in_use_gives_is_believed(shape: DraftShape) -> None:
     paths = [[copy] * 3, *[[0]] * 4, *[[0, 0]] * 2, *[[1]] * 2, *[[]] * 3]
     believed = []
     for _ in range(3000):
-        policy.observe(shape, chance.choice(paths))
+        policy.observe(shape, {1: chance.choice(paths)})
         believed.append(policy.expected(shape))
     assert sum(believed) / 3000 == pytest.approx(1 + sum(map(len, paths)) / len(paths), rel=0.03)
 
 
 def test_learns_only_of_what_a_shape_could_have_shown() -> None:
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
-    drafts, copies = policy.drafts.share, policy.copies.share
-    policy.observe(DraftShape(1, 3), [0, 0])
-    assert policy.drafts.share > drafts and policy.copies.share == copies
-    drafts = policy.drafts.share
-    policy.observe(DraftShape(1, 3), [])
-    assert policy.drafts.share < drafts
-    drafts = policy.drafts.share
-    policy.observe(DraftShape(0, 0, lookup=3), [LOOKUP])
-    assert policy.copies.share > copies and policy.drafts.share == drafts
-    policy.observe(PLAIN, [])
-    assert policy.drafts.share == drafts
-    policy.observe(DraftShape(1, 3, nodes=6, lookup=3), [LOOKUP, LOOKUP])
-    assert policy.drafts.share < drafts
+    drafts, copies = policy.beliefs.drafts.share, policy.beliefs.copies.share
+    policy.observe(DraftShape(1, 3), {1: [0, 0]})
+    assert policy.beliefs.drafts.share > drafts and policy.beliefs.copies.share == copies
+    drafts = policy.beliefs.drafts.share
+    policy.observe(DraftShape(1, 3), {1: []})
+    assert policy.beliefs.drafts.share < drafts
+    drafts = policy.beliefs.drafts.share
+    policy.observe(DraftShape(0, 0, lookup=3), {1: [LOOKUP]})
+    assert policy.beliefs.copies.share > copies and policy.beliefs.drafts.share == drafts
+    policy.observe(PLAIN, {1: []})
+    assert policy.beliefs.drafts.share == drafts
+    policy.observe(DraftShape(1, 3, nodes=6, lookup=3), {1: [LOOKUP, LOOKUP]})
+    assert policy.beliefs.drafts.share < drafts
 
 
 def test_what_was_not_seen_for_long_may_have_changed() -> None:
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
     for _ in range(100):
-        policy.observe(SHAPES[-1], [])
-    before = policy.drafts.optimistic(), policy.copies.optimistic()
+        policy.observe(SHAPES[-1], {1: []})
+    before = policy.beliefs.drafts.optimistic(), policy.beliefs.copies.optimistic()
     for _ in range(100):
-        policy.observe(PLAIN, [])
-    assert policy.drafts.optimistic() > before[0] + 0.2 and policy.copies.optimistic() > before[1] + 0.1
+        policy.observe(PLAIN, {1: []})
+    assert (
+        policy.beliefs.drafts.optimistic() > before[0] + 0.2
+        and policy.beliefs.copies.optimistic() > before[1] + 0.1
+    )
 
 
 def test_ties_go_to_plain_decoding() -> None:
@@ -297,7 +300,7 @@ class Machine(Decoding):
             ranks = accepted(text.path(self.random.random()), verified[shape])
             took = self.seconds[self.shapes.index(shape)] * self.slower[shape != PLAIN]
             took *= math.exp(self.chance.gauss(0, noise)) * (3 if self.chance.random() < noise / 10 else 1)
-            self.policy.observe(shape, ranks, took if self.told else 0.0)
+            self.policy.observe(shape, {1: ranks}, took if self.told else 0.0)
             self.used.append(shape)
             time += took
             emitted += 1 + len(ranks)
@@ -358,7 +361,7 @@ def test_one_odd_step_is_no_reason(odd: float) -> None:
             before = policy.purse
             policy.choose()
             paid = policy.purse - before
-            policy.observe(shape, [], seconds)
+            policy.observe(shape, {1: []}, seconds)
             assert policy.purse == pytest.approx(before + paid)
     assert policy.cost == dict.fromkeys(SHAPES, 1.0)
     assert set(policy.clock.slower.values()) == {0.0}
@@ -368,10 +371,10 @@ def test_time_that_nobody_waited_for_is_not_counted() -> None:
     """A slow reader of the text is no slow machine; but what surely took longer, did."""
     policy = Policy(SHAPES, [1.0] * len(SHAPES))
     for _ in range(20):
-        policy.observe(SHAPES[3], [], 50.0, 49.5)
+        policy.observe(SHAPES[3], {1: []}, 50.0, 49.5)
     assert set(policy.clock.slower.values()) == {0.0}
     for _ in range(4):
-        policy.observe(SHAPES[3], [], 50.0, 45.0)
+        policy.observe(SHAPES[3], {1: []}, 50.0, 45.0)
     assert policy.clock.slower[SHAPES[3]] == pytest.approx(math.log(5.0), abs=0.2)
 
 
@@ -381,7 +384,7 @@ def test_any_times_are_survived(times: list[tuple[int, float]]) -> None:
     policy = Policy(SHAPES, [1e-9 * 100**i for i in range(len(SHAPES))])
     for place, seconds in times * 5:
         assert policy.choose() in SHAPES
-        policy.observe(SHAPES[place], [], seconds)
+        policy.observe(SHAPES[place], {1: []}, seconds)
     assert all(0 < cost < math.inf for cost in policy.cost.values()) and -2 * MOST <= policy.purse <= 2 * MOST
 
 
@@ -409,7 +412,7 @@ def test_never_much_slower_than_plain_whatever_the_model_says(
             )
             for depth in range(chance.randint(0, shape.depth))
         ]
-        policy.observe(shape, ranks)
+        policy.observe(shape, {1: ranks})
         time += policy.cost[shape]
         emitted += 1 + len(ranks)
         assert time <= START + emitted + SHARE * (len(coins) + ahead)
@@ -417,7 +420,7 @@ def test_never_much_slower_than_plain_whatever_the_model_says(
         assert policy.debt >= 0
     for shape in SHAPES:
         assert 1 <= policy.expected(shape) <= shape.size
-    assert 0 <= policy.drafts.share <= 1 and 0 <= policy.copies.share <= 1
+    assert 0 <= policy.beliefs.drafts.share <= 1 and 0 <= policy.beliefs.copies.share <= 1
 
 
 @settings(max_examples=10, deadline=None)
@@ -431,7 +434,7 @@ def test_depends_on_ratios_of_times_only_and_on_nothing_hidden(scale: float, see
         assert first == second
         ranks = accepted(GOOD.path(chance.random()), GOOD.verified(first))
         for policy in policies:
-            policy.observe(first, ranks)
+            policy.observe(first, {1: ranks})
 
 
 def test_published_curves_have_their_sources_and_are_interpolated() -> None:

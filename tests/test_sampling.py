@@ -1,19 +1,21 @@
 """Sampling has the model's own distribution: three tokens' joint distribution against enumeration."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from decoding import before_the_last, everything, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import RandomDrafter, TableDrafter, make_model
 from scipy.stats import chisquare
 
-from mlx_redrafter.decoding.cache import grow
-from mlx_redrafter.decoding.sampling import Sampling
-from mlx_redrafter.decoding.step import DraftShape, begin, step
-from mlx_redrafter.target import Target, from_prompt_cache
+from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, filtered
+from mlx_redrafter.decoding.state import PLAIN, DraftShape, take
+from mlx_redrafter.decoding.step import pick, step
+from mlx_redrafter.target import Target
 
 SIZE = 6  # tokens of the vocabulary
 PROMPT = [3, 1, 4, 1, 5, 3, 1]
@@ -41,7 +43,7 @@ def drafters(target):
     }
 
 
-def filtered(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
+def expected(logits, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0):
     """mlx-lm's filters and temperature in NumPy: probabilities of one row [V]."""
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -62,23 +64,19 @@ def joint(target, **options):
     texts = np.array(list(itertools.product(range(SIZE), repeat=3)))
     ids = mx.array(np.concatenate([np.tile(PROMPT, (len(texts), 1)), texts], axis=1))
     logits = np.array(target.model(ids))[:, len(PROMPT) - 1 : -1].astype(np.float64)
-    p = np.stack([[filtered(row, **options) for row in rows] for rows in logits])  # [V * V * V, 3, V]
+    p = np.stack([[expected(row, **options) for row in rows] for rows in logits])  # [V * V * V, 3, V]
     return np.take_along_axis(p, texts[..., None], axis=-1)[..., 0].prod(axis=1)
 
 
 def sample(target, drafter, shape, sampling, seed):
     """Three tokens for each of ROWS independent rows, [ROWS, 3], and the drafted tokens accepted."""
-    caches = target.make_cache()
-    logits, context = target.read_prompt(PROMPT, 512, lambda done, total: None, caches)
-    key, first = mx.random.split(mx.random.key(seed))
-    cache = grow(from_prompt_cache(caches), 32)
-    repeat = lambda x: mx.repeat(x[:, :, :32] if x.ndim == 4 else x, ROWS, axis=0)  # noqa: E731
-    cache = type(cache)([repeat(k) for k in cache.keys], [repeat(v) for v in cache.values])
-    token = sampling.pick(repeat(logits), first)
-    state = begin(token, repeat(context), cache, [PROMPT] * ROWS, [len(PROMPT)] * ROWS, key)
-    rows, accepted = [[t] for t in token.tolist()], 0
+    state = take(before_the_last(target, PROMPT), [0] * ROWS, 32)
+    first = mx.random.randint(0, 1 << 32, (ROWS, 2), mx.uint32, key=mx.random.key(seed))
+    state = replace(state, seeds=first, sampling=filter_settings([sampling] * ROWS, SIZE))
+    state, output = step(target, None, pick, PLAIN, state, everything(state))
+    rows, accepted = [[t] for t in output.tokens[:, 0].tolist()], 0
     for _ in range(2):  # each step emits one token at least
-        state, output = step(target, drafter, sampling.pick, shape, state)
+        state, output = step(target, drafter, pick, shape, state, everything(state))
         for row, tokens, count in zip(rows, output.tokens.tolist(), output.count.tolist(), strict=True):
             row += tokens[:count]
             accepted += count - 1
@@ -124,13 +122,12 @@ def test_copies_from_the_text_leave_the_distribution_as_it_is(target, drafters, 
 def test_a_seed_gives_the_same_text_whatever_is_drafted(target, drafters):
     sampling, texts = Sampling(temperature=1.0, top_k=4), set()
     for values in ((0, 0), (0, 0, None, 3), (1, 2), (3, 2, 5), (2, 2, 6, 2)):
-        caches = target.make_cache()
-        logits, context = target.read_prompt(PROMPT, 512, lambda done, total: None, caches)
-        cache, key = grow(from_prompt_cache(caches), 64), mx.random.key(4)
-        state = begin(sampling.pick(logits, key), context, cache, [PROMPT], [len(PROMPT)], key)
+        state = start(target, PROMPT, sampling=sampling, seeds=mx.random.key(4))
         tokens = state.token.tolist()
         while len(tokens) < 30:
-            state, output = step(target, drafters["random"], sampling.pick, DraftShape(*values), state)
+            state, output = step(
+                target, drafters["random"], pick, DraftShape(*values), state, everything(state)
+            )
             tokens += output.tokens[0, : output.count.item()].tolist()
         texts.add(tuple(tokens[:30]))
     assert len(texts) == 1
@@ -140,6 +137,20 @@ def test_the_test_notices_a_wrong_distribution(target, drafters):
     tokens, _ = sample(target, drafters["good"], DraftShape(1, 2), Sampling(temperature=0.7), seed=1)
     with pytest.raises(AssertionError):
         check_distribution(tokens, joint(target, temperature=0.8))
+
+
+def what_passes(sampling, logits):
+    """Logits [n, V] after the filters."""
+    rows = logits[None].astype(mx.float32)
+    return filtered(
+        rows, mx.zeros((1, len(logits), 2), mx.uint32), filter_settings([sampling], rows.shape[-1])
+    )[0]
+
+
+def drawn(sampling, logits, seed=1):
+    """A token for each of the logits [n, V]."""
+    seeds = mx.random.randint(0, 1 << 32, (1, len(logits), 2), mx.uint32, key=mx.random.key(seed))
+    return draw(logits[None], seeds, filter_settings([sampling], logits.shape[-1]))[0].tolist()
 
 
 @pytest.mark.parametrize("options", [*FILTERS.values(), {"top_k": 100}, {"top_p": 0.0}, {"min_p": 1.0}])
@@ -155,7 +166,7 @@ def test_filters_are_mlx_lms(options):
     if 0 < options.get("top_k", 0) < 40:
         wanted = apply_top_k(wanted, options["top_k"])
     wanted = wanted - wanted.max(axis=-1, keepdims=True)
-    found = Sampling(temperature=1.0, **options).filtered(logits)
+    found = what_passes(Sampling(temperature=1.0, **options), logits)
     np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
 
 
@@ -183,7 +194,7 @@ def test_filters_keep_what_sorting_in_double_precision_keeps(kind, size, p, k, l
     random = np.random.RandomState(seed)
     logits = np.stack([ROWS_OF[kind](random, size) for _ in range(2)]).astype(np.float32)
     logits[:, 0] = np.where(np.isfinite(logits[:, 0]), logits[:, 0], 0)  # a token that is possible
-    kept = np.array(Sampling(1.0, p, k, least).filtered(mx.array(logits))) > -np.inf
+    kept = np.array(what_passes(Sampling(1.0, p, k, least), mx.array(logits))) > -np.inf
     for row, keep in zip(logits.astype(np.float64), kept, strict=True):
         weights = np.exp(row - row.max())
         descending = np.sort(row)[::-1]
@@ -205,14 +216,14 @@ def test_filters_keep_what_sorting_in_double_precision_keeps(kind, size, p, k, l
 @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-3])
 def test_a_temperature_near_zero_is_greedy(temperature):
     logits = mx.random.normal((50, 40), key=mx.random.key(5))
-    picks = Sampling(temperature=temperature, top_k=7).pick(100 * logits, mx.random.key(1))
-    assert picks.tolist() == mx.argmax(logits, axis=-1).tolist()
+    picks = drawn(Sampling(temperature=temperature, top_k=7), 100 * logits)
+    assert picks == mx.argmax(logits, axis=-1).tolist()
 
 
 def test_an_enormous_temperature_picks_any_token_that_passes():
     logits = 3 * mx.random.normal((1, 40), key=mx.random.key(5))
-    picks = Sampling(temperature=1e300, top_k=7).pick(mx.repeat(logits, 500, axis=0), mx.random.key(1))
-    assert set(picks.tolist()) == set(mx.argsort(-logits[0])[:7].tolist())
+    picks = drawn(Sampling(temperature=1e300, top_k=7), mx.repeat(logits, 500, axis=0))
+    assert set(picks) == set(mx.argsort(-logits[0])[:7].tolist())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, generate, load, stream_generate
-from mlx_redrafter.decoding.loop import Fixed
+from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.stream import Response, until
 from mlx_redrafter.target import Target
 from mlx_redrafter.tokenizers import load_tokenizer
@@ -218,7 +218,6 @@ def quantized(bits):
     ("options", "named"),
     [
         (quantized(8), "kv_bits"),
-        (lambda: {"logits_processors": make_logits_processors({3: 5.0}, 1.3)}, "logits_processors"),
         ({"max_kv_size": 16}, "max_kv_size=16"),
     ],
 )

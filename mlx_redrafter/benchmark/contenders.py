@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..decoding.step import DraftShape
+from ..decoding.state import DraftShape
 from ..generate_command import decoding_options, draft_model_options, kv_options, mlx_lm_sampler
 from ..model import SpeculativeModel
 from ..stream import check_stop, stream_generate, until

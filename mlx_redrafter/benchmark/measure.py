@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from ..decoding.step import DraftShape
+from ..decoding.state import DraftShape
 from ..prompts import Message, Prompt
 from ..stream import Response
 

@@ -6,21 +6,22 @@ of its own. Every second step is evaluated as a whole, to say how much of it the
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
 
-from .. import backend
-from ..decoding.beam import Drafter
-from ..decoding.cache import Cache, View, commit
-from ..decoding.loop import until_end, view, with_room
-from ..decoding.step import DraftShape, Output, Pick, State, begin, conclude, propose, step
-from ..target import Target, from_prompt_cache
+from ..decoding.sampling import Sampling
+from ..decoding.state import DraftShape, Output, State
+from ..engine.engine import Request
+from ..engine.loop import Fixed
+from ..model import SpeculativeModel
 from .tables import Table
 
-PHASES = ("draft", "verify", "accept and commit")
+PHASES = ("draft", "verify", "accept")  # the commit of the step before is part of "verify"
+WARM_UP = 3  # steps of each answer that are not timed, the prompt's last among them
 
 
 @dataclass
@@ -32,9 +33,8 @@ class Times:
 
 
 def profile(
-    target: Target,
-    drafter: Drafter | None,
-    pick: Pick,
+    model: SpeculativeModel,
+    sampling: Sampling,
     shape: DraftShape,
     prompts: Iterable[Sequence[int]],
     max_tokens: int,
@@ -45,9 +45,8 @@ def profile(
     """Decode the answers to ``prompts``, up to ``max_tokens`` each, timing every step.
 
     Args:
-        target: the model.
-        drafter: its drafter; None if the shape has no beams.
-        pick: how a token is picked.
+        model: decodes them.
+        sampling: how a token is picked.
         shape: how much is drafted.
         prompts: token ids.
         max_tokens: per answer.
@@ -57,23 +56,35 @@ def profile(
     """
     times = Times()
     for ids in prompts:
-        state, rows, left = _start(target, pick, list(ids), chunk), len(ids), max_tokens - 1
-        number = 0
-        while left > 0:
-            grain = backend.current().grain
-            state = with_room(state, rows, shape)
-            shown = view(state, rows, shape, grain)
-            box = [state]
-            del state  # the step must hold the only reference, or buffers would be copied
-            timed = _phases if number % 2 else _whole
-            state, output = timed(target, drafter, pick, shape, box, shown, times if number > 1 else Times())
-            tokens: Any = output.tokens[0, : output.count.item()].tolist()
-            kept = until_end(tokens, left, stop)
-            rows, left, number = rows + len(tokens), left - len(kept), number + 1
-            if kept[-1] in stop:
-                break
+        engine = model.engine(Fixed(shape), chunk, hand_over=_Stopwatch(times))
+        engine.submit(Request(ids, max_tokens, sampling, 0, stop))
+        while engine.is_busy:
+            engine.step()
         tick()
     return times
+
+
+class _Stopwatch:
+    """Evaluates the steps that it is given at once: as a whole, or phase by phase, in turn."""
+
+    def __init__(self, times: Times) -> None:
+        self.times, self.number = times, 0
+
+    def __call__(self, state: State, output: Output) -> None:
+        self.number += 1
+        arrays = {**vars(state), "layers": vars(state.layers)}, vars(output)
+        parts = [output.drafted, output.verified, arrays] if self.number % 2 else [arrays]
+        times = [time.perf_counter()]
+        for part in parts:
+            mx.eval(part)
+            times.append(time.perf_counter())
+        took = [after - before for before, after in pairwise(times)]
+        if self.number <= WARM_UP:
+            return
+        if len(took) > 1:
+            self.times.phases.append(dict(zip(PHASES, took, strict=True)))
+        else:
+            self.times.steps += took
 
 
 def summarise(times: Times, shape: dict[str, Any]) -> dict[str, Any] | None:
@@ -104,64 +115,3 @@ def phase_table(report: dict[str, Any]) -> Table:
     if waits is not None:
         notes.append(f"In normal decoding the device waits for the host {100 * waits:.1f} % of the time.")
     return Table("Time per step", ["phase", "ms", "share"], rows, notes)
-
-
-def _start(target: Target, pick: Pick, ids: list[int], chunk: int) -> State:
-    caches = target.make_cache()
-    logits, context = target.read_prompt(ids, chunk, lambda done, total: None, caches)
-    key, first_key = mx.random.split(mx.random.key(0))
-    return begin(pick(logits, first_key), context, from_prompt_cache(caches), [ids], [len(ids)], key)
-
-
-def _whole(
-    target: Target,
-    drafter: Drafter | None,
-    pick: Pick,
-    shape: DraftShape,
-    box: list[State],
-    shown: View,
-    times: Times,
-) -> tuple[State, Output]:
-    _evaluate(box[0])
-    start = time.perf_counter()
-    state, output = step(target, drafter, pick, shape, box.pop(), shown)
-    _evaluate(state, output)
-    times.steps.append(time.perf_counter() - start)
-    return state, output
-
-
-def _phases(
-    target: Target,
-    drafter: Drafter | None,
-    pick: Pick,
-    shape: DraftShape,
-    box: list[State],
-    shown: View,
-    times: Times,
-) -> tuple[State, Output]:
-    _evaluate(box[0])
-    state = box.pop()
-    start = time.perf_counter()
-    cache = commit(state.cache)
-    state = replace(state, cache=Cache([], []))
-    mx.eval(vars(cache))
-    committed = time.perf_counter()
-    proposed = propose(target, drafter, shape, state)
-    mx.eval(vars(proposed.tree), vars(proposed.found) if proposed.found else None)
-    drafted = time.perf_counter()
-    seen = target.verify(proposed.tree, cache, state.length, shown)
-    del cache
-    mx.eval(vars(seen))
-    verified = time.perf_counter()
-    state, output = conclude(pick, shape, state, proposed, seen)
-    del seen
-    _evaluate(state, output)
-    end = time.perf_counter()
-    seconds = (drafted - committed, verified - drafted, committed - start + end - verified)
-    times.phases.append(dict(zip(PHASES, seconds, strict=True)))
-    return state, output
-
-
-def _evaluate(state: State, output: Output | None = None) -> None:
-    arrays = {**vars(state), "cache": vars(state.cache)}
-    mx.eval(arrays, vars(output) if output else None)

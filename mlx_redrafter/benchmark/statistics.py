@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding.step import DraftShape
+from ..decoding.state import DraftShape
 from ..generate_command import describe_shape
 from .measure import Asked, Run
 

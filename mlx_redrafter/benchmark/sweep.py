@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decoding.cache import Cache, grow
-from ..decoding.step import DraftShape
+from ..decoding.layers import Layers, fit_rows
+from ..decoding.state import DraftShape
 from ..decoding.tree import make_tree
 from ..generate_command import describe_shape
 from ..target import Target, from_prompt_cache
@@ -142,13 +142,13 @@ def cost_curve(
     """
     caches = target.make_cache()
     target.forward(mx.ones((1, CONTEXT), mx.int32), caches)
-    cache = grow(from_prompt_cache(caches), CONTEXT + max(sizes))
+    layers = fit_rows(from_prompt_cache(caches), CONTEXT + max(sizes))
     del caches  # or the buffers would be copied
     length = mx.array([CONTEXT], mx.int32)
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for number_ in range(rounds + 1):  # the first one warms up
         for size in sizes if number_ % 2 else reversed(sizes):
-            seconds, cache = _time_verification(target, cache, length, size)
+            seconds, layers = _time_verification(target, layers, length, size)
             times[size] += [seconds] if number_ else []
         tick()
     medians = {size: median(found) for size, found in times.items()}
@@ -165,15 +165,14 @@ def cost_table(report: dict[str, Any]) -> Table:
     return Table("Cost of one verification", ["tokens", "ms", "relative to one token"], rows, notes)
 
 
-def _time_verification(target: Target, cache: Cache, length: mx.array, size: int) -> tuple[float, Cache]:
+def _time_verification(target: Target, layers: Layers, length: mx.array, size: int) -> tuple[float, Layers]:
     parents = mx.maximum(mx.arange(size, dtype=mx.int32) - 1, 0)[None]
     tree = make_tree(mx.ones((1, size), mx.int32), parents, size - 1)
-    mx.eval(vars(tree), cache.keys, cache.values)
+    mx.eval(vars(tree), layers.rows)
     start = time.perf_counter()
-    seen = target.verify(tree, cache, length)
-    cache = Cache(seen.keys, seen.values)
-    mx.eval(seen.logits, cache.keys, cache.values)
-    return time.perf_counter() - start, cache
+    seen = target.verify(tree, layers, length)
+    mx.eval(seen.logits, seen.rows)
+    return time.perf_counter() - start, Layers(seen.rows)
 
 
 def _fared(found: Sequence[Swept], shape: DraftShape | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Speculative decoding is exact at any batch size and one forward pass costs littl
 rows, so prompts are decoded together. A row's numbers are those of decoding it alone.
 """
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,22 +11,18 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
-from ..decoding.beam import Drafter
-from ..decoding.cache import Cache, commit
-from ..decoding.loop import GRAIN, Step, enqueue, until_end, view, with_room
-from ..decoding.runner import Runner
 from ..decoding.sampling import Sampling
-from ..decoding.step import DraftShape, Pick, State, begin
+from ..decoding.state import DraftShape
+from ..engine.engine import Request
+from ..engine.loop import Emitted, Fixed
 from ..model import SpeculativeModel
 from ..prompts import Prompt, encode
-from ..stream import PREFILL_STEP_SIZE, check_shape
-from ..target import Target, from_prompt_cache
+from ..stream import check_shape
 from .streams import Workers
 
 RESAMPLES = 2000  # of the bootstrap
@@ -36,28 +31,27 @@ CONFIDENCE = 95  # per cent
 
 @dataclass
 class Row:
-    """What was decoded after one prompt; the first token comes from the prompt, without a step."""
+    """What was decoded after one prompt; the first tokens come with the prompt's last, and do not count."""
 
-    tokens: list[int]
+    tokens: list[int]  # a stop token included
     accepted: list[int]  # for each depth, the steps that emitted the token drafted there
     steps: int = 0
+    first: int = 1
 
     @property
     def emitted(self) -> int:
-        """Tokens that came from steps."""
-        return len(self.tokens) - 1
+        """Tokens that came from the steps that count."""
+        return len(self.tokens) - self.first
 
-
-@dataclass
-class Decoded:
-    """What was decoded after each of B prompts, in their order."""
-
-    rows: list[Row]
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        """The text of each row, its stop token included."""
-        return [row.tokens for row in self.rows]
+    def take(self, emitted: Emitted) -> None:
+        """Add what a step gave."""
+        if self.tokens:
+            self.steps += 1
+            for depth in range(emitted.drafted):
+                self.accepted[depth] += 1
+        else:
+            self.first = len(emitted.tokens)
+        self.tokens += emitted.tokens
 
 
 @dataclass(frozen=True)
@@ -127,40 +121,28 @@ def evaluate(
     """
     _check_numbers(max_tokens, batch)
     workers = workers or Workers(1)
-    target, drafter = _check_model(model, shapes)
+    _check_model(model, shapes)
     ids = encode_all(model, tokenizer, prompts)
     batches = _batches(ids, batch, seed)
-    keys = mx.random.split(mx.random.key(seed), len(batches))
     stop = frozenset(tokenizer.eos_token_ids)
     ways = [(shape, Sampling(temperature)) for shape in shapes for temperature in temperatures]
     found: list[list[tuple[int, Row]]] = [[] for _ in ways]  # prompts by number
     work = [(number, way) for number in range(len(batches)) for way in range(len(ways))]
-    mx.eval(keys)
 
-    def decode(item: int) -> Decoded | None:
+    def decode(item: int) -> list[Row] | None:
         if deadline is not None and item and time.monotonic() >= deadline:
             return None
         number, way = work[item]
         shape, sampling = ways[way]
-        inputs = [ids[i] for i in batches[number]]
-        return decode_batch(
-            target,
-            drafter,
-            sampling.pick,
-            shape,
-            inputs,
-            max_tokens,
-            stop,
-            keys[number],
-            workers.cancelled.is_set,
-        )
+        asks = [Request(ids[i], max_tokens, sampling, seed + i, stop) for i in batches[number]]
+        return decode_batch(model, shape, asks, workers.cancelled.is_set)
 
     with wired_limit(model.model):
         items = workers.each(decode, len(work))
         for item, decoded in progress(items, desc="Evaluating", unit="batch", total=len(work)):
             number, way = work[item]
             if decoded is not None:
-                found[way] += zip(batches[number], decoded.rows, strict=True)
+                found[way] += zip(batches[number], decoded, strict=True)
     results = zip(ways, found, strict=True)
     return [
         measure(
@@ -229,140 +211,32 @@ def interval(tokens: Sequence[int], steps: Sequence[int], seed: int = 0) -> tupl
 
 
 def decode_batch(
-    target: Target,
-    drafter: Drafter,
-    pick: Pick,
+    model: SpeculativeModel,
     shape: DraftShape,
-    prompts: Sequence[list[int]],
-    max_tokens: int,
-    stop: frozenset[int],
-    key: mx.array,
+    requests: Sequence[Request],
     cancelled: Callable[[], bool] = lambda: False,
-) -> Decoded:
-    """Decode all prompts at once.
+) -> list[Row]:
+    """Decode all texts at once, with one draft shape.
 
     Args:
-        target: the model.
-        drafter: its drafter.
-        pick: how a token is picked from logits.
-        shape: how much is drafted.
-        prompts: token ids, one or more each.
-        max_tokens: of each text, 1 or more; the first one, from the prompt, counts.
-        stop: token ids that end a text, and belong to it.
-        key: for random numbers.
         cancelled: asked before each step; True ends decoding early.
     """
-    run = Runner(target, drafter, pick)
-    group = _Group(run, shape, max_tokens, stop, _prefill(target, pick, prompts, key))
-    rows = group.rows
-    while group.rows and not cancelled():
-        group.advance()
-    return Decoded(rows)
+    engine = model.engine(Fixed(shape), texts=len(requests))
+    rows = {engine.submit(request): Row([], [0] * shape.depth) for request in requests}
+    while engine.is_busy and not cancelled():
+        for emitted in engine.step():
+            if emitted.error is not None:
+                raise emitted.error
+            rows[emitted.number].take(emitted)
+    engine.close()
+    return list(rows.values())
 
 
-@dataclass
-class _Start:
-    """B prompts that have been read."""
-
-    state: State
-    lengths: list[int]  # [B] tokens of each prompt
-    first: list[int]  # [B] the token that follows each
-
-
-class _Group:
-    """Rows that are decoded together; those that have ended are dropped."""
-
-    def __init__(
-        self, step: Step, shape: DraftShape, max_tokens: int, stop: frozenset[int], start: _Start
-    ) -> None:
-        self.step, self.shape, self.max_tokens, self.stop = step, shape, max_tokens, stop
-        self.state, self.lengths = start.state, list(start.lengths)
-        self.rows = [Row([token], [0] * shape.depth) for token in start.first]
-
-    def advance(self) -> None:
-        """Decode one step, without the rows that have ended."""
-        self._drop_ended()
-        if not self.rows:
-            return
-        most = max(self.lengths)
-        self.state = with_room(self.state, most, self.shape)
-        self.state, output = self.step(self.shape, self.state, view(self.state, most, self.shape))
-        enqueue(self.state, output)
-        tokens: Any = output.tokens.tolist()
-        counts: Any = output.count.tolist()
-        for i, (row, count) in enumerate(zip(self.rows, counts, strict=True)):
-            self.lengths[i] += count
-            take_step(row, tokens[i][:count], self.max_tokens, self.stop)
-
-    def _drop_ended(self) -> None:
-        keep = [i for i, row in enumerate(self.rows) if not self._has_ended(row)]
-        if len(keep) == len(self.rows):
-            return
-        self.rows = [self.rows[i] for i in keep]
-        self.lengths = [self.lengths[i] for i in keep]
-        if keep:
-            self.state = _gather(self.state, mx.array(keep))
-
-    def _has_ended(self, row: Row) -> bool:
-        return len(row.tokens) == self.max_tokens or row.tokens[-1] in self.stop
-
-
-def take_step(row: Row, tokens: list[int], max_tokens: int, stop: frozenset[int]) -> None:
-    """Add to a row what a step emitted, all but the last of ``tokens`` drafted, up to the text's end."""
-    kept = until_end(tokens, max_tokens - len(row.tokens), stop)
-    row.tokens += kept
-    row.steps += 1
-    for depth in range(min(len(kept), len(tokens) - 1)):
-        row.accepted[depth] += 1
-
-
-def _prefill(target: Target, pick: Pick, prompts: Sequence[list[int]], key: mx.array) -> _Start:
-    """Read every prompt by itself."""
-    key, first_key = mx.random.split(key)
-    logits, contexts, caches = [], [], []
-    for prompt in prompts:
-        layers = target.make_cache()
-        seen, context = target.read_prompt(prompt, PREFILL_STEP_SIZE, lambda done, total: None, layers)
-        logits.append(seen)
-        contexts.append(context)
-        caches.append(from_prompt_cache(layers))
-    lengths = [len(prompt) for prompt in prompts]
-    token = pick(mx.concatenate(logits), first_key)  # [B]
-    stacked = stack_caches(caches, lengths)
-    state = begin(token, mx.concatenate(contexts), stacked, prompts, lengths, key)
-    first: Any = token.tolist()
-    mx.eval(vars(stacked), state.context)
-    return _Start(state, lengths, first)
-
-
-def stack_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> Cache:
-    """One cache of B rows from B caches of one row, whose first ``lengths`` [B] places are filled."""
-    capacity = math.ceil(max(lengths) / GRAIN) * GRAIN
-
-    def stack(buffers: Sequence[mx.array]) -> mx.array:  # B times [1, Hkv, C, D]
-        filled = [buffer[:, :, :n] for buffer, n in zip(buffers, lengths, strict=True)]
-        pads = [[(0, 0), (0, 0), (0, capacity - n), (0, 0)] for n in lengths]
-        return mx.concatenate([mx.pad(x, p) for x, p in zip(filled, pads, strict=True)])  # [B, Hkv, C, D]
-
-    keys = [stack(layer) for layer in zip(*(cache.keys for cache in caches), strict=True)]
-    values = [stack(layer) for layer in zip(*(cache.values for cache in caches), strict=True)]
-    return Cache(keys, values)
-
-
-def _gather(state: State, keep: mx.array) -> State:
-    """The rows ``keep`` of a state."""
-    cache = commit(state.cache)
-    cache = Cache([k[keep] for k in cache.keys], [v[keep] for v in cache.values])
-    rows = {name: getattr(state, name)[keep] for name in ("token", "context", "length", "history", "record")}
-    return State(**rows, cache=cache, key=state.key)
-
-
-def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> tuple[Target, Drafter]:
+def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> None:
     if model.drafter is None or model.target is None:
         raise ValueError("the model has no drafter: name one to evaluate.")
     for shape in shapes:
         check_shape(shape, model.drafter.config.head_outputs)
-    return model.target, model.drafter
 
 
 def encode_all(

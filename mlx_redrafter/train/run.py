@@ -35,7 +35,7 @@ from tqdm import tqdm
 from ..blas import set_blas_threads
 from ..bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
 from ..decoding.sampling import Sampling
-from ..decoding.step import DraftShape
+from ..decoding.state import DraftShape
 from ..drafter import Drafter, DrafterConfig
 from ..files import atomic_file
 from ..model import SpeculativeModel

@@ -1,4 +1,4 @@
-"""Which draft shape the next step uses: the one with the most expected tokens per second.
+"""Which draft shape the next step of some texts uses: the one with the most expected tokens per second.
 
 Two numbers say what drafts are worth, whatever their shape: how likely the drafter's first guess is right,
 and how likely a copy from the text is. What a shape is expected to emit follows from them by a model
@@ -13,19 +13,22 @@ forget, as text changes. What a step takes was measured before, and is corrected
 - ``debt``: what trying other shapes than the current one has lost. It is paid off at ``SHARE`` of the
   time, and while there is debt nothing else is tried, so trials are rare where they cost much, and go on
   where they win.
+
+Texts that share steps are believed in one by one, and what a shape emits is the mean over them; a plain step
+is then one of all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .step import DraftShape
+from ..decoding.state import PLAIN, DraftShape
 
 SHARE = 0.01  # of the time goes into trials that do not pay
 START, MOST = 2.0, 8.0  # plain steps in the purse: at first (so that 96 tokens lose 3 % at most), at most
@@ -72,6 +75,39 @@ class Belief:
         return self.share + max(self.hope - self.share, 0) * LEAST_STEPS / self.steps
 
 
+class Beliefs:
+    """What is known of texts' drafts: of each text that is decoded, and of a new one."""
+
+    def __init__(self) -> None:
+        self.drafts = Belief(0.45, 0.65, DRAFT_STEPS)  # before anything was seen: a small drafter's
+        self.copies = Belief(0.10, 0.4, LOOKUP_STEPS)
+        self._own: dict[int, Beliefs] = {}
+
+    def of(self, texts: Sequence[int]) -> list[Beliefs]:
+        """The texts' own beliefs. One text alone has the general ones, which follow text after text."""
+        if len(texts) < 2:
+            return [self]
+        self._own = {number: self._own.get(number) or self._copy() for number in texts}
+        return list(self._own.values())
+
+    def _copy(self) -> Beliefs:
+        new = Beliefs()
+        new.drafts, new.copies = replace(self.drafts), replace(self.copies)
+        return new
+
+    def learn(
+        self, shape: DraftShape, accepted: tuple[int, int], tables: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        """Take in a step that accepted so many drafted and copied tokens; ``tables`` say what is expected."""
+        for belief, can, right, expected in zip(
+            (self.drafts, self.copies), (shape.width, shape.lookup), accepted, tables, strict=True
+        ):
+            if can:
+                belief.learn(right, expected)
+            else:
+                belief.age()
+
+
 class Clock:
     """How much longer steps take than was measured, in logarithms.
 
@@ -112,13 +148,18 @@ class Policy:
         shapes: what to choose from; the first one is plain decoding.
         seconds: what one step takes with each of them, behind an empty text.
         per_row: what it takes longer for each token of the text before.
+        beliefs: what is known of the texts, if other policies know it too.
 
     Raises:
         ValueError: no plain shape first, or a time that is not positive.
     """
 
     def __init__(
-        self, shapes: Sequence[DraftShape], seconds: Sequence[float], per_row: Sequence[float] = ()
+        self,
+        shapes: Sequence[DraftShape],
+        seconds: Sequence[float],
+        per_row: Sequence[float] = (),
+        beliefs: Beliefs | None = None,
     ) -> None:
         if len(shapes) != len(seconds) or not shapes or shapes[0].size != 1:
             raise ValueError(f"{len(shapes)} shapes, {len(seconds)} times: give pairs, plain decoding first.")
@@ -131,16 +172,17 @@ class Policy:
         self.current = self.plain = shapes[0]
         self.clock, self._odd = Clock(shapes), False  # whether a plain step should be timed
         self.cost = self._costs(0)  # of a step with each shape, in plain steps
-        self.drafts = Belief(0.45, 0.65, DRAFT_STEPS)  # before anything was seen: a small drafter's
-        self.copies = Belief(0.10, 0.4, LOOKUP_STEPS)
+        self.beliefs = beliefs or Beliefs()
+        self._present = [self.beliefs]  # of the texts that share a step
         self._drafted = {shape: np.array([drafted_tokens(shape, x) for x in SHARES]) for shape in shapes}
         self._copied = {shape: np.array([copied_tokens(shape, x) for x in SHARES]) for shape in shapes}
         self.purse, self.debt = START, 0.0
         self.steps, self.tried = 0, dict.fromkeys(shapes, 0)  # when each shape was last chosen
 
-    def choose(self, rows: int = 0) -> DraftShape:
-        """The shape of the next step, behind ``rows`` tokens; the last outcome need not be known yet."""
+    def choose(self, rows: int = 0, texts: Sequence[int] = ()) -> DraftShape:
+        """The shape of the next step, after ``rows`` tokens; the last outcome need not be known yet."""
         self.steps += 1
+        self._present = self.beliefs.of(texts)
         self.cost = self._costs(rows)
         best = max(self.cost, key=self.rate)
         if self.current != self.plain and self.rate(self.current) <= PARK:
@@ -160,11 +202,14 @@ class Policy:
         self.purse += spare if shape == self.plain else 1 - self.cost[shape]
         return shape
 
-    def observe(self, shape: DraftShape, ranks: Sequence[int], seconds: float = 0, away: float = 0) -> None:
-        """Learn from a step with ``shape`` that accepted ``len(ranks)`` drafted tokens.
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float = 0, away: float = 0
+    ) -> None:
+        """Learn from a step with ``shape``.
 
         Args:
-            ranks: of each accepted token in the drafter's beam at its depth; ``LOOKUP`` if not there.
+            ranks: for each text, and each drafted token that it accepted, the beam it came from at its depth;
+                ``LOOKUP`` if it was copied.
             seconds: that it took; 0 if that is not known.
             away: seconds less that it may have taken, in which nobody waited for it.
         """
@@ -175,24 +220,22 @@ class Policy:
                 self.purse = max(self.purse - more, -2 * MOST)
             elif sure > ODD_PLAIN:
                 self.purse = max(self.purse, 0.0)  # all steps take longer: nothing was lost
-        copied = sum(rank == LOOKUP for rank in ranks)
-        if shape.width:
-            self.drafts.learn(len(ranks) - copied, self._drafted[shape])
-        else:
-            self.drafts.age()
-        if shape.lookup:
-            self.copies.learn(copied, self._copied[shape])
-        else:
-            self.copies.age()
-        self.purse = min(self.purse + len(ranks), MOST)
+        for own, each in zip(self.beliefs.of(list(ranks)), ranks.values(), strict=True):
+            copied = sum(rank == LOOKUP for rank in each)
+            found = (len(each) - copied, copied), (self._drafted[shape], self._copied[shape])
+            for beliefs in {own, self.beliefs}:
+                beliefs.learn(shape, *found)
+        accepted = sum(map(len, ranks.values())) / max(len(ranks), 1)
+        self.purse = min(self.purse + accepted, MOST)
         if shape not in (self.current, self.plain):
-            self.debt = max(self.debt - len(ranks) / self.rate(self.current), 0)
-            if len(ranks) > self.loss(shape):
+            self.debt = max(self.debt - accepted / self.rate(self.current), 0)
+            if accepted > self.loss(shape):
                 self.tried[shape] = 0  # a trial that paid is repeated
 
     def expected(self, shape: DraftShape) -> float:
-        """Tokens that a step with ``shape`` is believed to emit."""
-        return self._expected(shape, self.drafts.share, self.copies.share)
+        """Tokens that a step with ``shape`` is believed to emit for each text."""
+        shares = [(each.drafts.share, each.copies.share) for each in self._present]
+        return fmean(self._expected(shape, *each) for each in shares)
 
     def rate(self, shape: DraftShape) -> float:
         """Expected tokens per plain step of time."""
@@ -223,11 +266,53 @@ class Policy:
         return best if best is None or self.cost[best] - 1 <= self.purse else None
 
     def _hoped_rate(self, shape: DraftShape) -> float:
-        return self._expected(shape, self.drafts.optimistic(), self.copies.optimistic()) / self.cost[shape]
+        hopes = [(each.drafts.optimistic(), each.copies.optimistic()) for each in self._present]
+        return fmean(self._expected(shape, *each) for each in hopes) / self.cost[shape]
 
     def _expected(self, shape: DraftShape, drafts: float, copies: float) -> float:
         drafted = np.interp(drafts, SHARES, self._drafted[shape])
         return float(1 + min(drafted + np.interp(copies, SHARES, self._copied[shape]), shape.depth))
+
+
+def reason(error: Exception) -> str:
+    """Why there is no policy."""
+    return f"step times cannot be measured ({type(error).__name__}: {error})"
+
+
+class Policies:
+    """A policy for each number of texts that share a step, made when it is first needed.
+
+    Args:
+        make: the policy for a number of texts, given what is known of texts.
+    """
+
+    def __init__(self, make: Callable[[int, Beliefs], Policy]) -> None:
+        self.beliefs = Beliefs()
+        self._make, self._made = make, dict[int, Policy]()
+
+    def of(self, texts: int) -> Policy:
+        """The policy for so many texts; for several, plain decoding if none can be made."""
+        if texts not in self._made:
+            try:
+                self._made[texts] = self._make(texts, self.beliefs)
+            except Exception as error:
+                if texts == 1:
+                    raise
+                warnings.warn(f"{reason(error)}: decoding {texts} texts plainly.", stacklevel=2)
+                self._made[texts] = Policy([PLAIN], [1.0], beliefs=self.beliefs)
+        return self._made[texts]
+
+    def choose(self, rows: int = 0, texts: Sequence[int] = (1,)) -> DraftShape:
+        """As ``Policy.choose``."""
+        return self.of(len(texts)).choose(rows, texts)
+
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float = 0, away: float = 0
+    ) -> None:
+        """As ``Policy.observe``."""
+        policy = self.of(len(ranks))
+        if shape in policy.cost:  # it may be hopeless for so many, after a step that others had left
+            policy.observe(shape, ranks, seconds, away)
 
 
 def drafted_tokens(shape: DraftShape, share: float) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .beam import Drafter
-from .cache import Cache, View, commit
-from .step import DraftShape, Output, Pick, State, Target, step
+from ..decoding.beam import Drafter
+from ..decoding.layers import Layers, View, commit
+from ..decoding.state import DraftShape, Output, State
+from ..decoding.step import Pick, Verifier, pick, step
 
 Arrays = dict[str, Any]
 FlatStep = Callable[[Arrays, list[mx.array], int], tuple[Arrays, Arrays]]
@@ -33,30 +34,33 @@ class Runner:
         traces: how many times a step's graph was built; grows with each new combination if compiled.
     """
 
-    def __init__(self, target: Target, drafter: Drafter | None, pick: Pick, compiled: bool = False) -> None:
+    def __init__(
+        self, target: Verifier, drafter: Drafter | None, pick: Pick = pick, compiled: bool = False
+    ) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
         # MLX may keep a trace when its function is gone, and find it for another one at the same address.
         self._serial = next(_serial)
-        self._uses: Counter[tuple[DraftShape, View]] = Counter()
+        self._uses: Counter[Any] = Counter()
         self._steps: dict[tuple[DraftShape, View], FlatStep] = {}
 
     def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
         if not self.compiled:
             return self._step(self.target, shape, state, view)
-        self._uses[shape, view] += 1
-        if self._uses[shape, view] <= TRIALS:
+        kind = shape, view, state.token.size, tuple(state.sampling)
+        self._uses[kind] += 1
+        if self._uses[kind] <= TRIALS:
             return self._step(self.target, shape, state, view)
-        cache = state.cache
-        if cache.path_start is not None and cache.path_keys[0].shape[2] != shape.depth + 1:
-            state = replace(state, cache=commit(cache))  # so that traces know paths of one length only
+        layers = state.layers
+        if layers.path_start is not None and layers.path[0][0].shape[2] != shape.depth + 1:
+            state = replace(state, layers=commit(layers))  # so that traces know paths of one length only
         if (shape, view) not in self._steps:
             self._steps[shape, view] = mx.compile(self._flat_step(shape, view))
         after, output = self._steps[shape, view](_flatten(state), self.target.weights, self._serial)
         return _unflatten(after), Output(**output)
 
-    def _step(self, target: Target, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
+    def _step(self, target: Verifier, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         self.traces += 1
         return step(target, self.drafter, self.pick, shape, state, view)
 
@@ -71,9 +75,9 @@ class Runner:
 
 def _flatten(state: State) -> Arrays:
     """Arrays only, as ``mx.compile`` wants it: what is not there is left out."""
-    cache = {name: value for name, value in vars(state.cache).items() if value is not None}
-    return {**vars(state), "cache": cache}
+    layers = {name: value for name, value in vars(state.layers).items() if value is not None}
+    return {**vars(state), "layers": layers}
 
 
 def _unflatten(arrays: Arrays) -> State:
-    return State(**{**arrays, "cache": Cache(**arrays["cache"])})
+    return State(**{**arrays, "layers": Layers(**arrays["layers"])})

@@ -1,0 +1,1 @@
+"""Several texts at once: the only place that holds the state of decoding."""

@@ -1,0 +1,276 @@
+"""The engine: texts come and go, and share the steps of one model."""
+
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from ..decoding.layers import Layers
+from ..decoding.sampling import Sampling
+from ..decoding.state import State, begin
+from ..target import Target
+from .foreign import foreign_pick
+from .loop import Batch, Emitted, HandOver, Policy, Processor, Sampler, Step, Text, begin_step, bucket
+from .runner import Runner
+
+CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
+UNLIMITED = 1 << 62  # tokens
+WASTE = 1.25  # memory of a batch, at most, of what its texts need
+
+
+@dataclass(eq=False)
+class Request:
+    """What is to be said after a prompt.
+
+    Attributes:
+        prompt: token ids, one or more.
+        max_tokens: to say at most.
+        sampling: how tokens are picked.
+        seed: makes sampling repeatable, alone and in any company; without one it is drawn from MLX's global
+            random state.
+        stop: token ids that end the text, and belong to it.
+        processors, sampler: functions of the user's, as mlx-lm's (``Text``).
+        caches: mlx-lm caches that hold an earlier part of the text; they take the prompt in.
+        release: is given the layers in the end (``Text``).
+        progress: called with prompt tokens read and their total.
+        pauses: prompt tokens after which reading pauses until the next step.
+
+    Raises:
+        ValueError: an empty prompt, or a number out of range.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int = UNLIMITED
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    stop: frozenset[int] = frozenset()
+    processors: Sequence[Processor] = ()
+    sampler: Sampler | None = None
+    caches: Sequence[KVCache] | None = None
+    release: Callable[[Layers, int], None] | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
+    pauses: Collection[int] = ()
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise ValueError("the prompt is empty: give some text.")
+        if self.max_tokens < 1:
+            raise ValueError(f"max tokens {self.max_tokens} is not usable: give 1 or more.")
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed {self.seed} is not usable: give 0 to {(1 << 64) - 1}.")
+        # Now, since each thread has a random state of its own.
+        key = None if self.seed is None else mx.random.key(self.seed)
+        self.seeds = mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32, key=key)
+        mx.eval(self.seeds)
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt that waits, or is being read."""
+
+    text: Text
+    request: Request
+    caches: Sequence[KVCache] | None = None  # once it is being read
+    read: int = 0  # of its tokens
+
+    @property
+    def left(self) -> int:
+        """Tokens to read; the last one is the first step's."""
+        return len(self.request.prompt) - 1 - self.read
+
+
+class Engine:
+    """Decodes any number of texts with one model, many at once.
+
+    One thread at a time may call it.
+
+    Args:
+        target: the model.
+        runner: runs its steps.
+        policy: chooses draft shapes; one for all batches.
+        chunk: prompt tokens that are read at most between two steps.
+        texts: decoded at once at most; others wait.
+        max_memory: bytes that the layers may need; a text that does not fit waits, unless it is alone.
+        longest: rows that a text without a limit is taken to need.
+        grain: rows by which attention's view grows.
+        padded: how many texts a step is made for, given how many there are.
+        hand_over: lets the device begin a step.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        runner: Runner,
+        policy: Policy,
+        chunk: int = CHUNK,
+        texts: int = 16,
+        max_memory: int | None = None,
+        longest: int = 1 << 13,
+        grain: int = 1,
+        padded: Callable[[int], int] = int,
+        hand_over: HandOver = begin_step,
+    ) -> None:
+        if chunk < 1 or texts < 1:
+            raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
+        self.chunk, self.texts, self.max_memory = chunk, texts, max_memory
+        self.target, self.runner, self._longest = target, runner, longest
+        # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
+        self._new_batch = partial(
+            Batch, partial(_runner_for, runner), policy, target.vocabulary, grain, padded, hand_over
+        )
+        self._waiting: deque[_Prompt] = deque()
+        self._batches: list[Batch] = []
+        self._begun: dict[int, Request] = {}  # those of texts that have had no step yet
+        self._count = 0
+
+    def submit(self, request: Request) -> int:
+        """Take a text in; its number."""
+        self._count += 1
+        text = Text(
+            self._count,
+            request.sampling,
+            request.stop,
+            request.max_tokens,
+            processors=request.processors,
+            sampler=request.sampler,
+            release=request.release,
+        )
+        self._waiting.append(_Prompt(text, request))
+        return text.number
+
+    def resume(self, state: State, rows: int) -> int:
+        """Decode on, without a limit, a text of which the layers hold ``rows``; nobody may keep its state."""
+        self._count += 1
+        self._place(Text(self._count, rows=rows, is_new=False), state)
+        return self._count
+
+    def step(self) -> list[Emitted]:
+        """Read at most one chunk of prompts, then decode one step of all texts: what they got, by number."""
+        emitted = self._read_prompts()
+        for batch in self._batches:
+            emitted += batch.step()
+        for each in emitted:  # a prompt has been read once its first tokens are there
+            if (request := self._begun.pop(each.number, None)) is not None:
+                request.progress(len(request.prompt), len(request.prompt))
+        self._batches = [batch for batch in self._batches if batch.texts]
+        return sorted(emitted, key=lambda each: each.number)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._waiting or self._batches)
+
+    def layers_of(self, number: int) -> Layers | None:
+        """The committed layers of a text that is decoded; None if it is not."""
+        found = [
+            batch.layers_of(text) for batch in self._batches for text in batch.texts if text.number == number
+        ]
+        return found[0] if found else None
+
+    def caches_of(self, number: int) -> list[KVCache] | None:
+        """The mlx-lm caches into which a prompt is being read; None if that is not so."""
+        found = [prompt.caches for prompt in self._waiting if prompt.text.number == number]
+        return list(found[0]) if found and found[0] is not None else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers in which texts are decoded."""
+        return sum(batch.nbytes for batch in self._batches)
+
+    def cancel(self, number: int) -> None:
+        """Let a text go, whatever has become of it."""
+        self._begun.pop(number, None)
+        self._waiting = deque(prompt for prompt in self._waiting if prompt.text.number != number)
+        for batch in self._batches:
+            for text in [text for text in batch.everyone if text.number == number]:
+                batch.leave(text)
+        self._batches = [batch for batch in self._batches if batch.everyone]
+
+    def close(self) -> None:
+        """Let all texts go."""
+        for number in [prompt.text.number for prompt in self._waiting]:
+            self.cancel(number)
+        for number in [text.number for batch in self._batches for text in batch.everyone]:
+            self.cancel(number)
+
+    def _read_prompts(self) -> list[Emitted]:
+        """Read prompts in their order, one chunk of tokens at most; texts that failed."""
+        left = self.chunk
+        while self._waiting and left > 0:
+            prompt = self._waiting[0]
+            if prompt.caches is None and not self._has_room(prompt):
+                break
+            try:
+                left -= max(self._read(prompt, left), 1)
+                if prompt.read in prompt.request.pauses:
+                    left = 0
+            except (ValueError, TypeError, RuntimeError, IndexError) as error:  # this request's alone
+                self._waiting.popleft()
+                return [Emitted(prompt.text.number, [], 0, finish="error", error=error)]
+            if prompt.left == 0:
+                self._waiting.popleft()
+                self._join(prompt)
+        return []
+
+    def _read(self, prompt: _Prompt, most: int) -> int:
+        """Read up to ``most`` tokens of a prompt; how many."""
+        request, total = prompt.request, len(prompt.request.prompt)
+        if prompt.caches is None:
+            prompt.caches = self.target.make_cache() if request.caches is None else request.caches
+            self._begun[prompt.text.number] = request
+            request.progress(0, total)
+        count = min(prompt.left, most, *(end - prompt.read for end in request.pauses if end > prompt.read))
+        if count:
+            tokens = mx.array([list(request.prompt[prompt.read : prompt.read + count])])
+            self.target.forward(tokens, prompt.caches)
+            mx.eval([cache.state for cache in prompt.caches])
+            mx.clear_cache()
+            prompt.read += count
+            request.progress(prompt.read, total)
+        return count
+
+    def _join(self, prompt: _Prompt) -> None:
+        """Let a text whose prompt has been read take part in steps, in a batch of texts of like length."""
+        text, request = prompt.text, prompt.request
+        assert prompt.caches is not None
+        text.rows, layers = self.target.layers_of(prompt.caches)
+        prompt.caches = None  # steps must have the only references, unless the caller has some
+        state = begin(request.prompt, text.rows, layers, self.target.no_context(), request.seeds)
+        del layers
+        self._place(text, state)
+
+    def _place(self, text: Text, state: State) -> None:
+        batch = next((batch for batch in self._batches if self._suits(text, batch)), None)
+        if batch is None:
+            self._batches.append(batch := self._new_batch())
+        batch.join(text, state)
+
+    def _suits(self, text: Text, batch: Batch) -> bool:
+        """Whether a text may join: it must not make the others' buffers much larger than they need."""
+        everyone = [*batch.everyone, text]
+        needs = [bucket(each.rows + 1) for each in everyone]
+        fits = len(everyone) * max(batch.capacity, *needs) <= WASTE * sum(needs)
+        return fits and all(each.is_foreign == text.is_foreign for each in batch.everyone)
+
+    def _has_room(self, prompt: _Prompt) -> bool:
+        """Whether another text may be admitted."""
+        running = [text for batch in self._batches for text in batch.everyone]
+        if not running or self.max_memory is None:
+            return len(running) < self.texts
+        rows = sum(self._rows_in_the_end(text, text.rows) for text in running)
+        rows += self._rows_in_the_end(prompt.text, len(prompt.request.prompt))
+        per_row = self.nbytes / sum(batch.rows for batch in self._batches)
+        return len(running) < self.texts and rows * per_row <= self.max_memory
+
+    def _rows_in_the_end(self, text: Text, rows: int) -> int:
+        return bucket(min(rows + text.left, max(self._longest, rows)))
+
+
+def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:
+    """What runs the texts' steps: the usual runner, unless functions of users' have a say in them."""
+    if not any(text.is_foreign for text in texts):
+        return usual
+    return Runner(usual.target, usual.drafter, foreign_pick(texts))

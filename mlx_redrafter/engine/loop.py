@@ -1,0 +1,352 @@
+"""Texts that are decoded together: keep the device one step ahead, choose the shape, make room, stop.
+
+While the device runs one step, the host builds the next; it hands that over once the first is done, because
+buffers are updated in place only when nothing else reads them. A step is handed over in two parts: on a CPU,
+MLX's hand-over waits until nearly all operations are done, so the many small ones after the logits come once
+the next step has been built.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from ..decoding.layers import Layers, View, commit
+from ..decoding.penalties import penalty_settings
+from ..decoding.sampling import Sampling, filter_settings
+from ..decoding.state import PLAIN, DraftShape, Output, State, join, take, with_capacity
+
+GRAIN = 256  # rows: the smallest unit by which buffers grow
+FIRST_LAYERS = 2  # are handed over first, enough work for a device while the host does the rest
+
+Step = Callable[[DraftShape, State, View], tuple[State, Output]]
+Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits [1, V]
+HandOver = Callable[[State, Output], None]
+Sampler = Callable[[mx.array], mx.array]  # log-probabilities [n, V] -> tokens [n]
+
+
+@dataclass(eq=False)
+class Text:
+    """One text that is decoded, as the host knows it.
+
+    Attributes:
+        number: its name.
+        sampling: how its tokens are picked.
+        stop: token ids that end it.
+        left: tokens that it may still emit.
+        rows: tokens that the layers hold of it: all but the last.
+        processors: functions that change its logits, as mlx-lm's; and the ``sampler`` that takes the place of
+            ``sampling``, if there is one.
+        release: is given the committed layers (of this text alone) and its rows when it leaves.
+        is_new: whether it has had no step yet, so that the drafter knows nothing of it.
+        error: what a function of its raised; it ends with that.
+    """
+
+    number: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: frozenset[int] = frozenset()
+    left: int = 1 << 62
+    rows: int = 0
+    processors: Sequence[Processor] = ()
+    sampler: Sampler | None = None
+    release: Callable[[Layers, int], None] | None = None
+    is_new: bool = True
+    error: Exception | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether functions that are not ours have a say in its tokens."""
+        return bool(self.processors) or self.sampler is not None
+
+
+@dataclass
+class Emitted:
+    """What a text got of one step; all tokens but the last were drafted, unless a stop cut them short."""
+
+    number: int  # of the text
+    tokens: list[int]
+    drafted: int  # how many of `tokens`, from the first, were drafted
+    logits: mx.array | None = None  # [L+1, V], lazy: from which the tokens were picked
+    shape: DraftShape = PLAIN
+    ranks: list[int] = field(default_factory=list)  # of the drafted tokens: their beams, -1: copied
+    waited: float = 0.0  # seconds between the step before and handing this one over
+    finish: str | None = None  # "stop", "length", "error", or None: it goes on
+    error: Exception | None = None  # of the text's own functions, or its prompt
+
+
+class Policy(Protocol):
+    """Which draft shape to use next, one for all texts of a batch."""
+
+    def choose(self, rows: int, texts: Sequence[int]) -> DraftShape:
+        """The next step's shape, after texts of ``rows`` tokens at most; the last outcome may be unknown."""
+        ...
+
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
+    ) -> None:
+        """A step came out, ``seconds`` after the one before; the host had other work for ``away`` of them.
+
+        ``ranks`` has for each text the beams that its accepted tokens came from; -1: copied from the text.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The policy that always uses one shape."""
+
+    shape: DraftShape
+
+    def choose(self, rows: int, texts: Sequence[int] = ()) -> DraftShape:
+        """The shape."""
+        return self.shape
+
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float = 0, away: float = 0
+    ) -> None:
+        """Nothing to learn."""
+
+
+def begin_step(state: State, output: Output) -> None:
+    """Hand the heavy part of a step over to the device: its first layers at once.
+
+    MLX walks all of a graph before it hands over the first operation, so with the first layers going ahead,
+    the device need not wait for the walk through the others.
+    """
+    mx.async_eval(state.layers.rows[:FIRST_LAYERS][-1])
+    mx.async_eval(output.verified)
+
+
+class Batch:
+    """B texts that share every step.
+
+    Args:
+        runner: gives the function that runs a step for these texts.
+        policy: chooses each step's draft shape.
+        vocabulary: V.
+        grain: rows by which attention's view of the buffers grows, while it is short; 1: always one by one.
+        padded: how many texts a step is made for, given how many there are.
+        hand_over: lets the device begin a step.
+    """
+
+    def __init__(
+        self,
+        runner: Callable[[Sequence[Text]], Step],
+        policy: Policy,
+        vocabulary: int,
+        grain: int = GRAIN,
+        padded: Callable[[int], int] = int,
+        hand_over: HandOver = begin_step,
+    ) -> None:
+        self._hand_over = hand_over
+        self.texts: list[Text] = []
+        self.policy, self.grain = policy, grain
+        self._runner, self._vocabulary, self._padded = runner, vocabulary, padded
+        self._run: Step | None = None
+        self._state: State | None = None  # after the running step; the only reference to it
+        self._running: tuple[DraftShape, Output] | None = None
+        self._joining: list[tuple[Text, State]] = []
+        self._ended: set[Text] = set()
+        self._is_chosen = False  # whether the policy chose the running step's shape
+        self._waited = self._busy = self._arrived = 0.0
+
+    @property
+    def capacity(self) -> int:
+        """C, the room of every text."""
+        return 0 if self._state is None else self._state.capacity
+
+    @property
+    def everyone(self) -> list[Text]:
+        """The texts, those that wait to join included."""
+        return self.texts + [text for text, _ in self._joining]
+
+    def layers_of(self, text: Text) -> Layers:
+        """The committed layers of one text; the next step copies them, so that they stay as they are."""
+        assert self._state is not None
+        return one_text(commit(self._state.layers), self.texts.index(text))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layers' buffers."""
+        return sum(part.nbytes for state in self._states for rows in state.layers.rows for part in rows)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the buffers, of all texts."""
+        return sum(state.token.size * state.capacity for state in self._states)
+
+    @property
+    def _states(self) -> list[State]:
+        return [state for _, state in self._joining] + ([self._state] if self._state else [])
+
+    def join(self, text: Text, state: State) -> None:
+        """Let a text take part from the next step on; the caller must not keep its state."""
+        self._joining.append((text, state))
+
+    def leave(self, text: Text) -> None:
+        """Take a text out: what the running step gives it is lost."""
+        self._ended.add(text)
+        self._joining = [(other, state) for other, state in self._joining if other is not text]
+        if self._running is None or len(self._ended) == len(self.texts):
+            self._running = None
+            self._compose()
+
+    def step(self) -> list[Emitted]:
+        """One step for all texts: what each one got. Those that ended leave, those that wait join."""
+        if self._running is None:
+            self._compose()
+            if not self.texts:
+                return []
+            self._busy, self._arrived = 0.0, time.perf_counter()
+            self._start(self._first_shape())
+        assert self._running is not None and self._state is not None
+        shape, output = self._running
+        following, ahead = None, None
+        if not (self._changes or any(text.is_new for text in self.texts)):  # a first token shall not wait
+            following = self._choose(shape)
+            if self._rows(shape) + following.room <= self.capacity:
+                ahead = self._step(following, shape)
+        built = time.perf_counter()
+        enqueue(self._state, output)
+        emitted = self._read(shape, output)
+        self._running, arrived = None, time.perf_counter()
+        took, self._arrived = arrived - self._arrived, arrived
+        away = (
+            took - self._busy - (arrived - built) if self._busy else took
+        )  # the first one may be like no other
+        learn, self._is_chosen = self._is_chosen and bool(emitted), True
+        if self._changes or following is None:
+            ahead = None
+            self._compose()
+            following = self._first_shape() if self.texts else None
+        if following is not None:
+            self._waited = time.perf_counter() - arrived
+            self._start(following, ahead)
+            self._busy = time.perf_counter() - arrived - self._waited
+        if learn:
+            self.policy.observe(shape, {each.number: each.ranks for each in emitted}, took, away)
+        return emitted
+
+    @property
+    def _changes(self) -> bool:
+        return bool(self._joining or self._ended)
+
+    def _rows(self, shape: DraftShape | None = None) -> int:
+        """Rows of the longest text; at most, after a running step of the ``shape``."""
+        return max(text.rows for text in self.texts) + (shape.depth + 1 if shape else 0)
+
+    def _choose(self, running: DraftShape | None = None) -> DraftShape:
+        return self.policy.choose(self._rows(running), [text.number for text in self.texts])
+
+    def _first_shape(self) -> DraftShape:
+        """The shape after texts have joined or left; plain if the drafter knows nothing of any."""
+        self._is_chosen = not all(text.is_new for text in self.texts)
+        return self._choose() if self._is_chosen else PLAIN
+
+    def _step(self, shape: DraftShape, running: DraftShape | None = None) -> tuple[State, Output]:
+        """Build a step, behind a running one of another shape if there is one."""
+        assert self._run is not None and self._state is not None
+        rows = self._rows(running)
+        columns = min(bucket(rows + shape.size, self.grain), self.capacity)
+        known = (running is None or running.depth == 0) and columns == rows + shape.size
+        return self._run(shape, self._state, View(columns, known and self._state.token.size == 1))
+
+    def _start(self, shape: DraftShape, built: tuple[State, Output] | None = None) -> None:
+        """Hand a step over to the device, one that is built already or a new one."""
+        assert self._state is not None
+        if built is None:
+            if (needed := self._rows() + shape.room) > self.capacity:
+                self._state = with_capacity(self._state, bucket(needed))
+            built = self._step(shape)
+        self._state, output = built
+        self._hand_over(self._state, output)
+        self._running = shape, output
+
+    def _read(self, shape: DraftShape, output: Output) -> list[Emitted]:
+        """What each text gets of a step: the only wait for the device."""
+        tokens: Any = output.tokens.tolist()
+        counts: Any = output.count.tolist()
+        ranks: Any = output.ranks.tolist()
+        found = []
+        for i, text in enumerate(self.texts):
+            if text in self._ended:
+                continue
+            said = until_end(tokens[i][: counts[i]], text.left, text.stop)
+            drafted = min(len(said), counts[i] - 1)
+            text.left -= len(said)
+            text.rows += len(said)
+            text.is_new = False
+            finish = "stop" if said[-1] in text.stop else None if text.left else "length"
+            if text.error is not None:
+                said, finish = [], "error"
+            if finish:
+                self._ended.add(text)
+            came_from = ranks[i][1 : 1 + drafted]
+            logits = output.logits[i]
+            each = Emitted(
+                text.number, said, drafted, logits, shape, came_from, self._waited, finish, text.error
+            )
+            found.append(each)
+        return found
+
+    def _compose(self) -> None:
+        """Let go of texts that have ended and take in those that wait."""
+        if not self._changes:
+            return
+        keep = [i for i, text in enumerate(self.texts) if text not in self._ended]
+        for text in self.texts:
+            if text in self._ended and text.release is not None:
+                text.release(self.layers_of(text), text.rows)
+        texts = [self.texts[i] for i in keep] + [text for text, _ in self._joining]
+        states = [state for _, state in self._joining]
+        needed, room = bucket(max((text.rows for text in texts), default=0) + 1), self.capacity
+        capacity = room if keep and needed <= room < 2 * needed else needed
+        if keep:
+            assert self._state is not None
+            if len(keep) < self._state.token.size:
+                self._state = take(self._state, keep, capacity)
+            states.insert(0, self._state)
+        self.texts, self._joining, self._ended, self._state = texts, [], set(), None
+        if not texts:
+            return
+        state = states[0] if len(states) == 1 else join(states, capacity)
+        del states  # a step must have the only reference
+        pads = self._padded(len(texts)) - len(texts)
+        if pads:
+            state = take(state, [*range(len(texts)), *[0] * pads], state.capacity)
+        samplings = [text.sampling for text in texts] + [Sampling()] * pads
+        sampling = filter_settings(samplings, self._vocabulary) | penalty_settings(samplings)
+        self._state = replace(state, sampling=sampling)
+        self._run = self._runner(texts)
+
+
+def one_text(layers: Layers, number: int) -> Layers:
+    """The committed layers of one text."""
+    return Layers(
+        [[part if part.shape[0] == 1 else part[number : number + 1] for part in rows] for rows in layers.rows]
+    )
+
+
+def enqueue(state: State, output: Output) -> None:
+    """Hand over what remains of a step."""
+    parts = {**vars(state), "layers": vars(state.layers)}
+    mx.async_eval(output.tokens, output.count, output.ranks, parts)
+
+
+def bucket(rows: int, grain: int = GRAIN) -> int:
+    """The next larger of the sizes in use: eight for each doubling, multiples of ``grain``.
+
+    So a text of T tokens meets few of them, about 8 * log2(T / grain), and wastes at most an eighth.
+    With a ``grain`` of 1, all sizes are in use.
+    """
+    unit = max(grain, 1 << max(rows.bit_length() - 4, 0)) if grain > 1 else 1
+    return -(-rows // unit) * unit
+
+
+def until_end(tokens: list[int], limit: int, stop: frozenset[int]) -> list[int]:
+    """The first ``limit`` tokens, up to the first of the ``stop`` tokens."""
+    tokens = tokens[:limit]
+    end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[:end]
