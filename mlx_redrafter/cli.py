@@ -8,6 +8,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 from .blas import load_blas
@@ -26,6 +28,16 @@ class Diagnostics(io.TextIOWrapper):
     def flush(self) -> None:
         with contextlib.suppress(OSError):
             super().flush()
+
+
+COMMANDS = {  # where each is, and what it does
+    "generate": ("generate_command", "generate text"),
+    "benchmark": ("benchmark_command", "measure speed"),
+    "tune": ("tune_command", "measure which draft shape is fastest here"),
+    "train": ("train_command", "make a drafter for a model"),
+    "convert": ("convert", "convert a model or a drafter"),
+    "export": ("convert", "write a drafter in Apple's layout"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _open_streams()
         _quiet_libraries()
         load_blas()
-        args = build_parser().parse_args(arguments)
-        args.words = sys.argv[1:] if arguments is None else list(arguments)
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        args = build_parser(words[0] if words and words[0] in COMMANDS else "").parse_args(words)
+        args.words = words
         code = int(args.run(args))
         sys.stdout.flush()
         return code
@@ -66,29 +79,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _let_go_of_output()
 
 
-def build_parser() -> Parser:
-    """The parser of all subcommands; ``args.run`` is the function to call."""
-    from importlib.metadata import version
+def build_parser(chosen: str | None = None) -> Parser:
+    """The parser of all subcommands; with the flags of the ``chosen`` one only, so that no other is loaded.
 
-    from . import benchmark_command, convert, generate_command, train_command, tune_command
-
+    ``args.run`` is the function to call.
+    """
     parser = Parser(prog="mlx-redrafter", description="Generate faster what the model would have said.")
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-    for name, text, add, run in (
-        ("generate", "generate text", generate_command.add_arguments, generate_command.run),
-        ("benchmark", "measure speed", benchmark_command.add_arguments, benchmark_command.run),
-        ("tune", "measure which draft shape is fastest here", tune_command.add_arguments, tune_command.run),
-        ("train", "make a drafter for a model", train_command.add_arguments, train_command.run),
-        ("convert", "convert a model or a drafter", convert.add_convert_arguments, convert.run_convert),
-        ("export", "write a drafter in Apple's layout", convert.add_export_arguments, convert.run_export),
-    ):
+    for name, (room, text) in COMMANDS.items():
         command: Any = commands.add_parser(name, help=text, description=text.capitalize() + ".")
-        add(command)
+        if chosen in (None, name):
+            module: Any = import_module(f".{room}", __package__)
+            of_its_own = f"_{name}" if room == "convert" else ""
+            getattr(module, f"add{of_its_own}_arguments")(command)
+            command.set_defaults(run=getattr(module, f"run{of_its_own}"))
         for action in command._actions:
             if action.nargs != 0 and action.default not in (None, "", []) and "(default" not in action.help:
                 action.help += " (default: %(default)s)"
-        command.set_defaults(run=run)
     return parser
 
 

@@ -1,0 +1,47 @@
+"""Imports go down only: the core knows nothing around it, and generating loads no other command."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx_redrafter
+
+ROOT = Path(mlx_redrafter.__file__).parent
+ABOVE = ("stream", "model", "calibrate", "batch_generator", "train", "benchmark", "convert", "backend", "cli")
+
+
+def imports(path: Path) -> set[str]:
+    """The package's modules that a file imports anywhere in it, by their place below the package."""
+    package = path.relative_to(ROOT).parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            found |= {base} if node.module else {".".join(filter(None, [base, a.name])) for a in node.names}
+    return found
+
+
+def test_the_common_core_imports_only_itself():
+    for path in (ROOT / "decoding").glob("*.py"):
+        assert all(name.split(".")[0] == "decoding" for name in imports(path)), path
+
+
+def test_the_engine_imports_nothing_above_it():
+    for path in (ROOT / "engine").glob("*.py"):
+        rooms = {name.split(".")[0] for name in imports(path)}
+        assert rooms <= {"decoding", "engine", "target"}, path
+        assert rooms.isdisjoint(ABOVE), path
+
+
+def test_generating_loads_no_other_command():
+    code = (
+        "import sys, mlx_redrafter.cli as cli; cli.build_parser('generate').parse_args(['generate']); "
+        "print(*(name for name in sys.modules if name.startswith('mlx_redrafter')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] for name in done.stdout.split() if "." in name}
+    assert "generate_command" in loaded
+    assert loaded.isdisjoint(
+        {"train", "train_command", "benchmark", "benchmark_command", "convert", "tune_command"}
+    )
