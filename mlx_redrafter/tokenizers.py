@@ -213,6 +213,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]
         ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(bos + eos)]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
     tokenizer.save(str(folder / "tokenizer.json"))
+    for name, token in config.items():  # transformers takes no other kind of object
+        if name.endswith("_token") and isinstance(token, dict) and "__type" not in token:
+            config = {**config, name: _content(token)}
     config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
 

@@ -254,3 +254,11 @@ def test_ends_of_gguf_files(tmp_path, name):
 @pytest.mark.parametrize("key", ["eot", "eom"])
 def test_ends_that_the_metadata_names(tmp_path, key):
     assert gguf_ends(tmp_path, **{f"{key}_token_id": 300}) >= {"</s>", byte_level().id_to_token(300)}
+
+
+def test_an_end_of_text_that_is_given_as_an_object(tmp_path):
+    folder = make_folder(tmp_path / "model", tokenizer="sentencepiece")
+    config = folder / "tokenizer_config.json"
+    given = json.loads(config.read_text()) if config.exists() else {}
+    config.write_text(json.dumps(given | {"eos_token": {"content": "</s>", "lstrip": False}}))
+    assert ends(load_tokenizer(folder)) == {"</s>"}
