@@ -7,15 +7,40 @@ from typing import TYPE_CHECKING, Any
 from .blas import load_blas
 
 if TYPE_CHECKING:
+    from .batch_generator import BatchGenerator
     from .decoding.sampling import Sampling
-    from .decoding.step import DraftShape
+    from .decoding.state import DraftShape
+    from .engine.engine import Engine, Request
     from .model import SpeculativeModel, load
     from .stream import Response, generate, stream_generate
 
 with contextlib.suppress(ValueError):  # raised again by the first use, where the command line reports it
     load_blas()  # before anything imports mlx.core
 
-__all__ = ["DraftShape", "Response", "Sampling", "SpeculativeModel", "generate", "load", "stream_generate"]
+ROOMS = {
+    "BatchGenerator": ".batch_generator",
+    "DraftShape": ".decoding.state",
+    "Engine": ".engine.engine",
+    "Request": ".engine.engine",
+    "Response": ".stream",
+    "Sampling": ".decoding.sampling",
+    "SpeculativeModel": ".model",
+    "generate": ".stream",
+    "load": ".model",
+    "stream_generate": ".stream",
+}
+__all__ = [
+    "BatchGenerator",
+    "DraftShape",
+    "Engine",
+    "Request",
+    "Response",
+    "Sampling",
+    "SpeculativeModel",
+    "generate",
+    "load",
+    "stream_generate",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,4 +48,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     load_blas()
-    return getattr(import_module(".model" if name == "load" else ".stream", __name__), name)
+    return getattr(import_module(ROOMS[name], __name__), name)

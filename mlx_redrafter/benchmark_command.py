@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(default: 4 8 16, and all)",
     )
     add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most")
+    add(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="decode so many texts at once, against mlx-lm's BatchGenerator (greedy); such as 1 4 8",
+    )
+    add(
+        "--arrive-every",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        metavar="S",
+        help="with --concurrency, seconds between the texts' arrivals; such as 0 1 (default: 0, at once)",
+    )
     file: Any = {"nargs": "?", "const": STDOUT, "metavar": "FILE"}
     add("--json", **file, help="write the result; without FILE, print it")
     add("--markdown", **file, help="write the tables; without FILE, print them")
@@ -95,6 +112,13 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < least:
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not usable: give {least} or more.")
+    for flag, least in (("concurrency", 1), ("arrive_every", 0)):
+        if any(not least <= value < math.inf for value in getattr(args, flag)):
+            raise ValueError(f"--{flag.replace('_', '-')} has an unusable value: give {least} or more.")
+    if args.concurrency and (args.temp or args.max_tokens < 1):
+        raise ValueError("--concurrency needs greedy texts and a limit: no --temp, and --max-tokens.")
+    if not args.concurrency and any(args.arrive_every):
+        raise ValueError("--arrive-every says how the texts of --concurrency arrive: give that too.")
     if args.max_tokens == 1:
         raise ValueError("--max-tokens 1 leaves nothing to time after the first token: give 2 or more.")
     for flag in ("json", "markdown"):

@@ -10,16 +10,31 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from bundles import make_drafter, make_folder
+from decoding import before_the_last, everything
 from mlx_lm.generate import generate_step
 from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import load
-from mlx_redrafter.benchmark import energy, machine, measure, phases, plots, report, sources, sweep, tables
+from mlx_redrafter.benchmark import (
+    concurrency,
+    energy,
+    machine,
+    measure,
+    phases,
+    plots,
+    report,
+    sources,
+    sweep,
+    tables,
+)
 from mlx_redrafter.benchmark.contenders import mlx_lm_contender
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.decoding.step import pick, step
+from mlx_redrafter.engine.engine import Engine, Request
+from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.prompts import Prompt
 from mlx_redrafter.target import Target
 
@@ -347,56 +362,49 @@ def test_what_was_not_measured_is_left_out_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("values", [(2, 3, None, 0), (1, 2, 4, 3), (0, 0, None, 3), (1, 3, None, 0), (0, 0)])
-def test_a_step_in_phases_is_a_step(values):
-    model, prompt = make_model("llama3-rope"), [5, 9, 33, 2, 17, 60, 3]
-    wanted = [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=40)]
-    target, shape = Target(model), DraftShape(*values)
+def test_timed_steps_say_what_others_say(values):
+    base, prompt = make_model("llama3-rope"), [5, 9, 33, 2, 17, 60, 3]
+    wanted = [token for token, _ in generate_step(mx.array(prompt), base, max_tokens=40)]
+    shape, times, said = DraftShape(*values), phases.Times(), []
+    target = Target(base)
     drafter = ScriptedDrafter(target, prompt + wanted)
-    logits = {}
-    for timed in (phases._whole, phases._phases):
-        state = phases._start(target, greedy, prompt, 512)
-        tokens, times = state.token.tolist(), phases.Times()
-        for number in range(6):
-            state = phases.with_room(state, len(prompt) + len(tokens) - 1, shape)
-            shown = phases.view(state, len(prompt) + len(tokens) - 1, shape)
-            state, output = timed(target, drafter, greedy, shape, [state], shown, times)
-            count = output.count.item()
-            tokens += output.tokens[0, :count].tolist()
-            logits.setdefault(timed, []).append(np.array(output.logits[0, :count]))
-            assert len(times.steps) + len(times.phases) == number + 1
-        assert tokens == wanted[: len(tokens)]
-        assert len(tokens) >= 6 * (1 + min(shape.width, 1) * min(shape.length, 2))
-    for whole, parts in zip(*logits.values(), strict=True):
-        np.testing.assert_allclose(whole, parts, atol=1e-5)
+    engine = Engine(target, Runner(target, drafter), Fixed(shape), hand_over=phases._Stopwatch(times))
+    engine.submit(Request(prompt, 40))
+    while engine.is_busy:
+        said += [token for emitted in engine.step() for token in emitted.tokens]
+    assert said == wanted
+    steps = len(times.phases) + len(times.steps)
+    assert abs(len(times.phases) - len(times.steps)) <= 1
+    assert steps + phases.WARM_UP <= 40 / (1 + min(shape.width, 1) * min(shape.length, 2)) + 2
 
 
 def test_phases_are_timed_one_after_another(monkeypatch):
-    model = make_model()
-    target, shape, times = Target(model), DraftShape(2, 2), phases.Times()
-    state = phases.with_room(phases._start(target, greedy, [1, 2, 3], 512), 3, shape)
-    clock = SimpleNamespace(perf_counter=iter([0.0, 1.0, 3.0, 7.0, 15.0]).__next__)
+    target, times = Target(make_model()), phases.Times()
+    clock = SimpleNamespace(perf_counter=iter([0.0, 2.0, 6.0, 7.0, 10.0, 13.0]).__next__)
     monkeypatch.setattr(phases, "time", clock)
-    phases._phases(target, RandomDrafter(target), greedy, shape, [state], phases.view(state, 3, shape), times)
-    assert times.phases == [{"draft": 2.0, "verify": 4.0, "accept and commit": 1.0 + 8.0}]
-
-
-def greedy(logits, key):
-    return mx.argmax(logits, axis=-1).astype(mx.int32)
+    monkeypatch.setattr(phases, "WARM_UP", 0)
+    watch = phases._Stopwatch(times)
+    state = before_the_last(target, [1, 2, 3])
+    for _ in range(2):
+        state, output = step(target, RandomDrafter(target), pick, DraftShape(2, 2), state, everything(state))
+        watch(state, output)
+    assert times.phases == [{"draft": 2.0, "verify": 4.0, "accept": 1.0}]
+    assert times.steps == [3.0]
 
 
 def test_the_profile_is_reported(benchmark):
     code, out, _ = benchmark("--json", "r.json", "--limit", "1", "--profile", "1", "-m", "24")
     found = read("r.json")["phases"]
     assert code == 0
-    assert list(found["seconds"]) == ["draft", "verify", "accept and commit"]
+    assert list(found["seconds"]) == ["draft", "verify", "accept"]
     assert min(found["seconds"].values()) > 0
     assert found["steps"] > 2
-    assert "accept and commit" in out
+    assert "accept" in out
     assert "the device waits for the host" in out
 
 
 def test_phases_are_compared_with_whole_steps():
-    times = phases.Times([{"draft": 1.0, "verify": 2.0, "accept and commit": 3.0}] * 2, [8.0, 4.0])
+    times = phases.Times([{"draft": 1.0, "verify": 2.0, "accept": 3.0}] * 2, [8.0, 4.0])
     found = phases.summarise(times, {})
     assert (found["step_seconds"], found["explained"]) == (6.0, 1.0)
     assert phases.summarise(phases.Times(), {}) is None
@@ -796,3 +804,45 @@ def test_tables_of_the_readme_come_from_results(readme_table, benchmark):
 def test_the_readme_says_what_its_results_say(readme_table):
     text = (ROOT / "README.md").read_text("utf-8")
     assert readme_table.filled(text) == text
+
+
+# --- Several texts at once ---------------------------------------------------------------------------
+
+
+def test_texts_at_once_are_compared_with_mlx_lms(benchmark):
+    pytest.importorskip("mlx_lm.generate_utils")  # older mlx-lm has another class
+    flags = ("--concurrency", "1", "2", "--arrive-every", "0", "0.01", "--limit", "4")
+    code, out, _ = benchmark("--json", "r.json", *flags)
+    assert code == 0
+    found = read("r.json")["concurrency"]
+    assert [(row["texts"], row["arrive_every"], row["crowds"]) for row in found] == [
+        (1, 0, 4), (1, 0.01, 4), (2, 0, 2), (2, 0.01, 2)
+    ]  # fmt: skip
+    for row in found:
+        assert row["identical"]
+        assert row["speedup"]["median"] > 0 and row["tps"] > 0 and row["baseline_tps"] > 0
+        for who in ("", "baseline_"):
+            assert 0 < row[f"{who}ttft"]["median"] <= row[f"{who}ttft"]["p95"]
+            assert 0 <= row[f"{who}latency"]["median"] <= row[f"{who}latency"]["p95"]
+    assert "BatchGenerator" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--concurrency", "0"), "--concurrency"),
+        (("--concurrency", "99"), "--concurrency 99 needs as many prompts"),
+        (("--concurrency", "1", "--arrive-every", "-1"), "--arrive-every"),
+        (("--concurrency", "1", "--temp", "1"), "--concurrency needs greedy"),
+    ],
+)
+def test_crowds_that_cannot_be_are_refused(benchmark, flags, message):
+    code, _, err = benchmark("--limit", "2", *flags)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_what_is_told_of_a_crowd():
+    served = concurrency.Served([[1, 2], [3]], [0.0, 1.0], [[0.5, 2.5], [2.0]])
+    assert served.speed == 3 / 2.5
+    assert served.waits == [0.5, 1.0]
+    assert served.latencies == [2.0]

@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_redrafter import calibrate
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_redrafter.decoding.step import DraftShape
+from mlx_redrafter.decoding.state import DraftShape
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 curves = importlib.import_module("curves")

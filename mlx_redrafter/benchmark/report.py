@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
+from .concurrency import concurrency_table
 from .measure import Asked, Plan, Repeat
 from .phases import phase_table
 from .statistics import equality, ratio, speed, summary, tokens_per_step
@@ -81,7 +82,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
     made = [speed_table(report), details_table(report)]
     if "draft_model" in report:
         made.insert(1, speed_table(report, "draft_model"))
-    parts = (("phases", phase_table), ("sweep", sweep_table), ("cost_curve", cost_table))
+    parts = (
+        ("phases", phase_table),
+        ("sweep", sweep_table),
+        ("cost_curve", cost_table),
+        ("concurrency", concurrency_table),
+    )
     return made + [table(report) for key, table in parts if key in report]
 
 

@@ -16,11 +16,13 @@ from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
 from ..calibrate import candidates
+from ..engine.loop import Fixed
 from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
 from ..model import DEFAULT_MODEL
 from ..prompts import usable
 from ..stream import check_shape
 from . import phases, report, sweep
+from .concurrency import Crowd, compare
 from .contenders import mlx_lm_contender, our_contender
 from .energy import find_meter
 from .machine import describe
@@ -71,6 +73,8 @@ class Session:
             self._sweep()
         if args.cost_curve:
             self._cost_curve()
+        if args.concurrency:
+            self._concurrency()
 
     def _main_pass(self) -> None:
         turns = sum(len(turns_of(prompt)[: self.args.turns]) for prompt in self.prompts)
@@ -117,16 +121,16 @@ class Session:
             report.write(self.report, Path(self.args.json))
 
     def _profile(self) -> None:
-        args, target, drafter = self.args, self.model.target, self.model.drafter
+        args = self.args
         used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
-        if target is None or not used:
+        if self.model.target is None or not used:
             return
         shape = max(used, key=lambda shape: (shape.size > 1, used[shape]))  # plain only if there is no other
-        prompts, pick = sample(self.first_turns, args.profile), sampling_of(args).pick
+        prompts, sampling = sample(self.first_turns, args.profile), sampling_of(args)
         most, chunk = args.max_tokens if args.max_tokens > 0 else 256, args.prefill_step_size
         stop = frozenset(self.tokenizer.eos_token_ids)
         with tqdm(desc="Profiling", total=len(prompts), unit="prompt") as bar, wired_limit(self.model.model):
-            times = phases.profile(target, drafter, pick, shape, prompts, most, stop, chunk, bar.update)
+            times = phases.profile(self.model, sampling, shape, prompts, most, stop, chunk, bar.update)
         if found := phases.summarise(times, describe_shape(shape)):
             self.report["phases"] = found
 
@@ -150,10 +154,28 @@ class Session:
         with tqdm(desc="Cost curve", total=rounds + 1, unit="round") as bar, wired_limit(self.model.model):
             self.report["cost_curve"] = sweep.cost_curve(target, sweep.SIZES, rounds, bar.update)
 
+    def _concurrency(self) -> None:
+        crowds = [Crowd(texts, every) for texts in self.args.concurrency for every in self.args.arrive_every]
+        if self.shape is not None:
+            self.model.use_policy(Fixed(self.shape))
+        found = self.report["concurrency"] = list[dict[str, Any]]()
+        total = sum(len(self.first_turns) // crowd.texts for crowd in crowds)
+        stop, most = self.tokenizer.eos_token_ids, self.args.max_tokens
+        with tqdm(desc="Several texts", total=total, unit="crowd") as bar, wired_limit(self.model.model):
+            for crowd in crowds:
+                found.append(compare(self.model, crowd, self.first_turns, most, stop, bar.update))
+
     def _check_passes(self) -> None:
         """Refuse passes that the model or its drafter cannot do, before anything is measured."""
-        if self.args.cost_curve and self.model.target is None:
-            raise ValueError("--cost-curve needs a model that can verify drafts, and this one cannot.")
+        for flag in ("cost_curve", "concurrency"):
+            if getattr(self.args, flag) and self.model.target is None:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} needs a model that can verify drafts, and this one cannot.")
+        if self.args.concurrency and max(self.args.concurrency) > len(self.first_turns):
+            raise ValueError(
+                f"--concurrency {max(self.args.concurrency)} needs as many prompts, and there are "
+                f"{len(self.first_turns)}: give more."
+            )
         if not self.args.sweep:
             return
         if self.model.drafter is None:
