@@ -21,7 +21,13 @@ from .target import to_prompt_cache
 
 try:
     from mlx_lm.generate import BatchGenerator as PlainBatchGenerator
-    from mlx_lm.generate import GenerationBatch, PromptProcessingBatch, StopSequences, generation_stream
+    from mlx_lm.generate import (
+        GenerationBatch,
+        PromptProcessingBatch,
+        StopSequences,
+        generation_stream,
+        maybe_set_recommended_wired_limit,
+    )
     from mlx_lm.generate_utils import BatchCounters, BatchCountersSnapshot, BatchStats
 except ImportError as error:
     raise ValueError("BatchGenerator needs mlx-lm 0.32.2 or newer (Python 3.11): update it.") from error
@@ -98,6 +104,7 @@ class BatchGenerator:
         self._progress: list[PromptResponse] = []
         self._count, self._last_read = 0, 0.0
         self._counters = BatchCounters()
+        self._old_wired_limit = maybe_set_recommended_wired_limit()
 
     def insert(
         self,
@@ -157,11 +164,12 @@ class BatchGenerator:
 
     def next(self) -> tuple[list[PromptResponse], list[Response]]:
         """Go on: what was read of prompts, and one more token of each text, as far as there are any."""
-        if not any(sequence.ready for sequence in self._sequences.values()):
-            self._step()
-        progress, self._progress = self._progress, []
-        ready = [sequence for sequence in self._sequences.values() if sequence.ready]
-        return progress, [self._response(sequence) for sequence in ready]
+        with mx.stream(self.stream):
+            if not any(sequence.ready for sequence in self._sequences.values()):
+                self._step()
+            progress, self._progress = self._progress, []
+            ready = [sequence for sequence in self._sequences.values() if sequence.ready]
+            return progress, [self._response(sequence) for sequence in ready]
 
     def next_generated(self) -> list[Response]:
         """One more token of each text; [] once there are none."""
@@ -206,6 +214,10 @@ class BatchGenerator:
     def close(self) -> None:
         """Let all texts go."""
         self.remove(list(self._sequences))
+        if self._old_wired_limit is not None:
+            mx.synchronize(self.stream)
+            mx.set_wired_limit(self._old_wired_limit)
+            self._old_wired_limit = None
 
     def _made(
         self,
