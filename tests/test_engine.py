@@ -4,12 +4,13 @@ import random
 
 import mlx_lm
 import pytest
+from decoding import before_the_last
 from models import RandomDrafter, make_model
 
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.engine import Engine, Request
-from mlx_redrafter.engine.loop import Fixed, bucket
+from mlx_redrafter.engine.loop import Batch, Fixed, Text, bucket
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.target import Target
 
@@ -230,3 +231,16 @@ def test_few_shapes_are_traced_for_any_number_of_texts(model):
     sizes = {size for _, _, size, _ in run._uses}
     assert sizes <= {1, 2, 4, 8, 16}
     assert len(run._uses) <= 3 * len(sizes)  # plain and drafted, behind short and longer texts
+
+
+def test_a_text_that_leaves_before_it_has_joined_costs_the_others_nothing(model):
+    target = Target(model)
+    batch = Batch(lambda texts: Runner(target, None), Fixed(SHAPES[0]), target.vocabulary)
+    first, second = Text(1, left=20, rows=8), Text(2, left=20, rows=8)
+    batch.join(first, before_the_last(target, [1] * 9))
+    said = [token for _ in range(3) for emitted in batch.step() for token in emitted.tokens]
+    batch.join(second, before_the_last(target, [2] * 9))
+    batch.leave(second)
+    while batch.texts:
+        said += [token for emitted in batch.step() for token in emitted.tokens]
+    assert said == plain(model, [1] * 9, 20)

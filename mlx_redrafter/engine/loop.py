@@ -187,9 +187,9 @@ class Batch:
 
     def leave(self, text: Text) -> None:
         """Take a text out: what the running step gives it is lost."""
-        self._ended.add(text)
         self._joining = [(other, state) for other, state in self._joining if other is not text]
-        if self._running is None or len(self._ended) == len(self.texts):
+        self._ended |= {text} & set(self.texts)
+        if self._running is None or self._ended == set(self.texts):
             self._running = None
             self._compose()
 
@@ -213,9 +213,9 @@ class Batch:
         emitted = self._read(shape, output)
         self._running, arrived = None, time.perf_counter()
         took, self._arrived = arrived - self._arrived, arrived
-        away = (
-            took - self._busy - (arrived - built) if self._busy else took
-        )  # the first one may be like no other
+        away = took  # the first step may be like no other
+        if self._busy:
+            away -= self._busy + arrived - built
         learn, self._is_chosen = self._is_chosen and bool(emitted), True
         if self._changes or following is None:
             ahead = None
