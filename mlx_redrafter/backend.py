@@ -7,9 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .decoding.state import DraftShape
-
-PLAIN = DraftShape(0, 0)
+from .decoding.state import PLAIN, DraftShape
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,15 @@ class BatchGenerator:
         Others are as in mlx-lm.
     """
 
+    model: SpeculativeModel
+
     def __new__(cls, model: SpeculativeModel | nn.Module, **options: Any) -> Any:
         own = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
         if own.target is None or options.get("max_kv_size") is not None:
             return PlainBatchGenerator(own.model, **options)
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made.model = own
+        return made
 
     def __init__(
         self,
@@ -92,7 +96,6 @@ class BatchGenerator:
         max_kv_size: int | None = None,
         stream: Any = None,
     ) -> None:
-        self.model = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
         self.max_tokens, self.sampler = max_tokens, sampler
         self.logits_processors = list(logits_processors or [])
         self.stream = stream or generation_stream
@@ -303,8 +306,8 @@ class BatchGenerator:
 
     def _caches(self, sequence: _Sequence) -> list[KVCache]:
         """mlx-lm caches that hold all tokens that were handed out, the last one included."""
-        target = self.model.target
-        assert target is not None and sequence.layers is not None
+        target = self._engine.target
+        assert sequence.layers is not None
         caches = target.make_cache()
         to_prompt_cache(sequence.layers, len(sequence.tokens) - 1, caches)
         target.forward(mx.array([sequence.tokens[-1:]]), caches)

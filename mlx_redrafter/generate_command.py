@@ -23,11 +23,12 @@ from . import backend
 from .bundle import parse_config, read_config, resolve_drafter
 from .decoding.sampling import Sampling
 from .decoding.state import DraftShape
+from .engine.engine import CHUNK
 from .engine.loop import Sampler
 from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
 from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
 from .prompts import render
-from .stream import PREFILL_STEP_SIZE, Response, check_shape, statistics, stream_generate
+from .stream import Response, check_shape, statistics, stream_generate
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"
@@ -89,7 +90,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extra-eos-token", nargs="+", default=[], help="further tokens, or their ids, that end the output")
     add("--context-length", type=int, help="tokens a prompt may have (default: what the model's config says)")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
-    add("--prefill-step-size", type=int, default=PREFILL_STEP_SIZE, help="prompt tokens processed at once")
+    add("--prefill-step-size", type=int, default=CHUNK, help="prompt tokens processed at once")
     add("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="of a quantized cache (without drafter)")
     add("--kv-group-size", type=int, choices=(32, 64, 128), default=64, help="of the quantized cache")
     add("--quantized-kv-start", type=int, default=5000, help="first step with a quantized cache")

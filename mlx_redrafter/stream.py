@@ -22,12 +22,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .decoding.layers import Layers
 from .decoding.sampling import Sampling, draw, filter_settings, seeds_at
 from .decoding.state import DraftShape
-from .engine.engine import UNLIMITED, Request
+from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Emitted, Fixed, Policy, Sampler
 from .model import SpeculativeModel
 from .target import to_prompt_cache
 
-PREFILL_STEP_SIZE = 2048  # mlx-lm's default
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
 PLAIN_ONLY = ("kv_bits", "input_embeddings", "draft_model")
 # Options that do nothing without another one.
@@ -81,7 +80,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
-    prefill_step_size: int = PREFILL_STEP_SIZE,
+    prefill_step_size: int = CHUNK,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_cache: Sequence[Any] | None = None,
     max_kv_size: int | None = None,
@@ -125,11 +124,9 @@ def stream_generate(
     if not isinstance(model, SpeculativeModel):
         model, draft = SpeculativeModel(model, None), False
     stop = check_stop(stop)
-    _check_numbers(max_tokens, prefill_step_size, seed)
+    _check_numbers(max_tokens, prefill_step_size)
     ids = _encode(model, tokenizer, prompt, prompt_cache)
     options = _effective(options)
-    if seed is not None:
-        mx.random.seed(seed)  # for functions of the caller's
     if sampling is not None and sampler is not None:
         raise ValueError("sampling and sampler are both given: give one of them.")
     request = Request(
@@ -143,6 +140,8 @@ def stream_generate(
         prompt_cache,
         progress=prompt_progress_callback or (lambda done, total: None),
     )
+    if seed is not None:
+        mx.random.seed(seed)  # for functions of the caller's
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
         policy = model.policy(lookup) if shape is None else Fixed(_usable(shape, model))
         responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
@@ -277,13 +276,11 @@ def _effective(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if DETAILS.get(name, name) in given}
 
 
-def _check_numbers(max_tokens: int, prefill_step_size: int, seed: int | None) -> None:
+def _check_numbers(max_tokens: int, prefill_step_size: int) -> None:
     if max_tokens < 1 and max_tokens != -1:
         raise ValueError(f"max tokens {max_tokens} is not usable: give 1 or more, or -1 for no limit.")
     if prefill_step_size < 1:
         raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
-    if seed is not None and not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed {seed} is not usable: give 0 to {(1 << 64) - 1}.")
 
 
 def check_shape(shape: DraftShape, known: int | None = None) -> None:

@@ -6,6 +6,7 @@ import mlx_lm
 import pytest
 from decoding import before_the_last
 from models import RandomDrafter, make_model
+from test_stream import Silent
 
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.state import DraftShape
@@ -15,22 +16,6 @@ from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.target import Target
 
 SHAPES = [DraftShape(0, 0), DraftShape(1, 3), DraftShape(2, 3, 5, 4), DraftShape(0, 0, None, 3)]
-
-
-class Silent(mlx_lm.tokenizer_utils.TokenizerWrapper):
-    """Token ids only."""
-
-    def __init__(self):
-        pass
-
-    eos_token_ids = frozenset()
-    bos_token = None
-
-    @property
-    def detokenizer(self):
-        from types import SimpleNamespace
-
-        return SimpleNamespace(add_token=lambda token: None, finalize=lambda: None, last_segment="")
 
 
 def plain(model, prompt, count, **options):
