@@ -25,14 +25,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import mlx_redrafter as r
-from mlx_redrafter.backend import current
 from mlx_redrafter.benchmark.contenders import mlx_lm_contender, our_contender
 from mlx_redrafter.benchmark.energy import find_meter
 from mlx_redrafter.benchmark.measure import Asked, Plan, measure, turns_of, warm_up
 from mlx_redrafter.benchmark.report import BASELINE, OURS
 from mlx_redrafter.benchmark.sources import encode_conversation, load_prompts, sample
 from mlx_redrafter.benchmark.statistics import ratio, shapes_used, speed
-from mlx_redrafter.cli import build_parser
+from mlx_redrafter.commands.main import build_parser
+from mlx_redrafter.engine.backend import current
 from mlx_redrafter.model import SpeculativeModel
 
 LEAST = 0.95  # the median ratio that passes

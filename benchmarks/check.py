@@ -22,10 +22,10 @@ import harness
 import synthetic
 
 import mlx_redrafter as r
-from mlx_redrafter import backend
-from mlx_redrafter.calibrate import candidates
 from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine import backend
 from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.step_times import candidates
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip

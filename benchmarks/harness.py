@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
-from mlx_redrafter.calibrate import made_up_text
 from mlx_redrafter.decoding.state import State, begin
-from mlx_redrafter.drafter import Drafter, DrafterConfig
 from mlx_redrafter.engine.loop import Emitted, Policy
-from mlx_redrafter.files import atomic_file
+from mlx_redrafter.engine.step_times import made_up_text
+from mlx_redrafter.load.files import atomic_file
 from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 import mlx.core as mx  # isort: skip
 from mlx_lm.models import llama  # isort: skip

@@ -16,9 +16,9 @@ import harness
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
-from mlx_redrafter.calibrate import behind_text, candidates, measure
 from mlx_redrafter.decoding.state import DraftShape, with_capacity
 from mlx_redrafter.engine.loop import Fixed, bucket
+from mlx_redrafter.engine.step_times import behind_text, candidates, measure
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip

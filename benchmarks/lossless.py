@@ -19,9 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 import mlx_redrafter as r
-from mlx_redrafter import backend
-from mlx_redrafter.bundle import identity_of, load_drafter
+from mlx_redrafter.engine import backend
 from mlx_redrafter.model import DEFAULT_MODEL, model_folder
+from mlx_redrafter.models.bundle import identity_of, load_drafter
 
 import mlx.core as mx  # isort: skip
 import mlx_lm  # isort: skip

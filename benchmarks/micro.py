@@ -10,7 +10,6 @@ from typing import Any
 
 import harness
 
-from mlx_redrafter.calibrate import behind_text, candidates
 from mlx_redrafter.decoding import lookup
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import draft
@@ -21,6 +20,7 @@ from mlx_redrafter.decoding.step import propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
 from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
+from mlx_redrafter.engine.step_times import behind_text, candidates
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 

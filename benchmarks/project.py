@@ -23,8 +23,8 @@ from typing import Any
 import curves
 
 from mlx_redrafter.decoding.state import DraftShape
-from mlx_redrafter.drafter import DrafterConfig, Quantization
 from mlx_redrafter.engine.policy import LOOKUP, Policy
+from mlx_redrafter.models.drafter import DrafterConfig, Quantization
 
 LABEL = "PROJECTION from published kernel timings and acceptance measured on a small model; no Mac was used."
 PLAIN = DraftShape(0, 0)

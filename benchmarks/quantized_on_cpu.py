@@ -10,7 +10,7 @@ import sys
 from lossless import load
 
 from mlx_redrafter.benchmark import session
-from mlx_redrafter.cli import main
+from mlx_redrafter.commands.main import main
 from mlx_redrafter.model import DEFAULT_MODEL
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from typing import Any
 import harness
 from tqdm import tqdm
 
-from mlx_redrafter.calibrate import behind_text, candidates
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.loop import Emitted, Fixed, Policy
+from mlx_redrafter.engine.step_times import behind_text, candidates
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 

@@ -16,9 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_redrafter.benchmark.sweep import SIZES, cost_curve
-from mlx_redrafter.calibrate import candidates, measure
-from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.engine.step_times import candidates, measure
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 import mlx.core as mx  # isort: skip
 from mlx_lm.models import llama  # isort: skip

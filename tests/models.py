@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 
 VOCABULARY = 101
 COMMON = {

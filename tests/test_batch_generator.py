@@ -13,7 +13,7 @@ from models import RandomDrafter, make_model
 
 from mlx_redrafter import DraftShape, SpeculativeModel
 from mlx_redrafter.engine.loop import Fixed
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 
 pytest.importorskip("mlx_lm.generate_utils")  # older mlx-lm has another class
 

@@ -30,13 +30,13 @@ from mlx_redrafter.benchmark import (
     tables,
 )
 from mlx_redrafter.benchmark.contenders import mlx_lm_contender
+from mlx_redrafter.conversations import Prompt
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
-from mlx_redrafter.prompts import Prompt
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("the quick brown fox", "one two three four", "jumps over the lazy dog", "serve tea")
@@ -488,7 +488,7 @@ def test_without_a_network_there_is_a_remedy(refused, made, monkeypatch, name):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr("mlx_redrafter.base.load_model", pytest.fail)  # nothing may be loaded before
+    monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)  # nothing may be loaded before
     refused("--model", made / "model", "--prompts", name, naming="--prompts FILE")
     assert not list(Path().rglob("*.jsonl"))
 
@@ -634,7 +634,7 @@ def test_ctrl_c_from_outside(made, tmp_path):
 def test_bad_flags_are_refused_before_anything_is_loaded(refused, made, monkeypatch, flags, naming):
     Path("a-file").write_text("not JSON")
     Path("empty.json").write_text("{}")
-    monkeypatch.setattr("mlx_redrafter.base.load_model", pytest.fail)
+    monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)
     refused("--model", made / "model", "--prompts", made / "prompts.jsonl", *flags, naming=naming)
 
 
@@ -775,7 +775,7 @@ def test_the_commit_is_that_of_this_package_only(monkeypatch, tmp_path):
 
 def test_generating_imports_nothing_of_this():
     code = (
-        "import sys, mlx_redrafter.cli as c, mlx_redrafter.generate_command; c.build_parser(); "
+        "import sys, mlx_redrafter.commands.main as c, mlx_redrafter.commands.generate; c.build_parser(); "
         "print([m for m in sys.modules if m.startswith(('mlx_redrafter.benchmark.', 'matplotlib'))])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

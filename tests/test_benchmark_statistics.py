@@ -11,8 +11,8 @@ from mlx_redrafter.benchmark import measure, statistics
 from mlx_redrafter.benchmark.compare import agree
 from mlx_redrafter.benchmark.measure import Asked, Contender, Divergence, Plan, Repeat, Run
 from mlx_redrafter.benchmark.statistics import Interval, interval, ratio, summary
+from mlx_redrafter.conversations import Prompt
 from mlx_redrafter.decoding.state import DraftShape
-from mlx_redrafter.prompts import Prompt
 
 NAMES = ("plain", "ours")
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mlx import nn
 
-from mlx_redrafter import bundle
-from mlx_redrafter.bundle import (
+from mlx_redrafter.models import bundle
+from mlx_redrafter.models.bundle import (
     digest_rows,
     embedding_digest,
     find_drafter,
@@ -18,7 +18,7 @@ from mlx_redrafter.bundle import (
     load_drafter,
     write_drafter,
 )
-from mlx_redrafter.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
 
 CONFIG = DrafterConfig(hidden_size=32, vocab_size=50, exit_dim=32, num_draft_layers=1, rnn=True)
 TRIMMED = DrafterConfig(hidden_size=32, vocab_size=50, exit_dim=32, num_draft_layers=1, draft_vocab_size=4)

@@ -17,8 +17,15 @@ import mlx.nn as nn
 import pytest
 from models import VOCABULARY, make_model
 
-from mlx_redrafter import backend, calibrate, tune_command
-from mlx_redrafter.calibrate import (
+from mlx_redrafter.commands import tune as tune_command
+from mlx_redrafter.commands.main import build_parser
+from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine import backend, loop
+from mlx_redrafter.engine import step_times as calibrate
+from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.policy import Policy
+from mlx_redrafter.engine.runner import TRIALS
+from mlx_redrafter.engine.step_times import (
     LONG,
     SHORT,
     Measured,
@@ -32,14 +39,8 @@ from mlx_redrafter.calibrate import (
     policy_for,
     step_times,
 )
-from mlx_redrafter.cli import build_parser
-from mlx_redrafter.decoding.state import DraftShape
-from mlx_redrafter.drafter import Drafter, DrafterConfig
-from mlx_redrafter.engine import loop
-from mlx_redrafter.engine.loop import Fixed
-from mlx_redrafter.engine.policy import Policy
-from mlx_redrafter.engine.runner import TRIALS
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 PLAIN = DraftShape(0, 0)
 THREE = [PLAIN, DraftShape(0, 0, None, 3), DraftShape(1, 2)]

@@ -20,9 +20,11 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from models import make_model
 from test_stream import PROMPT, Silent
 
-from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, backend, load, stream, stream_generate
-from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, load, stream_generate
+from mlx_redrafter import text as stream
+from mlx_redrafter.engine import backend
 from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 SHAPES = [DraftShape(2, 3), DraftShape(0, 0, None, 3)]
 COUNT = 20
@@ -172,7 +174,7 @@ def test_a_model_that_did_not_change_is_not_looked_into_again(name):
 
 
 def test_policies_stay_unless_steps_take_another_time(monkeypatch):
-    monkeypatch.setattr("mlx_redrafter.calibrate.make_policy", lambda model, lookup: Fixed(SHAPES[0]))
+    monkeypatch.setattr("mlx_redrafter.engine.step_times.make_policy", lambda model, lookup: Fixed(SHAPES[0]))
     model = make_drafted()
     mine = Fixed(SHAPES[1])
     model.use_policy(mine, 5)

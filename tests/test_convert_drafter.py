@@ -8,10 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter import bundle, convert
-from mlx_redrafter.bundle import BaseIdentity, load_drafter
-from mlx_redrafter.convert import convert_drafter, count_tokens, export_drafter
-from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.commands import convert
+from mlx_redrafter.commands.convert import convert_drafter, count_tokens, export_drafter
+from mlx_redrafter.models import bundle
+from mlx_redrafter.models.bundle import BaseIdentity, load_drafter
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 H, V = 32, 50
 BASE = BaseIdentity("tiny", H, V, "0" * 64, "someone/tiny")
@@ -476,7 +477,9 @@ def test_command_passes_base_models_on(tmp_path, monkeypatch, capsys):
         calls.append((source, options))
         tmp_path.joinpath(output).mkdir()
 
-    monkeypatch.setitem(sys.modules, "mlx_redrafter.base", types.SimpleNamespace(convert_base=convert_base))
+    monkeypatch.setitem(
+        sys.modules, "mlx_redrafter.load.base", types.SimpleNamespace(convert_base=convert_base)
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert run("--hf-path", "base", "-q", "--q-bits", 8, "--trust-remote-code") == 0

@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_redrafter import calibrate
 from mlx_redrafter.decoding.state import DraftShape
+from mlx_redrafter.engine import step_times as calibrate
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
 
 H, V = 8, 20
 CASES = [

@@ -13,7 +13,7 @@ from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Batch, Fixed, Text, bucket
 from mlx_redrafter.engine.runner import Runner
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 
 SHAPES = [DraftShape(0, 0), DraftShape(1, 3), DraftShape(2, 3, 5, 4), DraftShape(0, 0, None, 3)]
 

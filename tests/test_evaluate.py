@@ -17,12 +17,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from models import VOCABULARY, RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, stream_generate
+from mlx_redrafter.conversations import Prompt, encode, read_prompts, usable
 from mlx_redrafter.engine.engine import Request
 from mlx_redrafter.engine.loop import Emitted, until_end
+from mlx_redrafter.load.tokenizers import load_tokenizer
 from mlx_redrafter.model import load
-from mlx_redrafter.prompts import Prompt, encode, read_prompts, usable
-from mlx_redrafter.target import Target
-from mlx_redrafter.tokenizers import load_tokenizer
+from mlx_redrafter.models.target import Target
 from mlx_redrafter.train.card import Facts, category_table, environment, escape, evaluation_table, model_card
 from mlx_redrafter.train.evaluate import Measured, Row, decode_batch, evaluate, interval, measure
 from mlx_redrafter.train.streams import Workers

@@ -16,9 +16,9 @@ import pytest
 from bundles import make_drafter, make_folder
 from test_gguf import write_model
 
-from mlx_redrafter import files
-from mlx_redrafter.convert import save_counts
-from mlx_redrafter.files import UNFINISHED, atomic_file, atomic_folder, unfinished
+from mlx_redrafter.commands.convert import save_counts
+from mlx_redrafter.load import files
+from mlx_redrafter.load.files import UNFINISHED, atomic_file, atomic_folder, unfinished
 from mlx_redrafter.model import cache_folder, load, model_folder
 
 
@@ -360,7 +360,7 @@ def test_generate_refuses_two_models_in_one_folder_too(run, made, tmp_path):
 
 SLOW = (  # a process that is stopped in the midst of writing
     "import sys, time, mlx.core as mx\n"
-    "from mlx_redrafter.cli import main\n"
+    "from mlx_redrafter.commands.main import main\n"
     "write = mx.save_safetensors\n"
     "def slow(path, *args, **options):\n"
     "    write(path, *args, **options)\n"

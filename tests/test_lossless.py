@@ -10,14 +10,14 @@ from decoding import start as start_after
 from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
-from mlx_redrafter import backend
 from mlx_redrafter.decoding.layers import Layers, commit
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.state import DraftShape, State, begin, join
 from mlx_redrafter.decoding.step import pick, step
+from mlx_redrafter.engine import backend
 from mlx_redrafter.engine.loop import Fixed, bucket
 from mlx_redrafter.engine.runner import TRIALS, Runner
-from mlx_redrafter.target import Target, from_prompt_cache
+from mlx_redrafter.models.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPES = [(1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8), (3, 2, 2)]
@@ -282,14 +282,14 @@ def test_the_whole_step_traces_under_compile(values):
 
 
 def test_a_model_whose_positions_are_not_reached_is_refused(monkeypatch):
-    monkeypatch.setattr("mlx_redrafter.target.ROPE_NAMES", ())
+    monkeypatch.setattr("mlx_redrafter.models.target.ROPE_NAMES", ())
     with pytest.raises(ValueError, match="cannot verify a draft tree"):
         Target(make_model("llama")).check()
 
 
 def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
     everything = lambda tree, length, capacity, window: mx.ones((1, tree.tokens.shape[1], capacity), mx.bool_)  # noqa: E731
-    monkeypatch.setattr("mlx_redrafter.target.visible", everything)
+    monkeypatch.setattr("mlx_redrafter.models.target.visible", everything)
     with pytest.raises(ValueError, match="its logits differ"):
         Target(make_model("llama")).check()
 

@@ -16,7 +16,7 @@ from bundles import make_drafter, make_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_redrafter.cli import main
+from mlx_redrafter.commands.main import main
 
 SECONDS = 30  # for one command line
 BYTES = 1 << 30  # by which it may raise the process's peak

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, filtered
 from mlx_redrafter.decoding.state import PLAIN, DraftShape, take
 from mlx_redrafter.decoding.step import pick, step
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 
 SIZE = 6  # tokens of the vocabulary
 PROMPT = [3, 1, 4, 1, 5, 3, 1]

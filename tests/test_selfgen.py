@@ -10,7 +10,7 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 from test_data import TALK, make_tokenizer, messages
 
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.target import Target
 from mlx_redrafter.train import data, selfgen
 from mlx_redrafter.train.selfgen import Recipe, Template, generate
 from mlx_redrafter.train.streams import Workers

@@ -14,9 +14,9 @@ from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, generate, load, stream_generate
 from mlx_redrafter.engine.loop import Fixed
-from mlx_redrafter.stream import Response, until
-from mlx_redrafter.target import Target
-from mlx_redrafter.tokenizers import load_tokenizer
+from mlx_redrafter.load.tokenizers import load_tokenizer
+from mlx_redrafter.models.target import Target
+from mlx_redrafter.text import Response, until
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPE = DraftShape(2, 4)

@@ -18,12 +18,12 @@ from bundles import make_folder
 from mlx.utils import tree_flatten
 from models import VOCABULARY, make_model
 
-from mlx_redrafter import train_command
-from mlx_redrafter.bundle import identity_of, load_drafter, write_drafter
-from mlx_redrafter.cli import main
-from mlx_redrafter.drafter import Drafter, DrafterConfig
+from mlx_redrafter.commands import train as train_command
+from mlx_redrafter.commands.main import main
 from mlx_redrafter.model import load
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.bundle import identity_of, load_drafter, write_drafter
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
+from mlx_redrafter.models.target import Target
 from mlx_redrafter.train import loss, run
 from mlx_redrafter.train.data import Conversation, write_shard
 from mlx_redrafter.train.features import extract, read_features, select, write_features

@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx_lm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..commands.generate import decoding_options, draft_model_options, kv_options, mlx_lm_sampler
 from ..decoding.state import DraftShape
-from ..generate_command import decoding_options, draft_model_options, kv_options, mlx_lm_sampler
 from ..model import SpeculativeModel
-from ..stream import check_stop, stream_generate, until
+from ..text import check_stop, stream_generate, until
 from .measure import Contender
 from .report import BASELINE, DRAFT_MODEL, OURS
 

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import backend
 from ..blas import load_blas
+from ..engine import backend
 
 PACKAGE = Path(__file__).parent.parent
 

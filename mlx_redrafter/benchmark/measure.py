@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from ..conversations import Message, Prompt
 from ..decoding.state import DraftShape
-from ..prompts import Message, Prompt
-from ..stream import Response
+from ..text import Response
 
 Answer = Callable[[list[int], int], Iterator[Any]]  # token ids, tokens at most -> responses like mlx-lm's
 

@@ -15,12 +15,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
-from ..calibrate import candidates
+from ..commands.generate import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
+from ..conversations import usable
 from ..engine.loop import Fixed
-from ..generate_command import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
+from ..engine.step_times import candidates
 from ..model import DEFAULT_MODEL
-from ..prompts import usable
-from ..stream import check_shape
+from ..text import check_shape
 from . import phases, report, sweep
 from .concurrency import Crowd, compare
 from .contenders import mlx_lm_contender, our_contender

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..files import atomic_file
-from ..generate_command import is_raw, render_messages
+from ..commands.generate import is_raw, render_messages
+from ..conversations import Message, Prompt, encode_messages, read_prompts, refusal
+from ..load.files import atomic_file
 from ..model import cache_folder
-from ..prompts import Message, Prompt, encode_messages, read_prompts, refusal
 
 # MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
 MT_BENCH = ("lmsys/mt-bench", "data/mt_bench/question.jsonl")  # a Space and a file of it

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..generate_command import colours
+from ..commands.generate import colours
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 from ..decoding.layers import Layers
 from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
-from ..target import Target
+from ..models.target import Target
 from .foreign import foreign_pick
 from .loop import Batch, Emitted, HandOver, Policy, Processor, Sampler, Step, Text, begin_step, bucket
 from .runner import Runner

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 
-from .. import backend
-from ..files import shell_word
+from ..engine import backend
+from ..load.files import shell_word
 from .evaluate import Measured
 
 PAPER = "https://arxiv.org/abs/2403.09919"

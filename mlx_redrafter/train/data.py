@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..files import atomic_file
-from ..prompts import Message, Row, from_first_user, is_whole, read_rows, read_text, rendered, tell
+from ..conversations import Message, Row, from_first_user, is_whole, read_rows, read_text, rendered, tell
+from ..load.files import atomic_file
 
 Array = npt.NDArray[Any]
 

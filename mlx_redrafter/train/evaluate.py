@@ -16,13 +16,13 @@ from mlx_lm.generate import wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
+from ..conversations import Prompt, encode
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape
 from ..engine.engine import Request
 from ..engine.loop import Emitted, Fixed
 from ..model import SpeculativeModel
-from ..prompts import Prompt, encode
-from ..stream import check_shape
+from ..text import check_shape
 from .streams import Workers
 
 RESAMPLES = 2000  # of the bootstrap

@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..files import atomic_file
-from ..target import Target
+from ..load.files import atomic_file
+from ..models.target import Target
 from .data import Conversation
 from .streams import Workers
 

@@ -16,8 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..drafter import Drafter
-from ..target import Target
+from ..models.drafter import Drafter
+from ..models.target import Target
 from .features import Features
 
 SEGMENT = 32  # positions in a row that are trained on together

@@ -33,14 +33,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from ..blas import set_blas_threads
-from ..bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
+from ..conversations import Prompt, encode, usable
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape
-from ..drafter import Drafter, DrafterConfig
-from ..files import atomic_file
+from ..load.files import atomic_file
 from ..model import SpeculativeModel
-from ..prompts import Prompt, encode, usable
-from ..target import Target
+from ..models.bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
+from ..models.drafter import Drafter, DrafterConfig
+from ..models.target import Target
 from .card import Facts, environment, model_card
 from .data import (
     Cleaner,

@@ -18,9 +18,9 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..conversations import Message, rendered
 from ..decoding.topk import top_k
-from ..prompts import Message, rendered
-from ..target import Target
+from ..models.target import Target
 from .data import Conversation, special_tokens
 from .streams import Workers
 

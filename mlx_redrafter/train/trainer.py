@@ -18,9 +18,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..drafter import Drafter, DrafterConfig
-from ..files import atomic_file
-from ..target import Target
+from ..load.files import atomic_file
+from ..models.drafter import Drafter, DrafterConfig
+from ..models.target import Target
 from .features import Features, join, load_tensors
 from .loss import (
     SEGMENT,

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from .blas import load_blas
+from ..blas import load_blas
 
 DEBUG = "MLX_REDRAFTER_DEBUG"  # environment variable: show tracebacks
 
@@ -31,10 +31,10 @@ class Diagnostics(io.TextIOWrapper):
 
 
 COMMANDS = {  # where each is, and what it does
-    "generate": ("generate_command", "generate text"),
-    "benchmark": ("benchmark_command", "measure speed"),
-    "tune": ("tune_command", "measure which draft shape is fastest here"),
-    "train": ("train_command", "make a drafter for a model"),
+    "generate": ("generate", "generate text"),
+    "benchmark": ("benchmark", "measure speed"),
+    "tune": ("tune", "measure which draft shape is fastest here"),
+    "train": ("train", "make a drafter for a model"),
     "convert": ("convert", "convert a model or a drafter"),
     "export": ("convert", "write a drafter in Apple's layout"),
 }

@@ -25,7 +25,7 @@ from .decoding.state import DraftShape
 from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Emitted, Fixed, Policy, Sampler
 from .model import SpeculativeModel
-from .target import to_prompt_cache
+from .models.target import to_prompt_cache
 
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
 PLAIN_ONLY = ("kv_bits", "input_embeddings", "draft_model")

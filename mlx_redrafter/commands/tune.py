@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from .calibrate import LONG, PATIENCE, SHORT, StepTimes, calibrate, candidates, conditions, keep, policy_for
-from .decoding.state import DraftShape
-from .engine.policy import Policy
-from .generate_command import describe_shape
-from .model import DEFAULT_MODEL, DTYPES, load
-from .prompts import Prompt, encode, read_prompts, usable
-from .stream import stream_generate
+from ..conversations import Prompt, encode, read_prompts, usable
+from ..decoding.state import DraftShape
+from ..engine.policy import Policy
+from ..engine.step_times import (
+    LONG,
+    PATIENCE,
+    SHORT,
+    StepTimes,
+    calibrate,
+    candidates,
+    conditions,
+    keep,
+    policy_for,
+)
+from ..model import DEFAULT_MODEL, DTYPES, load
+from ..text import stream_generate
+from .generate import describe_shape
 
 PROMPTS = (
     "Explain why the sky is blue.",

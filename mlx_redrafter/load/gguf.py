@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from mlx_lm.models.rope_utils import Llama3RoPE
 from mlx_lm.utils import make_shards
 
-from mlx_redrafter.tokenizers import gguf_ends, load_tokenizer, write_gguf_tokenizer
+from .tokenizers import gguf_ends, load_tokenizer, write_gguf_tokenizer
 
 # --- Reading -----------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 A drafter comes from Apple's layout (or from a bundle) and may be cast, quantized and trimmed to the
 tokens that occur most often; ``export`` writes one that was not trimmed or quantized back to Apple's
-layout bit for bit. Base models are converted by ``mlx_redrafter.base``.
+layout bit for bit. Base models are converted by ``mlx_redrafter.load.base``.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from . import bundle
-from .bundle import BaseIdentity
-from .drafter import DrafterConfig, Quantization
-from .files import atomic_file, atomic_folder, check_writable, shell_word
-from .prompts import Row, read_rows
+from ..conversations import Row, read_rows
+from ..load.files import atomic_file, atomic_folder, check_writable, shell_word
+from ..models import bundle
+from ..models.bundle import BaseIdentity
+from ..models.drafter import DrafterConfig, Quantization
 
 DTYPES = ("float16", "bfloat16", "float32")
 QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
@@ -345,7 +345,7 @@ def _run_base(args: argparse.Namespace) -> str:
     for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
-    from .base import convert_base
+    from ..load.base import convert_base
 
     names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
     names += ["dtype", "revision", "trust_remote_code"]
@@ -447,8 +447,8 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
     Raises:
         ValueError: it cannot be loaded.
     """
-    from .base import load_base
-    from .model import model_folder
+    from ..load.base import load_base
+    from ..model import model_folder
 
     try:
         model, _ = load_base(model_folder(str(base)), trust_remote_code, check_values=False)
@@ -462,8 +462,8 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
 def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:
     if base is None or isinstance(base, BaseIdentity) or Path(frequencies).suffix == ".npz":
         return None
-    from .model import model_folder
-    from .tokenizers import load_tokenizer
+    from ..load.tokenizers import load_tokenizer
+    from ..model import model_folder
 
     tokenizer: Tokenizer = load_tokenizer(
         model_folder(str(base)), name=str(base), trust_remote_code=trust_remote_code

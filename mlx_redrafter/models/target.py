@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from ..decoding.layers import Layers, Rows, View, visible, write_rows
+from ..decoding.step import Verified
+from ..decoding.tree import Tree, make_tree
 from .bundle import token_embedding
-from .decoding.layers import Layers, Rows, View, visible, write_rows
-from .decoding.step import Verified
-from .decoding.tree import Tree, make_tree
 
 ROPE_NAMES = ("rope", "rotary_emb")
 RMS_EPS = 1e-6

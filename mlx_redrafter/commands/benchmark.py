@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import atomic_file, check_writable
+from ..load.files import atomic_file, check_writable
 
 if TYPE_CHECKING:
-    from .benchmark.tables import Table
+    from ..benchmark.tables import Table
 
 PLOTS = Path("benchmark-plots")
 STDOUT = "-"
@@ -20,7 +20,7 @@ LEAST = {"limit": 1, "turns": 1, "trials": 1, "warm_up": 1, "profile": 0, "sweep
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags: those of ``generate``, and what to ask, to measure and to write."""
-    from .generate_command import add_decoding_arguments
+    from .generate import add_decoding_arguments
 
     add = parser.add_argument
     add("compare", nargs="*", metavar="compare A B", help="instead: show two results of --json side by side")
@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plots is not None:
         _require("matplotlib", "plots need")
     _check(args)
-    from .benchmark.measure import settle
-    from .benchmark.session import Session
+    from ..benchmark.measure import settle
+    from ..benchmark.session import Session
 
     session, code = Session(args), 0
     try:
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from .benchmark.compare import compare
-    from .benchmark.report import read
+    from ..benchmark.compare import compare
+    from ..benchmark.report import read
 
     if len(args.compare) != 3 or args.compare[0] != "compare":
         raise ValueError(f"{' '.join(args.compare)} is not understood: give flags only, or compare A B.")
@@ -142,7 +142,7 @@ def _require(package: str, what: str) -> None:
 
 def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
     """Write the files, and then show the tables, unless only JSON or Markdown is to be printed."""
-    from .benchmark.report import dumps, tables, write
+    from ..benchmark.report import dumps, tables, write
 
     made = tables(report)
     try:
@@ -150,7 +150,7 @@ def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
             write(report, Path(args.json))
             _say_written(args.json)
         if args.plots is not None:
-            from .benchmark.plots import draw
+            from ..benchmark.plots import draw
 
             for path in draw(report, Path(args.plots)):
                 _say_written(path)
@@ -162,7 +162,7 @@ def _write(args: argparse.Namespace, report: dict[str, object]) -> None:
 
 def _show(markdown: str | None, tables: "Sequence[Table]", quiet: bool) -> None:
     """Print the tables, or write them as Markdown to a file besides."""
-    from .benchmark import tables as form
+    from ..benchmark import tables as form
 
     if markdown is not None and markdown != STDOUT:
         with atomic_file(Path(markdown)) as new:

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 
 from mlx_redrafter import load
-from mlx_redrafter.drafter import Drafter, DrafterConfig
-from mlx_redrafter.target import Target
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
+from mlx_redrafter.models.target import Target
 from mlx_redrafter.train.data import LEAST_DISTINCT, Cleaner, count_tokens, read_shard, write_shard
 from mlx_redrafter.train.features import read_features, select, write_features
 from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, score

@@ -19,13 +19,13 @@ import numpy as np
 from mlx import nn
 from safetensors import SafetensorError, safe_open
 
+from ..load.files import atomic_folder
 from .drafter import Drafter, DrafterConfig
-from .files import atomic_folder
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 SECTION = "mlx_redrafter"  # of config.json
 FORMAT = 1
-SHIPPED = Path(__file__).parent / "drafters"
+SHIPPED = Path(__file__).parents[1] / "drafters"
 UNUSED = ("emb_norm.weight",)  # in Apple's checkpoints; nothing reads it
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 ALIASES = {r"^lm_heads\.": "lm_head.", r"^0\.": "lm_head.", r"^input_projs\.": "input_proj."}

@@ -30,18 +30,17 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 
-from . import backend
-from .blas import blas_threads, load_blas
-from .bundle import identity_of
-from .decoding.layers import Layers
-from .decoding.state import DraftShape, State, begin
-from .engine import policy
-from .engine.loop import Fixed, Policy, bucket
-from .engine.runner import TRIALS
-from .files import atomic_file
+from ..blas import blas_threads, load_blas
+from ..decoding.layers import Layers
+from ..decoding.state import DraftShape, State, begin
+from ..load.files import atomic_file
+from ..models.bundle import identity_of
+from . import backend, policy
+from .loop import Fixed, Policy, bucket
+from .runner import TRIALS
 
 if TYPE_CHECKING:
-    from .model import SpeculativeModel
+    from ..model import SpeculativeModel
 
 SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 2  # times as long at most, where the rounds differ much
@@ -418,7 +417,7 @@ def _weights(parameters: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _file(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int) -> Path:
-    from .model import cache_folder
+    from ..model import cache_folder
 
     text = json.dumps(conditions(model, shapes, texts), sort_keys=True)
     return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"

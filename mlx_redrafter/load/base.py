@@ -20,12 +20,12 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_p
 from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize_model, save
 from safetensors import SafetensorError, safe_open
 
-from mlx_redrafter.bundle import PICKLES
-from mlx_redrafter.bundle import cast as cast_array
-from mlx_redrafter.drafter import Q_BITS, Q_GROUP_SIZES
-from mlx_redrafter.files import atomic_folder, unfinished
-from mlx_redrafter.gguf import convert_gguf
-from mlx_redrafter.tokenizers import load_tokenizer, save_ends
+from ..models.bundle import PICKLES
+from ..models.bundle import cast as cast_array
+from ..models.drafter import Q_BITS, Q_GROUP_SIZES
+from .files import atomic_folder, unfinished
+from .gguf import convert_gguf
+from .tokenizers import load_tokenizer, save_ends
 
 _DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 _MODES = {  # their numbers of bits and group sizes

@@ -19,16 +19,16 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
 from tqdm import tqdm
 
-from . import backend
-from .bundle import parse_config, read_config, resolve_drafter
-from .decoding.sampling import Sampling
-from .decoding.state import DraftShape
-from .engine.engine import CHUNK
-from .engine.loop import Sampler
-from .model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
-from .prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
-from .prompts import render
-from .stream import Response, check_shape, statistics, stream_generate
+from ..conversations import render
+from ..decoding.sampling import Sampling
+from ..decoding.state import DraftShape
+from ..engine import backend
+from ..engine.engine import CHUNK
+from ..engine.loop import Sampler
+from ..load.prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
+from ..model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
+from ..models.bundle import parse_config, read_config, resolve_drafter
+from ..text import Response, check_shape, statistics, stream_generate
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 DEFAULT_PROMPT = "hello"

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .decoding.state import PLAIN, DraftShape
+from ..decoding.state import PLAIN, DraftShape
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import model as models
-from .files import check_writable, shell_word
-from .prompts import read_prompts
-from .train import run as training
-from .train.evaluate import Measured, parse_shape
-from .train.loss import Objective
-from .train.selfgen import Recipe, read_openings
-from .train.trainer import Settings
+from .. import model as models
+from ..conversations import read_prompts
+from ..load.files import check_writable, shell_word
+from ..train import run as training
+from ..train.evaluate import Measured, parse_shape
+from ..train.loss import Objective
+from ..train.selfgen import Recipe, read_openings
+from ..train.trainer import Settings
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")

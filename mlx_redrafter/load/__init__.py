@@ -1,0 +1,1 @@
+"""Files and downloads: they become models, tokenizers and drafters."""

@@ -1,0 +1,1 @@
+"""The language model and the drafter, as decoding needs them."""
