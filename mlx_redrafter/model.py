@@ -23,10 +23,10 @@ from .engine import backend
 from .engine.engine import CHUNK, Engine
 from .engine.loop import Policy
 from .engine.runner import Runner
-from .load.base import LOAD_ERRORS, cast, find_gguf, load_base
-from .load.files import atomic_folder
-from .load.gguf import convert_gguf
-from .load.tokenizers import load_tokenizer
+from .loading.base import LOAD_ERRORS, cast, find_gguf, load_base
+from .loading.files import atomic_folder
+from .loading.gguf import convert_gguf
+from .loading.tokenizers import load_tokenizer
 from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .models.drafter import Drafter
 from .models.target import Target, parts

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_redrafter.load.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizers import load_tokenizer
 from mlx_redrafter.models import bundle
 from mlx_redrafter.models.drafter import DrafterConfig
 

@@ -488,7 +488,7 @@ def test_without_a_network_there_is_a_remedy(refused, made, monkeypatch, name):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
     monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)  # nothing may be loaded before
+    monkeypatch.setattr("mlx_redrafter.loading.base.load_model", pytest.fail)  # nothing may be loaded before
     refused("--model", made / "model", "--prompts", name, naming="--prompts FILE")
     assert not list(Path().rglob("*.jsonl"))
 
@@ -634,7 +634,7 @@ def test_ctrl_c_from_outside(made, tmp_path):
 def test_bad_flags_are_refused_before_anything_is_loaded(refused, made, monkeypatch, flags, naming):
     Path("a-file").write_text("not JSON")
     Path("empty.json").write_text("{}")
-    monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)
+    monkeypatch.setattr("mlx_redrafter.loading.base.load_model", pytest.fail)
     refused("--model", made / "model", "--prompts", made / "prompts.jsonl", *flags, naming=naming)
 
 

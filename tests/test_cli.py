@@ -21,9 +21,9 @@ from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlx_redrafter import stream_generate
-from mlx_redrafter.load.files import check_writable, shell_word
-from mlx_redrafter.load.prompt_cache import same_model
-from mlx_redrafter.load.tokenizers import load_tokenizer
+from mlx_redrafter.loading.files import check_writable, shell_word
+from mlx_redrafter.loading.prompt_cache import same_model
+from mlx_redrafter.loading.tokenizers import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SAYS = "Hé🙂好w!"
@@ -86,7 +86,7 @@ def refused_at_once(refused, monkeypatch):
 
     def check(*arguments, **options):
         monkeypatch.setattr("mlx_redrafter.commands.generate.load", pytest.fail)
-        monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)
+        monkeypatch.setattr("mlx_redrafter.loading.base.load_model", pytest.fail)
         return refused(*arguments, **options)
 
     return check
@@ -1038,7 +1038,7 @@ def test_the_card_of_a_drafter_quotes_its_model(run, made, tmp_path):
 def test_places_that_cannot_be_written_are_named_before_the_work(refused, made, monkeypatch, command, flag):
     monkeypatch.setattr("mlx_redrafter.benchmark.session.load_model", pytest.fail)
     monkeypatch.setattr("mlx_redrafter.model.load", pytest.fail)
-    monkeypatch.setattr("mlx_redrafter.load.base.load_model", pytest.fail)
+    monkeypatch.setattr("mlx_redrafter.loading.base.load_model", pytest.fail)
     source = ("--drafter", made / "drafter") if command == "export" else ("--model", made / "base")
     prompts = ("--prompts", made / "prompts.jsonl") if command == "benchmark" else ()
     (made / "prompts.jsonl").write_text('{"prompt": "tea"}')

@@ -478,7 +478,7 @@ def test_command_passes_base_models_on(tmp_path, monkeypatch, capsys):
         tmp_path.joinpath(output).mkdir()
 
     monkeypatch.setitem(
-        sys.modules, "mlx_redrafter.load.base", types.SimpleNamespace(convert_base=convert_base)
+        sys.modules, "mlx_redrafter.loading.base", types.SimpleNamespace(convert_base=convert_base)
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine import step_times as calibrate
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Any]:
@@ -125,8 +127,9 @@ def test_check_refuses_another_device(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_training_prompts_are_none_that_drafters_are_measured_with() -> None:
-    training = importlib.import_module("training_prompts").conversations(20000)
-    held_out = (Path(__file__).parents[1] / "benchmarks/held_out.jsonl").read_text().splitlines()
+    recipe = ROOT / "recipes/smollm2-135m-instruct/prompts.py"
+    training = runpy.run_path(str(recipe))["conversations"](20000)
+    held_out = (ROOT / "benchmarks/held_out.jsonl").read_text().splitlines()
     measured = [turn for line in held_out for turn in json.loads(line)["turns"]]
     assert measured and {len(turns) for turns in training} == {4}
     assert not set().union(*map(pieces, measured)) & set().union(*(pieces(t) for x in training for t in x))

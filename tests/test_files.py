@@ -17,8 +17,8 @@ from bundles import make_drafter, make_folder
 from test_gguf import write_model
 
 from mlx_redrafter.commands.convert import save_counts
-from mlx_redrafter.load import files
-from mlx_redrafter.load.files import UNFINISHED, atomic_file, atomic_folder, unfinished
+from mlx_redrafter.loading import files
+from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, unfinished
 from mlx_redrafter.model import cache_folder, load, model_folder
 
 

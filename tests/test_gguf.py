@@ -17,8 +17,8 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.utils import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlx_redrafter.load.gguf import convert_gguf, read_gguf, unpack_blocks
-from mlx_redrafter.load.tokenizers import PRE_TOKENIZERS
+from mlx_redrafter.loading.gguf import convert_gguf, read_gguf, unpack_blocks
+from mlx_redrafter.loading.tokenizers import PRE_TOKENIZERS
 
 TYPES = [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0]
 QUANTIZED = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}
@@ -527,7 +527,7 @@ def test_metadata_of_wrong_types_never_crashes(tmp_path, monkeypatch):
     keys = [key for key in file.metadata if not key.startswith("general.")]
     for number, (key, value) in enumerate(itertools.product(keys, wrong)):
         changed = replace(file, metadata={**file.metadata, key: value})
-        monkeypatch.setattr("mlx_redrafter.load.gguf.read_gguf", lambda _, changed=changed: changed)
+        monkeypatch.setattr("mlx_redrafter.loading.gguf.read_gguf", lambda _, changed=changed: changed)
         try:
             convert_gguf(tmp_path / "m.gguf", tmp_path / f"out{number}")
         except ValueError as error:

@@ -14,7 +14,7 @@ from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, generate, load, stream_generate
 from mlx_redrafter.engine.loop import Fixed
-from mlx_redrafter.load.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizers import load_tokenizer
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.text import Response, until
 

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from .sweep import numbers, shape_name
 
 MARKS = {"best": "★", "automatic": "▢"}

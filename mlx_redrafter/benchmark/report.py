@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from .concurrency import concurrency_table
 from .measure import Asked, Plan, Repeat
 from .phases import phase_table

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..load.files import atomic_file, check_writable
+from ..loading.files import atomic_file, check_writable
 
 if TYPE_CHECKING:
     from ..benchmark.tables import Table

@@ -2,7 +2,7 @@
 
 A drafter comes from Apple's layout (or from a bundle) and may be cast, quantized and trimmed to the
 tokens that occur most often; ``export`` writes one that was not trimmed or quantized back to Apple's
-layout bit for bit. Base models are converted by ``mlx_redrafter.load.base``.
+layout bit for bit. Base models are converted by ``mlx_redrafter.loading.base``.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..conversations import Row, read_rows
-from ..load.files import atomic_file, atomic_folder, check_writable, shell_word
+from ..loading.files import atomic_file, atomic_folder, check_writable, shell_word
 from ..models import bundle
 from ..models.bundle import BaseIdentity
 from ..models.drafter import DrafterConfig, Quantization
@@ -345,7 +345,7 @@ def _run_base(args: argparse.Namespace) -> str:
     for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
-    from ..load.base import convert_base
+    from ..loading.base import convert_base
 
     names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
     names += ["dtype", "revision", "trust_remote_code"]
@@ -447,7 +447,7 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
     Raises:
         ValueError: it cannot be loaded.
     """
-    from ..load.base import load_base
+    from ..loading.base import load_base
     from ..model import model_folder
 
     try:
@@ -462,7 +462,7 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
 def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:
     if base is None or isinstance(base, BaseIdentity) or Path(frequencies).suffix == ".npz":
         return None
-    from ..load.tokenizers import load_tokenizer
+    from ..loading.tokenizers import load_tokenizer
     from ..model import model_folder
 
     tokenizer: Tokenizer = load_tokenizer(

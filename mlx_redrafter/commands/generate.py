@@ -25,7 +25,7 @@ from ..decoding.state import DraftShape
 from ..engine import backend
 from ..engine.engine import CHUNK
 from ..engine.loop import Sampler
-from ..load.prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
+from ..loading.prompt_cache import PromptCache, check_quantization, fit, read_prompt_cache, same_model
 from ..model import DEFAULT_MODEL, DTYPES, SpeculativeModel, load
 from ..models.bundle import parse_config, read_config, resolve_drafter
 from ..text import Response, check_shape, statistics, stream_generate

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .. import model as models
 from ..conversations import read_prompts
-from ..load.files import check_writable, shell_word
+from ..loading.files import check_writable, shell_word
 from ..train import run as training
 from ..train.evaluate import Measured, parse_shape
 from ..train.loss import Objective

@@ -33,7 +33,7 @@ from mlx_lm.generate import wired_limit
 from ..blas import blas_threads, load_blas
 from ..decoding.layers import Layers
 from ..decoding.state import DraftShape, State, begin
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from ..models.bundle import identity_of
 from . import backend, policy
 from .loop import Fixed, Policy, bucket

@@ -19,7 +19,7 @@ import numpy as np
 from mlx import nn
 from safetensors import SafetensorError, safe_open
 
-from ..load.files import atomic_folder
+from ..loading.files import atomic_folder
 from .drafter import Drafter, DrafterConfig
 
 MODEL_TYPE = "recurrent_drafting_drafter"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from ..engine import backend
-from ..load.files import shell_word
+from ..loading.files import shell_word
 from .evaluate import Measured
 
 PAPER = "https://arxiv.org/abs/2403.09919"

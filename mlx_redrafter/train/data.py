@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..conversations import Message, Row, from_first_user, is_whole, read_rows, read_text, rendered, tell
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 
 Array = npt.NDArray[Any]
 

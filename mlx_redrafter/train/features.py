@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from ..models.target import Target
 from .data import Conversation
 from .streams import Workers

@@ -36,7 +36,7 @@ from ..blas import set_blas_threads
 from ..conversations import Prompt, encode, usable
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from ..model import SpeculativeModel
 from ..models.bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
 from ..models.drafter import Drafter, DrafterConfig

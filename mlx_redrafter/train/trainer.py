@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from ..load.files import atomic_file
+from ..loading.files import atomic_file
 from ..models.drafter import Drafter, DrafterConfig
 from ..models.target import Target
 from .features import Features, join, load_tensors
