@@ -65,7 +65,7 @@ class DraftShape:
     @property
     def is_chain(self) -> bool:
         """Whether no tree of this shape branches, so that its accepted nodes are its first ones."""
-        return self.size == 1 or self.width == 0 or (self.width == 1 and self.lookup == 0)
+        return self.size <= 2 or self.width + bool(self.lookup) == 1
 
     @property
     def room(self) -> int:

@@ -60,7 +60,7 @@ def propose(target: "Verifier", drafter: Drafter | None, shape: DraftShape, stat
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
-    if shape.is_chain:
+    if shape.width + bool(shape.lookup) == 1:  # nothing to choose from
         return Proposed(build_chain(state.token, drafted, shape.size), found)
     return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found)
 

@@ -9,7 +9,7 @@ duplicates. Example (width 2, length 2, all nodes kept), after the token "the":
     ancestors of node 3: 0, 1, 3
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -72,7 +72,7 @@ def build_tree(token: mx.array, candidates: Candidates, nodes: int, depth: int) 
     tokens = mx.take_along_axis(candidates.tokens, kept, axis=1)
     tokens = mx.concatenate([token[:, None].astype(tokens.dtype), tokens], axis=1)  # [B, N]
     ranks = mx.array([0, *candidates.ranks], mx.int32)[mx.pad(kept + 1, [(0, 0), (1, 0)])]  # [B, N]
-    return make_tree(tokens, parents, depth, ranks)
+    return replace(make_tree(tokens, parents, depth, ranks), is_chain=nodes <= 2)
 
 
 def build_chain(token: mx.array, candidates: Candidates | None, nodes: int) -> Tree:

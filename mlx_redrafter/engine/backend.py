@@ -64,7 +64,7 @@ CUDA = Backend(
 CPU = Backend(
     "cpu",
     "float32",
-    _shapes((0, 0, None, 3), (0, 0, None, 7), (2, 2, 4, 3), (3, 3, 8, 4), (4, 4, 16, 5)),
+    _shapes((0, 0, None, 3), (0, 0, None, 7), (1, 1, 2, 1), (2, 2, 4, 3), (3, 3, 8, 4), (4, 4, 16, 5)),
     grain=1,
     compiled=False,
 )
