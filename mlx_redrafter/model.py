@@ -21,7 +21,7 @@ from mlx_lm.utils import dequantize_model, load_adapters
 from .blas import packaged
 from .engine import backend
 from .engine.engine import CHUNK, Engine
-from .engine.loop import Policy
+from .engine.loop import Chooser
 from .engine.runner import Runner
 from .loading.base import LOAD_ERRORS, cast, find_gguf, load_base
 from .loading.files import atomic_folder
@@ -56,8 +56,8 @@ class SpeculativeModel:
         self.context_length = context_length
         self.refusal = ""
         self._target: Target | None = None
-        self._given_policies: dict[int | None, Policy] = {}
-        self._policies: dict[int | None, Policy] = {}
+        self._given_policies: dict[int | None, Chooser] = {}
+        self._policies: dict[int | None, Chooser] = {}
         self._runner: Runner | None = None
         self._parts: list[Any] = []  # of which these were made
         self._kinds: list[Any] = []
@@ -114,11 +114,11 @@ class SpeculativeModel:
                     "use its own tokenizer."
                 )
 
-    def use_policy(self, policy: Policy, lookup: int | None = None) -> None:
+    def use_policy(self, policy: Chooser, lookup: int | None = None) -> None:
         """Let this policy choose draft shapes from now on."""
         self._given_policies[lookup] = self._policies[lookup] = policy
 
-    def policy(self, lookup: int | None = None) -> Policy:
+    def policy(self, lookup: int | None = None) -> Chooser:
         """Chooses draft shapes that copy at most ``lookup`` tokens; remembers how drafts have fared."""
         with self._lock:  # one thread alone measures
             assert self.target is not None
@@ -128,7 +128,7 @@ class SpeculativeModel:
                 self._policies[lookup] = make_policy(self, lookup)
             return self._policies[lookup]
 
-    def engine(self, policy: Policy, chunk: int = CHUNK, **options: Any) -> Engine:
+    def engine(self, policy: Chooser, chunk: int = CHUNK, **options: Any) -> Engine:
         """An engine for the model as it is now; ``options`` are ``Engine``'s.
 
         Raises:

@@ -23,7 +23,7 @@ from .decoding.layers import Layers
 from .decoding.sampling import Sampling, draw, filter_settings, seeds_at
 from .decoding.state import DraftShape
 from .engine.engine import CHUNK, UNLIMITED, Request
-from .engine.loop import Emitted, Fixed, Policy, Sampler
+from .engine.loop import Chooser, Emitted, Fixed, Sampler
 from .model import SpeculativeModel
 from .models.target import to_prompt_cache
 
@@ -375,7 +375,7 @@ def _in_any_thread(responses: Iterator[Response]) -> Iterator[Response]:
 
 
 def _speculative(
-    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: Request, policy: Policy, chunk: int
+    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: Request, policy: Chooser, chunk: int
 ) -> Iterator[Response]:
     engine = model.engine(policy, chunk)  # with the model as it is when the first token is asked for
     target, kept = engine.target, request.caches

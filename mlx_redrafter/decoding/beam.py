@@ -11,7 +11,7 @@ from .topk import top_k
 LOWEST = -1e9  # stands for log 0, so that scores stay finite and comparable
 
 
-class Drafter(Protocol):
+class Proposer(Protocol):
     """A recurrent drafter: one step of its state, and its head over the draft vocabulary."""
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
@@ -41,7 +41,7 @@ class Beam:
 
 
 def draft(
-    drafter: Drafter,
+    drafter: Proposer,
     embed: Callable[[mx.array], mx.array],
     token: mx.array,
     context: mx.array,

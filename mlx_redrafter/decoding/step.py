@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from . import lookup
 from .accept import accept
-from .beam import Drafter, draft
+from .beam import Proposer, draft
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .penalties import penalise
@@ -28,7 +28,7 @@ from .tree import Tree, build_chain, build_tree, from_beam
 
 
 def step(
-    target: "Verifier", drafter: Drafter | None, pick: "Pick", shape: DraftShape, state: State, view: View
+    target: "Verifier", drafter: Proposer | None, pick: "Pick", shape: DraftShape, state: State, view: View
 ) -> tuple[State, Output]:
     """Draft, verify, accept; commit comes first, for the step before (``layers.py`` says why).
 
@@ -46,7 +46,7 @@ def step(
     return conclude(pick, shape, state, proposed, seen)
 
 
-def propose(target: "Verifier", drafter: Drafter | None, shape: DraftShape, state: State) -> "Proposed":
+def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State) -> "Proposed":
     """The tree of the likeliest candidates: the drafter's beams, and what the text itself suggests."""
     if shape.size == 1:
         return Proposed(build_chain(state.token, None, 1), None)

@@ -13,7 +13,7 @@ from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
 from ..models.target import Target
 from .foreign import foreign_pick
-from .loop import Batch, Emitted, HandOver, Policy, Processor, Sampler, Step, Text, begin_step, bucket
+from .loop import Batch, Chooser, Emitted, HandOver, Processor, Sampler, Step, Text, begin_step, bucket
 from .runner import Runner
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
@@ -104,7 +104,7 @@ class Engine:
         self,
         target: Target,
         runner: Runner,
-        policy: Policy,
+        policy: Chooser,
         chunk: int = CHUNK,
         texts: int = 16,
         max_memory: int | None = None,

@@ -76,7 +76,7 @@ class Emitted:
     error: Exception | None = None  # of the text's own functions, or its prompt
 
 
-class Policy(Protocol):
+class Chooser(Protocol):
     """Which draft shape to use next, one for all texts of a batch."""
 
     def choose(self, rows: int, texts: Sequence[int]) -> DraftShape:
@@ -134,7 +134,7 @@ class Batch:
     def __init__(
         self,
         runner: Callable[[Sequence[Text]], Step],
-        policy: Policy,
+        policy: Chooser,
         vocabulary: int,
         grain: int = GRAIN,
         padded: Callable[[int], int] = int,

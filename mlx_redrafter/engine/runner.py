@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..decoding.beam import Drafter
+from ..decoding.beam import Proposer
 from ..decoding.layers import Layers, View, commit
 from ..decoding.state import DraftShape, Output, State
 from ..decoding.step import Pick, Verifier, pick, step
@@ -35,7 +35,7 @@ class Runner:
     """
 
     def __init__(
-        self, target: Verifier, drafter: Drafter | None, pick: Pick = pick, compiled: bool = False
+        self, target: Verifier, drafter: Proposer | None, pick: Pick = pick, compiled: bool = False
     ) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0

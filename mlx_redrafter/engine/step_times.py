@@ -36,7 +36,7 @@ from ..decoding.state import DraftShape, State, begin
 from ..loading.files import atomic_file
 from ..models.bundle import identity_of
 from . import backend, policy
-from .loop import Fixed, Policy, bucket
+from .loop import Chooser, Fixed, bucket
 from .runner import TRIALS
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
 LARGEST = 1 << 20  # bytes of a file of step times
 
 
-def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Policy:
+def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Chooser:
     """The policy for a model on this machine; copies at most ``lookup`` tokens per step.
 
     Where step times cannot be had, for whatever reason, it decodes plainly, with a warning.
