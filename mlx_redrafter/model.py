@@ -23,7 +23,7 @@ from .engine import backend
 from .engine.engine import CHUNK, Engine
 from .engine.loop import Chooser
 from .engine.runner import Runner
-from .loading.base import LOAD_ERRORS, cast, find_gguf, load_base
+from .loading.base import LOAD_ERRORS, cast_model, find_gguf, load_base
 from .loading.files import atomic_folder
 from .loading.gguf import convert_gguf
 from .loading.tokenizers import load_tokenizer
@@ -205,7 +205,10 @@ def load(
     if adapter_path is not None:
         model = _adapt(model, adapter_path)
     _read_weights(model, folder)
-    _cast(model, backend.current().dtype if dtype == "auto" else dtype)
+    if (wanted := backend.current().dtype if dtype == "auto" else dtype) is not None:
+        cast_model(model, wanted)
+        dequantize_model(model)
+        mx.eval(model.parameters())
     _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
@@ -343,14 +346,6 @@ def _try_out(model: nn.Module, folder: Path) -> None:
 
 def _finite(value: mx.array) -> bool:
     return not mx.issubdtype(value.dtype, mx.floating) or bool(mx.isfinite(value).all().item())
-
-
-def _cast(model: nn.Module, dtype: str | None) -> None:
-    """Give all float weights one type, dequantized; None leaves the model as it is."""
-    if dtype is not None:
-        cast(model, dtype)
-        dequantize_model(model)
-        mx.eval(model.parameters())
 
 
 def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Drafter | None:

@@ -15,13 +15,11 @@ import mlx.core as mx
 from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_map_with_path
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES, QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model, quantize_model, save
 from safetensors import SafetensorError, safe_open
 
-from ..models.bundle import PICKLES
-from ..models.bundle import cast as cast_array
+from ..models.bundle import PICKLES, cast
 from ..models.drafter import Q_BITS, Q_GROUP_SIZES
 from .files import atomic_folder, unfinished
 from .gguf import convert_gguf
@@ -324,10 +322,10 @@ def _float(
     if dtype is not None:
         config = config | {key: dtype for key in ("torch_dtype", "dtype") if key in config}
     if dequantize:
-        cast(model, "float32" if exact else dtype or known)
+        cast_model(model, "float32" if exact else dtype or known)
         config = {key: value for key, value in config.items() if not key.startswith("quantization")}
         model = dequantize_model(model)
-    cast(model, dtype or known)
+    cast_model(model, dtype or known)
     return model, config
 
 
@@ -354,14 +352,11 @@ def _quantized(model: Module) -> int:
     return sum(hasattr(module, "bits") for _, module in model.named_modules())
 
 
-def cast(model: Module, dtype: Any) -> None:
+def cast_model(model: Module, dtype: Any) -> None:
     """Give the float parameters that the model allows to be cast this type; unless it is none of three."""
     if dtype in MODEL_CONVERSION_DTYPES:
-        allowed, wanted = getattr(model, "cast_predicate", lambda _: True), getattr(mx, dtype)
-        weights = model.parameters()
-        model.update(
-            tree_map_with_path(lambda path, x: cast_array(x, wanted) if allowed(path) else x, weights)
-        )
+        allowed = getattr(model, "cast_predicate", lambda _: True)
+        model.update(cast(model.parameters(), getattr(mx, dtype), allowed))
 
 
 def _first_line(error: BaseException) -> str:

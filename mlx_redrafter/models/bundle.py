@@ -9,7 +9,7 @@ names in use. Every value is checked on the way in; weights are only ever read f
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_map_with_path
 from safetensors import SafetensorError, safe_open
 
 from ..loading.files import atomic_folder
@@ -175,7 +176,7 @@ def load_drafter(
     if unknown := sorted(set(check_shapes(config, weights, folder)) - unused):
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ValueError(f"{folder} holds tensors that no drafter of its config.json has: {names}.")
-    weights = {name: cast(weights[name], dtype) for name in config.shapes()}
+    weights = cast({name: weights[name] for name in config.shapes()}, dtype)
     check_values(folder, config, weights)
     drafter = Drafter(config, weights.pop("draft_to_target", None))
     drafter.load_weights(list(weights.items()))
@@ -391,9 +392,14 @@ def parse_config(folder: Path, raw: Mapping[str, Any]) -> DrafterConfig:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def cast(value: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """``value`` in ``dtype`` if it is a float; integers and packed weights as they are."""
-    return value if dtype is None or not mx.issubdtype(value.dtype, mx.floating) else value.astype(dtype)
+def cast(weights: Any, dtype: mx.Dtype | None, allowed: Callable[[str], bool] = lambda _: True) -> Any:
+    """A tree of arrays, floats of ``allowed`` paths in ``dtype``; integers and packed weights as they are."""
+
+    def one(path: str, x: mx.array) -> mx.array:
+        fits = mx.issubdtype(x.dtype, mx.floating) and allowed(path)
+        return x.astype(dtype) if dtype is not None and fits else x
+
+    return tree_map_with_path(one, weights)
 
 
 def check_values(folder: Path, config: DrafterConfig, weights: Mapping[str, mx.array]) -> None:

@@ -247,7 +247,7 @@ def train(
         fast = SpeculativeModel(model.model, drafter, model.context_length)
         measured = evaluation.run(fast, tokenizer, work, request, workers)
         card = describe(work, trainer, drafter, identity, request, measured, output.name)
-        stored = {name: cast(x, mx.bfloat16) for name, x in drafter.weights().items()}
+        stored = cast(drafter.weights(), mx.bfloat16)
         write_drafter(output, drafter.config, stored, identity, {"training": work.facts["trained"]}, card)
         shutil.rmtree(work.folder / "features", ignore_errors=True)
     return measured

@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..loading.files import atomic_file
+from ..models.bundle import cast
 from ..models.drafter import Drafter, DrafterConfig
 from ..models.target import Target
 from .features import Features, join, load_tensors
@@ -197,8 +198,7 @@ class Trainer:
         self.steps = steps_of(data.train.sizes, settings)
         self.progress = Progress()
         self.optimizer = optim.AdamW(0.0, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
-        drafter.train()
-        self.parameters: Any = tree_map(lambda x: x.astype(mx.float32), drafter.trainable_parameters())
+        self.parameters: Any = cast(drafter.trainable_parameters(), mx.float32)
         self.optimizer.init(self.parameters)
         self.workers = workers
         self._lock = Lock()
@@ -223,7 +223,7 @@ class Trainer:
         """The held-out score; remembers whether it is the best so far."""
         if self._held_out is None:
             self._held_out = self._held_out_batches()
-        self.drafter.update(self._cast(self.parameters))
+        self.drafter.update(cast(self.parameters, self.dtype))
         found = score(self.drafter, self.target, self.head, self.settings.objective, self._held_out)
         if found.tokens_per_step > self.progress.best:
             self.progress.best, self.progress.best_step = found.tokens_per_step, self.progress.step
@@ -270,7 +270,7 @@ class Trainer:
             epoch += 1
 
     def _step(self, features: Features, starts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        parameters = self._cast(self.parameters)
+        parameters = cast(self.parameters, self.dtype)
         mx.eval(parameters)
         parts = [part for part in np.array_split(starts, self.workers.count) if len(part)]
         found = self.workers.map(
@@ -317,9 +317,6 @@ class Trainer:
         # In the layout that a checkpoint is read back in, as products of other layouts round differently.
         self.parameters = tree_map(mx.contiguous, updated)
         mx.eval(self.parameters, self.optimizer.state)
-
-    def _cast(self, parameters: Any) -> Any:
-        return tree_map(lambda x: x.astype(self.dtype), parameters)
 
     def _batch(self, features: Features, starts: np.ndarray[Any, Any]) -> Batch:
         config, length = self.drafter.config, self.settings.objective.length
