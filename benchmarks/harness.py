@@ -64,7 +64,7 @@ def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: in
     model = llama.Model(llama.ModelArgs.from_dict(sizes))
     model.eval()
     mx.random.seed(SEEDS["drafter"])
-    made = Drafter(DrafterConfig(hidden, vocabulary, hidden, 1, rnn=True)).train(False) if drafter else None
+    made = Drafter(DrafterConfig(hidden, vocabulary, hidden, 1, rnn=True)) if drafter else None
     mx.eval(model.parameters(), [] if made is None else made.parameters())
     return SpeculativeModel(model, made)
 

@@ -22,6 +22,7 @@ from mlx_redrafter.decoding.tree import build_tree, from_beam
 from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
 from mlx_redrafter.engine.step_times import behind_text, candidates
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.models.fused import FusedDrafter
 from mlx_redrafter.train.evaluate import parse_shape
 
 import mlx.core as mx  # isort: skip
@@ -65,7 +66,7 @@ def label(shape: DraftShape) -> str:
 
 def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """The stages of a step of one shape, behind a text of ``rows`` tokens."""
-    target, drafter = model.target, model.drafter
+    target, drafter = model.target, FusedDrafter(model.drafter) if model.drafter else None
     assert target is not None
     state = after_text(model, rows, shape)
     shown = View(state.capacity)

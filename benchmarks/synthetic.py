@@ -133,7 +133,7 @@ def build(size: Size, kind: str) -> SpeculativeModel:
         for _, value in tree_flatten(part.parameters()):
             mx.eval(value)
     model.eval()
-    return SpeculativeModel(model, drafter.train(False))
+    return SpeculativeModel(model, drafter)
 
 
 def bytes_needed(size: Size, kind: str) -> float:

@@ -29,6 +29,7 @@ from .loading.gguf import convert_gguf
 from .loading.tokenizers import load_tokenizer
 from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .models.drafter import Drafter
+from .models.fused import FusedDrafter
 from .models.target import Target, parts
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,17 +76,14 @@ class SpeculativeModel:
         with self._lock:
             found = self._find_parts()
             if len(found) != len(self._parts) or not all(map(operator.is_, found, self._parts)):
-                self._take_in()
+                self._take_in(found)
         return self._target
 
     def _find_parts(self) -> list[Any]:
         return [backend.current(), *parts(self.model), *parts(self.drafter)]
 
-    def _take_in(self) -> None:
-        """Start anew with the model and the drafter as they are now."""
-        if isinstance(self.drafter, Drafter):
-            self.drafter.eval()  # joins the weights that it has now
-        found = self._find_parts()
+    def _take_in(self, found: list[Any]) -> None:
+        """Start anew with the model and the drafter as they are now, of these parts."""
         mx.eval([x for x in found if isinstance(x, mx.array)])  # what this thread left to be computed
         kinds = [(x.shape, x.dtype) if isinstance(x, mx.array) else type(x) for x in found]
         same = kinds == self._kinds  # only values differ: steps take as long, and drafts can be verified
@@ -139,7 +137,8 @@ class SpeculativeModel:
                 raise ValueError(self.refusal)
             device = backend.current()
             if self._runner is None:
-                self._runner = Runner(target, self.drafter, compiled=device.compiled)
+                drafter = FusedDrafter(self.drafter) if isinstance(self.drafter, Drafter) else self.drafter
+                self._runner = Runner(target, drafter, compiled=device.compiled)
             usual = {"max_memory": backend.free_memory(), "grain": device.grain, "padded": device.padded}
             return Engine(target, self._runner, policy, chunk, **{**usual, **options})
 

@@ -112,6 +112,8 @@ def make_model(name: str = "llama", seed: int = 0, **changes: Any) -> nn.Module:
 class Unprepared:
     """A drafter whose head reads the context as it is."""
 
+    start = mx.array([0.0, 0.0])
+
     def prepare(self, context: mx.array) -> mx.array:
         return context
 
@@ -122,7 +124,7 @@ class RandomDrafter(Unprepared):
     def __init__(self, target: Target, seed: int = 1) -> None:
         hidden = target.embed(mx.array([0])).shape[-1]
         vocabulary = target.embed.weight.shape[0]
-        keys = mx.random.split(mx.random.key(seed), 3)
+        keys, self.start = mx.random.split(mx.random.key(seed), 3), mx.zeros(hidden)
         self.mix = mx.random.normal((2 * hidden, hidden), key=keys[0])
         self.head = mx.random.normal((2 * hidden, vocabulary), key=keys[1])
 

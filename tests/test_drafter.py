@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_redrafter.decoding.beam import draft
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.fused import FusedDrafter
 
 H, V = 8, 20
 CASES = [
@@ -61,11 +63,24 @@ def golden(weights, config, embeddings, context):
     return np.array(logits)
 
 
-def run(drafter, embeddings, context):
-    state, logits = mx.zeros((1, drafter.config.hidden_size)), []  # [B, H]
+class Unfused:
+    """The network itself as what ``draft`` wants."""
+
+    def __init__(self, drafter):
+        self.start = mx.zeros(drafter.config.hidden_size)
+        self.advance, self.logits, self.to_target = drafter.advance, drafter.logits, drafter.to_target
+
+    def prepare(self, context):
+        return context
+
+
+def run(proposer, embeddings, context):
+    """Logits [T, Vd] after each of the embeddings [T, H], with the context [F]."""
+    state, logits = proposer.start[None], []  # [B, S]
+    prepared = proposer.prepare(mx.array(context, mx.float32)[None])
     for embedding in embeddings:
-        state = drafter.advance(mx.array(embedding, mx.float32)[None], state)
-        logits.append(drafter.logits(drafter.prepare(mx.array(context, mx.float32)[None]), state)[0])
+        state = proposer.advance(mx.array(embedding, mx.float32)[None], state)
+        logits.append(proposer.logits(prepared, state)[0])
     return np.array(mx.stack(logits))
 
 
@@ -76,8 +91,8 @@ def test_golden_values(cell, exit_dim, blocks, draft_vocab, context_layers):
     embeddings, context = random.randn(3, H), random.randn(drafter.config.context_size)
     expected = golden(drafter.weights(), drafter.config, embeddings, context)
     assert expected.shape == (3, draft_vocab or V)
-    for mode in (True, False, True):
-        np.testing.assert_allclose(run(drafter.train(mode), embeddings, context), expected, atol=1e-5)
+    for made in (Unfused, FusedDrafter, Unfused):
+        np.testing.assert_allclose(run(made(drafter), embeddings, context), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(NAMES, CASES)
@@ -89,22 +104,24 @@ def test_shapes_are_those_of_the_network(cell, exit_dim, blocks, draft_vocab, co
 def test_any_leading_axes():
     drafter = make()
     embedding, state = mx.random.normal((2, 3, H)), mx.random.normal((2, 3, H))
-    wide = drafter.logits(drafter.prepare(embedding), drafter.advance(embedding, state))
-    one = drafter.logits(drafter.prepare(embedding[1, 2]), drafter.advance(embedding[1, 2], state[1, 2]))
+    wide = drafter.logits(embedding, drafter.advance(embedding, state))
+    one = drafter.logits(embedding[1, 2], drafter.advance(embedding[1, 2], state[1, 2]))
     assert wide.shape == (2, 3, V)
     np.testing.assert_allclose(np.array(wide[1, 2]), np.array(one), atol=1e-5)
 
 
 def test_drafting_takes_one_product_less_per_depth_than_training():
     products = []
-    for mode in (True, False):
-        drafter, state, logits, graph = make(exit_dim=12).train(mode), mx.zeros((1, H)), [], io.StringIO()
+    for made in (Unfused, FusedDrafter):
+        proposer, logits, graph = made(make(exit_dim=12)), [], io.StringIO()
+        prepared, state = proposer.prepare(mx.zeros((1, H))), proposer.start[None]
+        mx.eval(prepared, state)
         for _ in range(3):
-            state = drafter.advance(mx.zeros((1, H)), state)
-            logits.append(drafter.logits(mx.zeros((1, 12)), state))
+            state = proposer.advance(mx.zeros((1, H)), state)
+            logits.append(proposer.logits(prepared, state))
         mx.export_to_dot(graph, *logits)
         products.append(len(re.findall('label ="(?:Matmul|AddMM)"', graph.getvalue())))
-    assert products == [3 * 6, 3 * 5]  # of them 2 in the blocks, 1 in the head
+    assert products == [3 * 6 + 3, 3 * 5]  # of them 2 in the blocks, 1 in the head; of the context 3
 
 
 def test_to_target():
@@ -127,15 +144,18 @@ def mx_leaves(tree):
     return tree_flatten(tree)
 
 
-def test_compiles():
-    drafter = make(draft_vocab=5)
+@pytest.mark.parametrize("made", [Unfused, FusedDrafter])
+def test_compiles(made):
+    proposer = made(make(draft_vocab=5))
 
-    def draft(embedding, state, context):
-        state = drafter.advance(embedding, state)
-        return drafter.to_target(mx.argmax(drafter.logits(drafter.prepare(context), state), axis=-1)), state
+    def first(embedding, state, context):
+        state = proposer.advance(embedding, state)
+        return proposer.to_target(
+            mx.argmax(proposer.logits(proposer.prepare(context), state), axis=-1)
+        ), state
 
-    inputs = [mx.random.normal((2, H)) for _ in range(3)]
-    for plain, compiled in zip(draft(*inputs), mx.compile(draft)(*inputs), strict=True):
+    inputs = [mx.random.normal((2, size)) for size in (H, proposer.start.size, H)]
+    for plain, compiled in zip(first(*inputs), mx.compile(first)(*inputs), strict=True):
         np.testing.assert_allclose(np.array(plain), np.array(compiled), atol=1e-6)
 
 
@@ -162,8 +182,26 @@ def test_quantized_arithmetic(exit_dim, group_size):
     random = np.random.RandomState(1)
     embeddings, context = random.randn(3, 32), random.randn(config.context_size)
     expected = golden(plain, config, embeddings, context)
-    for mode in (True, False):
-        np.testing.assert_allclose(run(drafter.train(mode), embeddings, context), expected, atol=1e-4)
+    for made in (Unfused, FusedDrafter):
+        np.testing.assert_allclose(run(made(drafter), embeddings, context), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", [None, Quantization(4, 32), Quantization(8, 64)])
+@pytest.mark.parametrize(("exit_dim", "draft_vocab"), [(64, None), (96, 30), (128, 30)])
+@pytest.mark.parametrize(("cell", "layers"), [(None, ()), ("simple", ()), ("simple", (1, 2)), ("gru", (3,))])
+def test_the_fused_twin_drafts_the_same(cell, layers, exit_dim, draft_vocab, quantization):
+    rnn, kind = cell is not None, cell or "simple"
+    config = DrafterConfig(32, 50, exit_dim, 1, rnn, draft_vocab, layers, kind, quantization)
+    mx.random.seed(2)
+    drafter = Drafter(config, None if draft_vocab is None else mx.arange(draft_vocab) + 7)
+    table, context = mx.random.normal((50, 32)), mx.random.normal((2, config.context_size))
+    body, twin = Unfused(drafter), FusedDrafter(drafter)
+    for found, wanted in zip(run(twin, table[:4], context[0]), run(body, table[:4], context[0]), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    found, wanted = (draft(x, lambda ids: table[ids], mx.array([3, 9]), context, 4, 5) for x in (twin, body))
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    assert found.parents.tolist() == wanted.parents.tolist()
+    np.testing.assert_allclose(np.array(found.scores), np.array(wanted.scores), atol=1e-5)
 
 
 @pytest.mark.parametrize(

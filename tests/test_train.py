@@ -155,7 +155,7 @@ def test_gradients_are_the_automatic_ones(target, features, cell, loss, labels, 
         state, total, mask = mx.zeros((4, 32, H)), 0, reachable(batch, 4)
         for d in range(4):
             state = drafter.advance(target.embed(batch.tokens[:, d : d + 32]), state)
-            drafted = mx.softmax(drafter.logits(drafter.prepare(batch.context), state), axis=-1)
+            drafted = mx.softmax(drafter.logits(batch.context, state), axis=-1)
             wanted = label[:, d : d + 32]
             kl, tv = -(wanted * mx.log(drafted)).sum(-1), mx.maximum(wanted - drafted, 0).sum(-1)
             total = total + 0.8**d * ((kl if loss == "kl" else tv) * mask[d]).sum()
@@ -266,7 +266,7 @@ def test_score_counts_agreement_with_the_text(target, features):
                 state, right = mx.zeros(H), []
                 for d in range(3):
                     state = drafter.advance(target.embed(mx.array(tokens[n, t + d])), state)
-                    first = drafter.logits(drafter.prepare(batch.context[n, t]), state).argmax().item()
+                    first = drafter.logits(batch.context[n, t], state).argmax().item()
                     right.append(first == labels[n, t + d])
                 hits += right
                 lengths.append(np.cumprod(right).sum())

@@ -14,8 +14,10 @@ LOWEST = -1e9  # stands for log 0, so that scores stay finite and comparable
 class Proposer(Protocol):
     """A recurrent drafter: one step of its state, and its head over the draft vocabulary."""
 
+    start: mx.array  # [S], the state before the first token
+
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
-        """The embedding [..., H] and the state, at first zeros [..., H] -> the next state [..., S]."""
+        """The embedding [..., H] and the state [..., S] -> the next state [..., S]."""
         ...
 
     def prepare(self, context: mx.array) -> mx.array:
@@ -60,12 +62,12 @@ def draft(
     """
     depths = []
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
-    tokens, states = token[:, None], None  # [B, 1]: the only beam before the first depth
+    tokens = token[:, None]  # [B, 1]: the only beam before the first depth
+    states = mx.broadcast_to(drafter.start, (*tokens.shape, drafter.start.size))  # [B, 1, S]
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     for _ in range(length):
-        embedding = embed(tokens)  # [B, W, H]
-        states = drafter.advance(embedding, mx.zeros_like(embedding) if states is None else states)
+        states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         total = scores[..., None] + log_softmax(drafter.logits(rows, states))  # [B, W, V_draft]
         vocabulary = total.shape[-1]

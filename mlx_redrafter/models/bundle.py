@@ -180,7 +180,7 @@ def load_drafter(
     check_values(folder, config, weights)
     drafter = Drafter(config, weights.pop("draft_to_target", None))
     drafter.load_weights(list(weights.items()))
-    return drafter.train(False)
+    return drafter
 
 
 def find_drafter(identity: BaseIdentity) -> Path | None:

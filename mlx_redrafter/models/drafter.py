@@ -182,7 +182,8 @@ class Drafter(nn.Module):
     """Apple's recurrent drafter (arXiv 2403.09919, section 3).
 
     The state of a sequence starts as zeros [..., H]. For every token, ``advance`` the state with the
-    base model's embedding of it, then read the ``logits`` of what follows.
+    base model's embedding of it, then read the ``logits`` of what follows. This is the network as it is
+    trained and stored; it decodes as its ``FusedDrafter``.
 
     Args:
         config: the sizes.
@@ -205,8 +206,6 @@ class Drafter(nn.Module):
             self.rnn_w = nn.Linear(config.hidden_size, config.cell_outputs, bias=False)
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
-        self._halves: tuple[nn.Module, nn.Module] | None = None  # of input_proj, outside of training
-        self._joint: tuple[nn.Module, ...] = ()  # rnn_u and the state's half as one layer, likewise
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """One recurrent step: s_t = SiLU(W·E(tok) + U·s_{t-1} + b), or E(tok) + s_{t-1} without a cell.
@@ -216,18 +215,11 @@ class Drafter(nn.Module):
 
         Args:
             embedding: [..., H], the base model's embedding of the token.
-            state: zeros [..., H] before the first token, then what ``advance`` returned.
+            state: [..., H], the state before it.
         Returns:
-            What ``logits`` and the next ``advance`` want of the state after it: [..., H], the state itself;
-            outside of training its products [..., H + exit_dim], where one layer computes both.
+            [..., H], the state after it.
         """
-        new = self.read_tokens(embedding)
-        if not self._joint:
-            return self.update_state(new, state)
-        size = self.config.hidden_size
-        old = self.rnn_u.bias if state.shape[-1] == size else state[..., :size]
-        after: mx.array = self._joint[0](nn.silu(new + old))
-        return after
+        return self.update_state(self.read_tokens(embedding), state)
 
     def read_tokens(self, embedding: mx.array) -> mx.array:
         """The cell's product with embeddings [..., H], which does not depend on the state."""
@@ -248,66 +240,42 @@ class Drafter(nn.Module):
         candidate: mx.array = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
         return candidate + z * (state - candidate)
 
-    def prepare(self, context: mx.array) -> mx.array:
-        """What ``logits`` needs of the context [..., F]: computed once per step, not once per depth.
-
-        Returns:
-            [..., exit_dim], the context's share of ``input_proj``; the context itself if there is none.
-        """
-        halves = self._split()
-        prepared: mx.array = context if halves is None else halves[0](context)
-        return prepared
-
-    def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
+    def logits(self, context: mx.array, state: mx.array) -> mx.array:
         """Unnormalised log-probabilities of the next draft token.
 
         Args:
-            prepared: from ``prepare``, for what the base model knew when it emitted the first token.
-            state: the state after the last token, from ``advance`` or [..., H].
+            context: [..., F], what the base model knew when it emitted the first token.
+            state: [..., H], the state after the last token.
         Returns:
             [..., Vd]
         """
-        logits: mx.array = self.lm_head[-1](self.body(prepared, state))
+        logits: mx.array = self.lm_head[-1](self.body(context, state))
         return logits
 
-    def body(self, prepared: mx.array, state: mx.array) -> mx.array:
+    def body(self, context: mx.array, state: mx.array) -> mx.array:
         """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
-        halves = self._split()
         x: mx.array
-        size = self.config.hidden_size
-        if halves is not None:
-            share = state[..., size:] if state.shape[-1] > size else halves[1](state)
-            x = prepared + share  # [..., exit_dim]
+        if (halves := self.halves()) is not None:
+            x = halves[0](context) + halves[1](state)  # [..., exit_dim]
         else:
-            shape = (*state.shape[:-1], prepared.shape[-1])
-            x = mx.concatenate([mx.broadcast_to(prepared, shape), state], axis=-1)  # [..., F + H]
+            shape = (*state.shape[:-1], context.shape[-1])
+            x = mx.concatenate([mx.broadcast_to(context, shape), state], axis=-1)  # [..., F + H]
             if "input_proj" in self:
                 x = self.input_proj(x)  # [..., exit_dim]
         for block in self.lm_head[:-1]:
             x = block(x)
         return x
 
-    def _split(self) -> tuple[nn.Module, nn.Module] | None:
-        """``input_proj`` as a layer of the context and one of the state; None if it cannot be split."""
-        config = self.config
-        can_split = not config.quantizes(config.head_inputs) or config.quantizes(config.context_size)
+    def halves(self) -> tuple[nn.Module, nn.Module] | None:
+        """``input_proj`` as a layer of the context and one of the state; None if it cannot be split.
+
+        So the context's product is computed once, however many states are read with it.
+        """
+        config, cut = self.config, self.config.context_size
+        can_split = not config.quantizes(config.head_inputs) or config.quantizes(cut)
         if "input_proj" not in self or not can_split:
             return None
-        if self._halves is not None:
-            return self._halves
-        cut = config.context_size
         return _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
-
-    def train(self, mode: bool = True) -> "Drafter":
-        """As of any module; outside of training, weights are taken not to change any more."""
-        super().train(mode)
-        self._halves, self._joint = None, ()
-        if not mode:
-            self._halves = self._split()
-            if self._halves is not None and self.config.rnn and self.config.cell == "simple":
-                self._joint = (_stack(self.rnn_u, self._halves[1]),)
-            mx.eval([layer.parameters() for layer in (*(self._halves or ()), *self._joint)])
-        return self
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -336,16 +304,6 @@ def _columns(layer: nn.Module, start: int, stop: int | None) -> nn.Module:
         part[name] = mx.contiguous(part[name][:, int(start / per) : end])
     if start:
         part.pop("bias")
-    return part
-
-
-def _stack(first: nn.Module, second: nn.Module) -> nn.Module:
-    """One layer with the outputs of two that read the same input; only the first has a bias."""
-    part = copy.copy(first)
-    for name in ("weight", "scales", "biases"):
-        if name in part:
-            part[name] = mx.concatenate([first[name], second[name]])
-    part["bias"] = mx.pad(part["bias"], (0, second["weight"].shape[0]))
     return part
 
 

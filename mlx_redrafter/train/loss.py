@@ -164,7 +164,7 @@ def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch,
     for depth in range(length):
         state = drafter.update_state(new[:, depth : depth + positions], state)
         states.append(state)
-    return drafter.body(drafter.prepare(batch.context), mx.stack(states))
+    return drafter.body(batch.context, mx.stack(states))
 
 
 def reachable(batch: Batch, length: int) -> mx.array:

@@ -662,7 +662,6 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
     weights = {name: x.astype(mx.bfloat16).astype(dtype) for name, x in weights.items()}
     drafter.load_weights(list(weights.items()))
     mx.eval(drafter.weights())
-    drafter.eval()
     return drafter
 
 

@@ -328,7 +328,7 @@ def check(args: argparse.Namespace) -> None:
     features = read_features(args.folder / "features" / f"{name}.safetensors")
     assert model.drafter is not None
     weights = model.drafter.weights()
-    made, net, objective = drafter(weights).train(), Net(weights, target), Objective(3, 0.7)
+    made, net, objective = drafter(weights), Net(weights, target), Objective(3, 0.7)
     starts = np.arange(16) * 97
     batch = make_batch(features, starts, 3, HIDDEN, mx.array(net.kept[2]))
     batch.context = batch.context.astype(mx.float32)
@@ -410,7 +410,7 @@ def scores(
     weights: dict[str, mx.array], target: Target, head: LabelHead, held_out: dict[str, list[Any]]
 ) -> dict[str, float]:
     """Tokens per step on held-out shards, their own tokens given."""
-    made, found = drafter(weights).train(), {}
+    made, found = drafter(weights), {}
     for name, parts in held_out.items():
         found[name] = round(score(made, target, head, Objective(), parts).tokens_per_step, 4)
     return found
