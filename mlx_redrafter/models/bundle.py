@@ -396,8 +396,7 @@ def cast(weights: Any, dtype: mx.Dtype | None, allowed: Callable[[str], bool] = 
     """A tree of arrays, floats of ``allowed`` paths in ``dtype``; integers and packed weights as they are."""
 
     def one(path: str, x: mx.array) -> mx.array:
-        fits = mx.issubdtype(x.dtype, mx.floating) and allowed(path)
-        return x.astype(dtype) if dtype is not None and fits else x
+        return x.astype(dtype) if dtype and allowed(path) and mx.issubdtype(x.dtype, mx.floating) else x
 
     return tree_map_with_path(one, weights)
 

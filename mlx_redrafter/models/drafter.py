@@ -7,7 +7,7 @@ may hold the states of more layers of the base model, and the recurrent cell may
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,37 +133,30 @@ class DrafterConfig:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor a drafter of these sizes has on disk, by name."""
-        return dict(self._shapes())
+        layers, width, blocks = {}, self.exit_dim, self.num_draft_layers  # name: inputs, outputs, has a bias
+        if self.head_inputs != width:
+            layers["input_proj"] = self.head_inputs, width, True
+        layers |= {f"lm_head.{block}.linear": (width, width, True) for block in range(blocks)}
+        layers[f"lm_head.{blocks}"] = width, self.head_outputs, False
+        if self.rnn:
+            layers["rnn_u"] = self.hidden_size, self.cell_outputs, True
+            layers["rnn_w"] = self.hidden_size, self.cell_outputs, False
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, (inputs, outputs, bias) in layers.items():
+            shapes[f"{name}.weight"] = outputs, inputs
+            if (how := self.quantization) is not None and self.quantizes(inputs):
+                shapes[f"{name}.weight"] = outputs, inputs * how.bits // 32  # packed into uint32
+                for part in ("scales", "biases"):
+                    shapes[f"{name}.{part}"] = outputs, inputs // how.group_size
+            if bias:
+                shapes[f"{name}.bias"] = (outputs,)
+        if self.draft_vocab_size is not None:
+            shapes["draft_to_target"] = (self.draft_vocab_size,)
+        return shapes
 
     def quantizes(self, inputs: int) -> bool:
         """Whether a linear layer with this input width is quantized."""
         return self.quantization is not None and inputs % self.quantization.group_size == 0
-
-    def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if self.head_inputs != self.exit_dim:
-            yield from self._linear("input_proj", self.head_inputs, self.exit_dim, bias=True)
-        for block in range(self.num_draft_layers):
-            yield from self._linear(f"lm_head.{block}.linear", self.exit_dim, self.exit_dim, bias=True)
-        yield from self._linear(
-            f"lm_head.{self.num_draft_layers}", self.exit_dim, self.head_outputs, bias=False
-        )
-        if self.rnn:
-            yield from self._linear("rnn_u", self.hidden_size, self.cell_outputs, bias=True)
-            yield from self._linear("rnn_w", self.hidden_size, self.cell_outputs, bias=False)
-        if self.draft_vocab_size is not None:
-            yield "draft_to_target", (self.draft_vocab_size,)
-
-    def _linear(
-        self, name: str, inputs: int, outputs: int, bias: bool
-    ) -> Iterator[tuple[str, tuple[int, ...]]]:
-        if self.quantization is not None and self.quantizes(inputs):
-            yield f"{name}.weight", (outputs, inputs * self.quantization.bits // 32)  # packed into uint32
-            yield f"{name}.scales", (outputs, inputs // self.quantization.group_size)
-            yield f"{name}.biases", (outputs, inputs // self.quantization.group_size)
-        else:
-            yield f"{name}.weight", (outputs, inputs)
-        if bias:
-            yield f"{name}.bias", (outputs,)
 
 
 class ResidualBlock(nn.Module):
@@ -271,11 +264,9 @@ class Drafter(nn.Module):
 
         So the context's product is computed once, however many states are read with it.
         """
-        config, cut = self.config, self.config.context_size
-        can_split = not config.quantizes(config.head_inputs) or config.quantizes(cut)
-        if "input_proj" not in self or not can_split:
-            return None
-        return _columns(self.input_proj, 0, cut), _columns(self.input_proj, cut, None)
+        cut, inputs, quantizes = self.config.context_size, self.config.head_inputs, self.config.quantizes
+        can_split = "input_proj" in self and (quantizes(cut) or not quantizes(inputs))
+        return _split(self.input_proj, cut, inputs) if can_split else None
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -290,21 +281,15 @@ class Drafter(nn.Module):
         return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
 
 
-def _columns(layer: nn.Module, start: int, stop: int | None) -> nn.Module:
-    """The part of a linear layer, quantized or not, that reads its inputs ``start`` to ``stop``.
-
-    Only the first part keeps the bias.
-    """
-    part = copy.copy(layer)
-    inputs = {"weight": 1}  # of each column
-    if isinstance(layer, nn.QuantizedLinear):
-        inputs = {"weight": 32 / layer.bits, "scales": layer.group_size, "biases": layer.group_size}
-    for name, per in inputs.items():
-        end = None if stop is None else int(stop / per)
-        part[name] = mx.contiguous(part[name][:, int(start / per) : end])
-    if start:
-        part.pop("bias")
-    return part
+def _split(layer: nn.Module, cut: int, inputs: int) -> tuple[nn.Module, nn.Module]:
+    """A linear layer as one of its first ``cut`` inputs, which keeps the bias, and one of the others."""
+    first, second = copy.copy(layer), copy.copy(layer)
+    for name in ("weight", "scales", "biases"):
+        if name in layer:  # of each, a column holds equally many inputs
+            parts = mx.split(layer[name], [layer[name].shape[1] * cut // inputs], axis=1)
+            first[name], second[name] = map(mx.contiguous, parts)
+    second.pop("bias")
+    return first, second
 
 
 def _check_size(name: str, value: object, least: int = 1) -> None:

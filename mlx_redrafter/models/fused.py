@@ -21,6 +21,7 @@ class FusedDrafter:
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter, self._size = drafter, drafter.config.hidden_size
+        self.to_target = drafter.to_target
         halves: tuple[nn.Module | None, nn.Module | None] = drafter.halves() or (None, None)
         self._of_context, self._of_state = halves
         self._joint: nn.Module | None = None
@@ -29,8 +30,7 @@ class FusedDrafter:
         if self._of_state is not None and drafter.config.rnn and drafter.config.cell == "simple":
             self._joint, self._of_state = _stack(drafter.rnn_u, self._of_state), None
             self.start = self._joint.bias  # the products of zeros
-        made = [layer for layer in (self._of_context, self._of_state, self._joint) if layer is not None]
-        mx.eval(self.start, [layer.parameters() for layer in made])
+        mx.eval(self.start, self._of_context, self._of_state, self._joint)
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """The embedding [..., H] of a token and the state [..., S] before it -> the state after it."""
@@ -53,10 +53,6 @@ class FusedDrafter:
         for layer in self._drafter.lm_head:
             x = layer(x)
         return x
-
-    def to_target(self, index: mx.array) -> mx.array:
-        """As ``Drafter.to_target``."""
-        return self._drafter.to_target(index)
 
 
 def _stack(first: nn.Module, second: nn.Module) -> nn.Module:

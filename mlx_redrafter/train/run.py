@@ -659,8 +659,7 @@ def best_drafter(trainer: Trainer, work: Work) -> Drafter:
     )
     drafter = Drafter(trainer.drafter.config, weights.pop("draft_to_target", None))
     dtype = trainer.target.embed(mx.array([0])).dtype
-    weights = {name: x.astype(mx.bfloat16).astype(dtype) for name, x in weights.items()}
-    drafter.load_weights(list(weights.items()))
+    drafter.load_weights(list(cast(cast(weights, mx.bfloat16), dtype).items()))
     mx.eval(drafter.weights())
     return drafter
 
