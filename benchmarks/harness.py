@@ -13,7 +13,7 @@ from typing import Any
 import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
 from mlx_redrafter.decoding.state import State, begin
-from mlx_redrafter.engine.loop import Emitted, Policy
+from mlx_redrafter.engine.loop import Chooser, Emitted
 from mlx_redrafter.engine.step_times import made_up_text
 from mlx_redrafter.loading.files import atomic_file
 from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
@@ -81,7 +81,7 @@ def after_prompt(model: SpeculativeModel, rows: int) -> State:
     return begin(ids, rows, target.layers_of(caches)[1], target.no_context(), mx.random.key(0))
 
 
-def decode(model: SpeculativeModel, policy: Policy, state: State, rows: int) -> Iterator[Emitted]:
+def decode(model: SpeculativeModel, policy: Chooser, state: State, rows: int) -> Iterator[Emitted]:
     """Steps without end, after a text of which the layers hold ``rows`` tokens; nobody may keep the state."""
     engine = model.engine(policy)
     engine.resume(state, rows)

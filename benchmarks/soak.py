@@ -19,7 +19,7 @@ import harness
 from tqdm import tqdm
 
 from mlx_redrafter.decoding.state import DraftShape
-from mlx_redrafter.engine.loop import Emitted, Fixed, Policy
+from mlx_redrafter.engine.loop import Chooser, Emitted, Fixed
 from mlx_redrafter.engine.step_times import behind_text, candidates
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
@@ -91,12 +91,12 @@ class InTurn:
         pass
 
 
-def policy(model: SpeculativeModel, shape: DraftShape | None) -> Policy:
+def policy(model: SpeculativeModel, shape: DraftShape | None) -> Chooser:
     """One shape, or all of the device's in turn."""
     return InTurn(candidates(model)) if shape is None else Fixed(shape)
 
 
-def generate(model: SpeculativeModel, chosen: Policy, prompt: int, tokens: int, window: int) -> list[Window]:
+def generate(model: SpeculativeModel, chosen: Chooser, prompt: int, tokens: int, window: int) -> list[Window]:
     """Decode ``tokens`` behind a text of ``prompt`` tokens; what each ``window`` of them was like."""
     steps = harness.decode(model, chosen, behind_text(model, prompt), prompt)
     windows: list[Window] = []
