@@ -86,7 +86,7 @@ def compare(name: str, model: SpeculativeModel, tokens: int, texts: int) -> dict
     """Every shape against plain decoding on this device, and plain decoding here against the CPU's."""
     row: dict[str, Any] = {"model": name, "drafter": model.drafter is not None, "shapes": {}}
     plain = [text(model, PLAIN, 16 + i, tokens) for i in range(texts)]
-    for shape in candidates(model)[1:]:
+    for shape in candidates(model.prepare())[1:]:
         drafted = [text(model, shape, 16 + i, tokens) for i in range(texts)]
         row["shapes"][str(shape)] = differences(plain, drafted)
     with on_cpu():

@@ -42,7 +42,7 @@ def load(args: argparse.Namespace) -> SpeculativeModel:
     if args.model == TINY:
         return tiny(drafter=args.drafter != "none")
     model, _ = r.load(args.model, drafter=None if args.drafter == "none" else args.drafter, dtype=args.dtype)
-    if model.target is None:
+    if model.prepare() is None:
         raise ValueError(f"{args.model} cannot verify drafts: choose a model with plain attention caches.")
     return model
 
@@ -71,9 +71,9 @@ def tiny(drafter: bool = True, hidden: int = 64, layers: int = 2, vocabulary: in
 
 def after_prompt(model: SpeculativeModel, rows: int) -> State:
     """The state after a prompt of ``rows`` made-up tokens, which the model has read, and one more."""
-    target = model.target
+    target = model.prepare().target
     assert target is not None
-    ids = made_up_text(model, rows + 1)
+    ids = made_up_text(model.prepare(), rows + 1)
     caches = target.make_cache()
     for start in range(0, rows, 512):
         target.forward(mx.array([ids[start : min(start + 512, rows)]]), caches)

@@ -41,8 +41,8 @@ def main() -> None:
 
 def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, mlx_lm: bool) -> dict[str, Any]:
     """Everything behind a text of ``rows`` tokens."""
-    shapes = candidates(model)
-    measured = measure(model, shapes, seconds, rows)
+    shapes = candidates(model.prepare())
+    measured = measure(model.prepare(), shapes, seconds, rows)
     return {
         "rows": rows,
         "rounds": len(measured.rounds[0]),
@@ -63,7 +63,7 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
 def peak(model: SpeculativeModel, shape: DraftShape, rows: int, steps: int) -> dict[str, float]:
     """Peak memory of some steps with room for them, in MB, and its ratio to the weights and the cache."""
     room = bucket(rows + steps * (shape.depth + 1) + shape.room)
-    state = with_capacity(behind_text(model, rows), room)
+    state = with_capacity(behind_text(model.prepare(), rows), room)
     mx.eval(state.layers.rows)
     held = weights(model) + sum(part.nbytes for parts in state.layers.rows for part in parts)
     decoding = harness.decode(model, Fixed(shape), state, rows)

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", help="width,length,nodes,lookup (default: the device's)")
     args = parser.parse_args()
     model = harness.load(args)
-    shapes = [parse_shape(text) for text in args.shapes or ()] or candidates(model)
+    shapes = [parse_shape(text) for text in args.shapes or ()] or candidates(model.prepare())
     results = []
     for shape in shapes:
         for name, function in functions(model, shape, args.rows):
@@ -66,7 +66,7 @@ def label(shape: DraftShape) -> str:
 
 def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """The stages of a step of one shape, behind a text of ``rows`` tokens."""
-    target, drafter = model.target, FusedDrafter(model.drafter) if model.drafter else None
+    target, drafter = model.prepare().target, FusedDrafter(model.drafter) if model.drafter else None
     assert target is not None
     state = after_text(model, rows, shape)
     shown = View(state.capacity)
@@ -122,7 +122,7 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
 
 def after_text(model: SpeculativeModel, rows: int, shape: DraftShape) -> State:
     """The state after a text of ``rows`` tokens, with room for a step."""
-    return with_capacity(behind_text(model, rows), bucket(rows + shape.room))
+    return with_capacity(behind_text(model.prepare(), rows), bucket(rows + shape.room))
 
 
 def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:

@@ -93,12 +93,12 @@ class InTurn:
 
 def policy(model: SpeculativeModel, shape: DraftShape | None) -> Chooser:
     """One shape, or all of the device's in turn."""
-    return InTurn(candidates(model)) if shape is None else Fixed(shape)
+    return InTurn(candidates(model.prepare())) if shape is None else Fixed(shape)
 
 
 def generate(model: SpeculativeModel, chosen: Chooser, prompt: int, tokens: int, window: int) -> list[Window]:
     """Decode ``tokens`` behind a text of ``prompt`` tokens; what each ``window`` of them was like."""
-    steps = harness.decode(model, chosen, behind_text(model, prompt), prompt)
+    steps = harness.decode(model, chosen, behind_text(model.prepare(), prompt), prompt)
     windows: list[Window] = []
     seen: list[tuple[float, Emitted]] = []
     start, emitted = time.perf_counter(), 0

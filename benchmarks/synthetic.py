@@ -92,10 +92,10 @@ def run(sizes: Sequence[str], weights: Sequence[str], seconds: float) -> Iterato
 
 def measured(model: SpeculativeModel, seconds: float) -> dict[str, Any]:
     """Step times and the cost curve of one model."""
-    shapes = candidates(model)
-    times = measure(model, shapes, seconds)
-    assert model.target is not None
-    curve = cost_curve(model.target, SIZES, ROUNDS)
+    shapes = candidates(model.prepare())
+    times = measure(model.prepare(), shapes, seconds)
+    assert model.prepare() is not None
+    curve = cost_curve(model.prepare().target, SIZES, ROUNDS)
     parameters: Any = tree_flatten(model.model.parameters())
     return {
         "weight_bytes": sum(value.nbytes for _, value in parameters),

@@ -76,7 +76,7 @@ class BatchGenerator:
 
     def __new__(cls, model: SpeculativeModel | nn.Module, **options: Any) -> Any:
         own = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
-        if own.target is None or options.get("max_kv_size") is not None:
+        if own.prepare() is None or options.get("max_kv_size") is not None:
             return PlainBatchGenerator(own.model, **options)
         made = super().__new__(cls)
         made.model = own
@@ -101,7 +101,7 @@ class BatchGenerator:
         self.stream = stream or generation_stream
         self._stop = StopSequences(stop_tokens or None)
         texts = max(completion_batch_size, prefill_batch_size)
-        self._engine = self.model.engine(self.model.policy(), prefill_step_size, texts=texts)
+        self._engine = self.model.engine(self.model.make_policy(), prefill_step_size, texts=texts)
         self._sequences: dict[int, _Sequence] = {}  # by uid
         self._numbers: dict[int, int] = {}  # the engine's number of a text -> its uid
         self._progress: list[PromptResponse] = []

@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import re
+import weakref
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +21,11 @@ from mlx_lm.utils import dequantize_model, load_adapters
 
 from .blas import packaged
 from .engine import backend
-from .engine.engine import CHUNK, Engine
+from .engine.engine import CHUNK, Engine, engine_here
 from .engine.loop import Chooser
 from .engine.runner import Runner
 from .loading.base import LOAD_ERRORS, cast_model, find_gguf, load_base
-from .loading.files import atomic_folder
+from .loading.files import atomic_folder, cache_folder
 from .loading.gguf import convert_gguf
 from .loading.tokenizers import load_tokenizer
 from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
@@ -56,7 +57,6 @@ class SpeculativeModel:
         self.drafter = drafter
         self.context_length = context_length
         self.refusal = ""
-        self._target: Target | None = None
         self._given_policies: dict[int | None, Chooser] = {}
         self._policies: dict[int | None, Chooser] = {}
         self._runner: Runner | None = None
@@ -70,32 +70,33 @@ class SpeculativeModel:
         embedding = token_embedding(self.model)
         return None if embedding is None else int(embedding.weight.shape[0])
 
-    @property
-    def target(self) -> Target | None:
-        """The model as it is now, to verify drafts; None if it cannot: decoding is plain then."""
+    def prepare(self) -> Runner | None:
+        """What runs the steps of the model as it is now; None if it cannot verify drafts (``refusal``).
+
+        After a change of the model or the drafter, it is tried out anew.
+        """
         with self._lock:
-            found = self._find_parts()
+            found = [backend.current(), *parts(self.model), *parts(self.drafter)]
             if len(found) != len(self._parts) or not all(map(operator.is_, found, self._parts)):
                 self._take_in(found)
-        return self._target
-
-    def _find_parts(self) -> list[Any]:
-        return [backend.current(), *parts(self.model), *parts(self.drafter)]
+            return self._runner
 
     def _take_in(self, found: list[Any]) -> None:
         """Start anew with the model and the drafter as they are now, of these parts."""
         mx.eval([x for x in found if isinstance(x, mx.array)])  # what this thread left to be computed
         kinds = [(x.shape, x.dtype) if isinstance(x, mx.array) else type(x) for x in found]
         same = kinds == self._kinds  # only values differ: steps take as long, and drafts can be verified
+        drafter: Any = self.drafter
         try:
-            self._target = Target(self.model, self.drafter.config.context_layers if self.drafter else ())
+            target = Target(self.model, drafter.config.context_layers if drafter else ())
             if self.refusal or not same:
-                _check_fit(self.drafter, self._target.embed)
-                self._target.check()
-            self.refusal = ""
+                _check_fit(drafter, target.embed)
+                target.check()
+            drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
+            self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""
         except ValueError as error:
-            self._target, self.refusal = None, str(error)
-        self._parts, self._kinds, self._runner = found, kinds, None
+            self._runner, self.refusal = None, str(error)
+        self._parts, self._kinds = found, kinds
         self._policies = self._policies if same else dict(self._given_policies)
 
     def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -116,14 +117,20 @@ class SpeculativeModel:
         """Let this policy choose draft shapes from now on."""
         self._given_policies[lookup] = self._policies[lookup] = policy
 
-    def policy(self, lookup: int | None = None) -> Chooser:
-        """Chooses draft shapes that copy at most ``lookup`` tokens; remembers how drafts have fared."""
+    def make_policy(self, lookup: int | None = None) -> Chooser:
+        """What chooses draft shapes that copy at most ``lookup`` tokens, and remembers how drafts have fared.
+
+        Made once, which may take the seconds in which step times are measured.
+        """
         with self._lock:  # one thread alone measures
-            assert self.target is not None
+            self._prepared()
             if lookup not in self._policies:
                 from .engine.step_times import make_policy
 
-                self._policies[lookup] = make_policy(self, lookup)
+                there: Any = weakref.ref(
+                    self
+                )  # which has the policy, and shall be gone when nobody else has it
+                self._policies[lookup] = make_policy(lambda: there()._prepared(), lookup)
             return self._policies[lookup]
 
     def engine(self, policy: Chooser, chunk: int = CHUNK, **options: Any) -> Engine:
@@ -132,15 +139,12 @@ class SpeculativeModel:
         Raises:
             ValueError: the model cannot verify drafts.
         """
-        with self._lock:
-            if (target := self.target) is None:
-                raise ValueError(self.refusal)
-            device = backend.current()
-            if self._runner is None:
-                drafter = FusedDrafter(self.drafter) if isinstance(self.drafter, Drafter) else self.drafter
-                self._runner = Runner(target, drafter, compiled=device.compiled)
-            usual = {"max_memory": backend.free_memory(), "grain": device.grain, "padded": device.padded}
-            return Engine(target, self._runner, policy, chunk, **{**usual, **options})
+        return engine_here(self._prepared(), policy, chunk, **options)
+
+    def _prepared(self) -> Runner:
+        if (runner := self.prepare()) is None:
+            raise ValueError(self.refusal)
+        return runner
 
     def __setattr__(self, name: str, value: Any) -> None:
         part = name != "model" and name in vars(self).get("model", ())  # of the mlx-lm model, as its head
@@ -211,7 +215,7 @@ def load(
     _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
-    if loaded is not None and speculative.target is None:
+    if loaded is not None and speculative.prepare() is None:
         raise ValueError(speculative.refusal)
     return speculative, tokenizer
 
@@ -246,21 +250,6 @@ def model_folder(name: str, revision: str | None = None) -> Path:
     folder = download(name, revision, DOWNLOADS)
     gguf = find_gguf(folder)
     return _converted(gguf) if gguf else folder
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``MLX_REDRAFTER_CACHE``, or the user's cache folder.
-
-    Raises:
-        OSError: nothing says where.
-    """
-    if folder := os.environ.get("MLX_REDRAFTER_CACHE"):
-        return Path(os.path.expanduser(folder))
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    folder = folder if os.path.isabs(folder) else os.path.expanduser("~/.cache")  # as its standard says
-    if not os.path.isabs(folder):
-        raise OSError("there is no home folder to keep converted models in: set MLX_REDRAFTER_CACHE to one.")
-    return Path(folder) / "mlx-redrafter"
 
 
 def _converted(gguf: Path) -> Path:

@@ -143,7 +143,7 @@ def stream_generate(
     if seed is not None:
         mx.random.seed(seed)  # for functions of the caller's
     if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
-        policy = model.policy(lookup) if shape is None else Fixed(_usable(shape, model))
+        policy = model.make_policy(lookup) if shape is None else Fixed(_usable(shape, model))
         responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
     else:
         responses = _plain(
@@ -314,7 +314,7 @@ def _can_draft(
     options: dict[str, Any],
 ) -> bool:
     """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
-    if model.target is None:
+    if model.prepare() is None:
         if model.drafter is not None:
             warnings.warn(f"decoding without the drafter: {model.refusal}", stacklevel=3)
         return False

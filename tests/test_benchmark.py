@@ -368,7 +368,7 @@ def test_timed_steps_say_what_others_say(values):
     shape, times, said = DraftShape(*values), phases.Times(), []
     target = Target(base)
     drafter = ScriptedDrafter(target, prompt + wanted)
-    engine = Engine(target, Runner(target, drafter), Fixed(shape), hand_over=phases._Stopwatch(times))
+    engine = Engine(Runner(target, drafter), Fixed(shape), hand_over=phases._Stopwatch(times))
     engine.submit(Request(prompt, 40))
     while engine.is_busy:
         said += [token for emitted in engine.step() for token in emitted.tokens]

@@ -64,12 +64,14 @@ def speculative(drafter: bool = True, **changes: Any) -> SpeculativeModel:
 
 def test_times_every_shape_in_every_round() -> None:
     model = speculative()
-    measured = measure(model, THREE)
+    measured = measure(model.prepare(), THREE)
     assert len(measured.seconds) == 3
     assert [len(times) for times in measured.rounds] == [3, 3, 3]
     assert all(0 < t < 10 for times in measured.rounds for t in times)
     assert len(measured.seconds) == 3
-    assert len(measure(model, THREE, seconds=0.0).rounds[2]) == 2  # in no time: as many as can be kept
+    assert (
+        len(measure(model.prepare(), THREE, seconds=0.0).rounds[2]) == 2
+    )  # in no time: as many as can be kept
 
 
 def play(watch: _Stopwatch, took: Callable[[DraftShape], float]) -> list[DraftShape]:
@@ -170,7 +172,7 @@ def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kept_and_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = speculative()
-    first = step_times(model, THREE)
+    first = step_times(model.prepare(), THREE)
     (file,) = folder.iterdir()
     known = json.loads(file.read_text())["conditions"]
     assert (
@@ -179,7 +181,7 @@ def test_kept_and_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         and known["weights"] == {"mlx.core.float32": known["weights"]["mlx.core.float32"]}
     )
     monkeypatch.setattr(calibrate, "measure", lambda *_: pytest.fail("measured again"))
-    assert step_times(model, THREE) == first
+    assert step_times(model.prepare(), THREE) == first
 
 
 @pytest.mark.parametrize(
@@ -200,43 +202,43 @@ def test_kept_and_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_a_damaged_file_is_measured_anew(folder: Path, text: str) -> None:
     model = speculative()
-    step_times(model, THREE)
+    step_times(model.prepare(), THREE)
     (file,) = folder.iterdir()
     file.write_text(text)
-    times = step_times(model, THREE)
+    times = step_times(model.prepare(), THREE)
     assert len(times.seconds) == 3
     assert json.loads(file.read_text())["seconds"] == times.seconds
     assert list(folder.iterdir()) == [file]  # nothing is left over
     file.write_bytes(b"\xff\xfe")
-    assert len(step_times(model, THREE).seconds) == 3
+    assert len(step_times(model.prepare(), THREE).seconds) == 3
 
 
 def test_every_condition_has_a_file_of_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_times(speculative(), THREE)
-    step_times(speculative(), THREE)  # the same model
+    step_times(speculative().prepare(), THREE)
+    step_times(speculative().prepare(), THREE)  # the same model
     assert len(list(folder.iterdir())) == 1
-    step_times(speculative(drafter=False), THREE[:2])
-    step_times(speculative(seed=2), THREE)
+    step_times(speculative(drafter=False).prepare(), THREE[:2])
+    step_times(speculative(seed=2).prepare(), THREE)
     quantized = make_model(hidden_size=64, intermediate_size=64)
     wide = SpeculativeModel(make_model(hidden_size=64, intermediate_size=64), None)
     nn.quantize(quantized, 32, 4)
-    step_times(wide, THREE[:2])
-    step_times(SpeculativeModel(quantized, None), THREE[:2])
+    step_times(wide.prepare(), THREE[:2])
+    step_times(SpeculativeModel(quantized, None).prepare(), THREE[:2])
     monkeypatch.setattr(calibrate, "load_blas", lambda: "another.so")
-    step_times(speculative(), THREE)
+    step_times(speculative().prepare(), THREE)
     assert len(list(folder.iterdir())) == 6
 
 
 def test_unsteady_times_are_used_but_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "STEADY", -1.0)
-    assert len(step_times(speculative(), THREE).seconds) == 3
+    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
     assert not folder.exists()
 
 
 def test_works_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "file"))
-    assert len(step_times(speculative(), THREE).seconds) == 3
+    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
 
 
 def test_leaves_random_numbers_alone() -> None:
@@ -244,21 +246,21 @@ def test_leaves_random_numbers_alone() -> None:
     mx.random.seed(5)
     wanted = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(5)
-    measure(model, THREE)
+    measure(model.prepare(), THREE)
     assert mx.random.uniform(shape=(4,)).tolist() == wanted
 
 
 def test_policy_of_a_model() -> None:
-    policy = make_policy(speculative()).of(1)
+    policy = make_policy(speculative().prepare).of(1)
     assert isinstance(policy, Policy)
-    assert list(policy.cost) == candidates(speculative())
-    assert all(shape.width == 0 for shape in make_policy(speculative(drafter=False)).of(1).cost)  # type: ignore[attr-defined]
-    assert make_policy(speculative(drafter=False), lookup=0) == Fixed(PLAIN)
+    assert list(policy.cost) == candidates(speculative().prepare())
+    assert all(shape.width == 0 for shape in make_policy(speculative(drafter=False).prepare).of(1).cost)  # type: ignore[attr-defined]
+    assert make_policy(speculative(drafter=False).prepare, lookup=0) == Fixed(PLAIN)
 
 
 def test_a_policy_does_not_keep_its_model() -> None:
     model = speculative()
-    policy, alive = model.policy(), weakref.ref(model)
+    policy, alive = model.make_policy(), weakref.ref(model)
     policy.choose(5, [1])
     del model
     assert alive() is None
@@ -327,7 +329,7 @@ def test_tune_has_reasons_for_plain_and_for_drafting() -> None:
 
 def test_tune_names_what_is_used_and_not_a_trial() -> None:
     shapes = list(backend.CPU.shapes)
-    times = StepTimes([0.071, 0.087, 0.102, 0.093, 0.110, 0.140], [0.0] * 6)
+    times = StepTimes([0.071, 0.087, 0.102, 0.086, 0.093, 0.110, 0.140], [0.0] * 7)
     policy = policy_for(shapes, times)
     chosen = tune_command.choice(shapes, times, policy)["chosen"]
     assert chosen["speedup"] == max(policy.rate(shape) for shape in shapes)
@@ -363,10 +365,10 @@ def test_hopeless_shapes_are_not_timed(first: bool) -> None:
 
 def test_hopeless_shapes_are_kept_as_such(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(calibrate, "DOUBT", 1e-9)
-    times = step_times(speculative(), THREE)
+    times = step_times(speculative().prepare(), THREE)
     assert times.seconds[1:] == [math.inf, math.inf] and times.per_row[1:] == [0, 0]
     assert json.loads(next(folder.iterdir()).read_text())["seconds"][1:] == [None, None]
-    assert step_times(speculative(), THREE) == times
+    assert step_times(speculative().prepare(), THREE) == times
     assert list(policy_for(THREE, times).cost) == [PLAIN]
 
 
@@ -402,7 +404,7 @@ def test_whatever_goes_wrong_decodes_plainly(
 
     monkeypatch.setattr(calibrate, "measure", fail)
     with pytest.warns(UserWarning, match=r"step times cannot be measured .*: decoding plainly\."):
-        assert make_policy(speculative()) == Fixed(PLAIN)
+        assert make_policy(speculative().prepare) == Fixed(PLAIN)
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
@@ -410,7 +412,7 @@ def test_a_broken_clock_decodes_plainly(monkeypatch: pytest.MonkeyPatch, seconds
     monkeypatch.setattr(_Stopwatch, "observe", broken(_Stopwatch.observe, seconds))
     monkeypatch.setattr(calibrate, "PATIENCE", -1)
     with pytest.warns(UserWarning, match="decoding plainly"):
-        assert make_policy(speculative()) == Fixed(PLAIN)
+        assert make_policy(speculative().prepare) == Fixed(PLAIN)
 
 
 def broken(observe: Callable[..., None], seconds: float) -> Callable[..., None]:
@@ -423,7 +425,7 @@ def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calibrate, "measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        make_policy(speculative())
+        make_policy(speculative().prepare)
 
 
 def folder_there(file: Path) -> None:
@@ -449,29 +451,29 @@ def large_number_there(file: Path) -> None:
 
 @pytest.mark.parametrize("put", [folder_there, pipe_there, huge_there, deep_there, large_number_there])
 def test_anything_may_be_in_the_place_of_the_file(folder: Path, put: Callable[[Path], None]) -> None:
-    step_times(speculative(), THREE)
+    step_times(speculative().prepare(), THREE)
     (file,) = folder.iterdir()
     file.unlink()
     put(file)
-    assert len(step_times(speculative(), THREE).seconds) == 3
+    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
 
 
 @pytest.mark.parametrize("days", [-8, 8])
 def test_old_times_are_measured_anew(folder: Path, days: int) -> None:
-    first = step_times(speculative(), THREE)
+    first = step_times(speculative().prepare(), THREE)
     (file,) = folder.iterdir()
     changed = file.stat().st_mtime - days * 24 * 3600
     os.utime(file, (changed, changed))
-    second = step_times(speculative(), THREE)
+    second = step_times(speculative().prepare(), THREE)
     assert second != first and json.loads(file.read_text())["seconds"] == second.seconds
-    assert step_times(speculative(), THREE) == second
+    assert step_times(speculative().prepare(), THREE) == second
 
 
 def test_works_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLX_REDRAFTER_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: exec('raise RuntimeError("no home")'))
-    assert len(step_times(speculative(), THREE).seconds) == 3
+    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
 
 
 @pytest.mark.parametrize("closed", [True, False])
@@ -479,14 +481,14 @@ def test_works_with_standard_error_closed(monkeypatch: pytest.MonkeyPatch, close
     stream = io.StringIO()
     stream.close()
     monkeypatch.setattr("sys.stderr", stream if closed else None)
-    assert len(step_times(speculative(), THREE).seconds) == 3
+    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
 
 
 def test_threads_of_the_blas_are_a_condition(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they are set: OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, fewer processors."""
     for threads in (1, 2, None):
         monkeypatch.setattr(calibrate, "blas_threads", lambda threads=threads: threads)
-        step_times(speculative(), THREE)
+        step_times(speculative().prepare(), THREE)
     assert len(list(folder.iterdir())) == 3
 
 
@@ -498,7 +500,7 @@ def test_absurd_times_are_usable() -> None:
 
 
 def test_a_made_up_text_fills_the_buffers() -> None:
-    state = behind_text(speculative(), 700)
+    state = behind_text(speculative().prepare(), 700)
     assert state.length.item() == 700 and state.capacity >= 701
     assert (state.history[0, :700] >= 0).all().item()
 
@@ -521,7 +523,7 @@ def test_a_slow_reader_is_no_slow_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loop.Batch, "_read", read)
     model = speculative()
     engine = model.engine(Watching(PLAIN), hand_over=lambda *_: setattr(clock, "now", clock.now + 0.5))
-    engine.resume(behind_text(model, SHORT), SHORT)
+    engine.resume(behind_text(model.prepare(), SHORT), SHORT)
     for _ in range(11):
         engine.step()
         clock.now += 5.0

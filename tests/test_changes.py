@@ -165,12 +165,12 @@ def test_a_part_that_is_set_is_set_in_the_model():
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3-longrope", "qwen3_moe"])
 def test_a_model_that_did_not_change_is_not_looked_into_again(name):
     model = SpeculativeModel(make_model(name), None)
-    found = model.target, model.engine(Fixed(SHAPES[0])).runner
+    found = model.prepare().target, model.engine(Fixed(SHAPES[0])).runner
     shape = DraftShape(0, 0, None, 3)
     assert drafted(model, shape) == plain(model)
     model.freeze()
     assert drafted(model, shape) == plain(model)
-    assert (model.target, model.engine(Fixed(SHAPES[0])).runner) == found
+    assert (model.prepare().target, model.engine(Fixed(SHAPES[0])).runner) == found
 
 
 def test_policies_stay_unless_steps_take_another_time(monkeypatch):
@@ -178,12 +178,12 @@ def test_policies_stay_unless_steps_take_another_time(monkeypatch):
     model = make_drafted()
     mine = Fixed(SHAPES[1])
     model.use_policy(mine, 5)
-    measured = model.policy()
+    measured = model.make_policy()
     model.update(tree_map(noise(0.2), model.parameters()))
-    assert model.policy() is measured
+    assert model.make_policy() is measured
     nn.quantize(model, 32, 4, class_predicate=lambda path, _: path.endswith("up_proj"))
-    assert model.policy() is not measured
-    assert model.policy(5) is mine
+    assert model.make_policy() is not measured
+    assert model.make_policy(5) is mine
 
 
 @pytest.fixture(scope="module")

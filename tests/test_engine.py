@@ -44,9 +44,7 @@ def prompts(count, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_is_plain_decoding_while_texts_come_and_go(model, shape, compiled):
     target = Target(model)
-    engine = Engine(
-        target, Runner(target, RandomDrafter(target), compiled=compiled), Fixed(shape), 16, texts=4
-    )
+    engine = Engine(Runner(target, RandomDrafter(target), compiled=compiled), Fixed(shape), 16, texts=4)
     wanted, found = {}, {}
     for i, prompt in enumerate(prompts(7)):
         count = 5 + 6 * i % 23
@@ -79,10 +77,10 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_company(model, compiled):
     asks = [Request(p, 12 + i, MIX[i % 9], seed=i) for i, p in enumerate(prompts(14, 1))]
     alone = []
     for shape, ask in zip(SHAPES * 4, asks, strict=False):
-        engine = Engine(target, run, Fixed(shape))
+        engine = Engine(run, Fixed(shape))
         engine.submit(ask)
         alone += finish(engine).values()
-    engine = Engine(target, run, Fixed(SHAPES[2]), 16, texts=5, padded=lambda n: 1 << (n - 1).bit_length())
+    engine = Engine(run, Fixed(SHAPES[2]), 16, texts=5, padded=lambda n: 1 << (n - 1).bit_length())
     numbers = [engine.submit(ask) for ask in asks]
     together = finish(engine)
     assert [together[number] for number in numbers] == alone
@@ -105,7 +103,7 @@ def test_penalties_are_mlx_lms_at_every_node(model, options, foreign, shape):
 
     processors = make_logits_processors(**options)
     target = Target(model)
-    engine = Engine(target, Runner(target, RandomDrafter(target)), Fixed(shape))
+    engine = Engine(Runner(target, RandomDrafter(target)), Fixed(shape))
     ours = {k: tuple(v.items()) if isinstance(v, dict) else v for k, v in options.items()}
     how = {"processors": processors} if foreign else {"sampling": Sampling(**ours)}
     asked = {}
@@ -119,7 +117,7 @@ def test_penalties_are_mlx_lms_at_every_node(model, options, foreign, shape):
 
 def test_an_error_ends_its_own_request_only(model):
     target = Target(model)
-    engine = Engine(target, Runner(target, RandomDrafter(target)), Fixed(SHAPES[2]))
+    engine = Engine(Runner(target, RandomDrafter(target)), Fixed(SHAPES[2]))
 
     def bad(tokens, logits):
         if len(tokens) > 14:
@@ -149,7 +147,7 @@ def test_an_error_ends_its_own_request_only(model):
 
 def test_texts_of_very_different_length_do_not_make_each_other_pay(model):
     target = Target(model)
-    engine = Engine(target, Runner(target, None), Fixed(SHAPES[3]))
+    engine = Engine(Runner(target, None), Fixed(SHAPES[3]))
     lengths = [100, 110, 3000, 90, 2950]
     wanted = {}
     for i, length in enumerate(lengths):
@@ -173,7 +171,7 @@ def layer_of(target):
 def test_texts_wait_for_memory_and_for_a_place(model):
     target = Target(model)
     row = 2 * sum(part.nbytes // part.shape[2] for part in layer_of(target))
-    engine = Engine(target, Runner(target, None), Fixed(SHAPES[0]), max_memory=2 * 256 * row, texts=3)
+    engine = Engine(Runner(target, None), Fixed(SHAPES[0]), max_memory=2 * 256 * row, texts=3)
     numbers = [engine.submit(Request([1 + i] * 20, 30)) for i in range(5)]
     engine.submit(Request([9] * 3000, 5))  # alone it is admitted, though it needs more
     at_once, ended = 0, []
@@ -188,7 +186,7 @@ def test_texts_wait_for_memory_and_for_a_place(model):
 
 def test_a_long_prompt_lets_the_others_go_on(model):
     target = Target(model)
-    engine = Engine(target, Runner(target, None), Fixed(SHAPES[0]), chunk=16)
+    engine = Engine(Runner(target, None), Fixed(SHAPES[0]), chunk=16)
     first = engine.submit(Request([3, 4, 5], 200))
     for _ in range(3):
         engine.step()
@@ -201,9 +199,7 @@ def test_a_long_prompt_lets_the_others_go_on(model):
 def test_few_shapes_are_traced_for_any_number_of_texts(model):
     target = Target(model)
     run = Runner(target, RandomDrafter(target), compiled=True)
-    engine = Engine(
-        target, run, Fixed(SHAPES[2]), texts=16, grain=256, padded=lambda n: 1 << (n - 1).bit_length()
-    )
+    engine = Engine(run, Fixed(SHAPES[2]), texts=16, grain=256, padded=lambda n: 1 << (n - 1).bit_length())
     rng = random.Random(3)
     wanted, found = {}, {}
     for prompt in prompts(40, 8):

@@ -18,8 +18,8 @@ from test_gguf import write_model
 
 from mlx_redrafter.commands.convert import save_counts
 from mlx_redrafter.loading import files
-from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, unfinished
-from mlx_redrafter.model import cache_folder, load, model_folder
+from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, cache_folder, unfinished
+from mlx_redrafter.model import load, model_folder
 
 
 def tree(folder):

@@ -123,7 +123,7 @@ class Session:
     def _profile(self) -> None:
         args = self.args
         used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
-        if self.model.target is None or not used:
+        if self.model.prepare() is None or not used:
             return
         shape = max(used, key=lambda shape: (shape.size > 1, used[shape]))  # plain only if there is no other
         prompts, sampling = sample(self.first_turns, args.profile), sampling_of(args)
@@ -136,7 +136,10 @@ class Session:
 
     def _sweep(self) -> None:
         prompts = sample(self.first_turns, self.args.sweep_limit)
-        shapes = [None, *dict.fromkeys((*self.grid.shapes(), *candidates(self.model, self.args.lookup)))]
+        shapes = [
+            None,
+            *dict.fromkeys((*self.grid.shapes(), *candidates(self.model.prepare(), self.args.lookup))),
+        ]
         found: list[sweep.Swept] = []
         try:
             with tqdm(desc="Sweep", total=len(prompts) * len(shapes), unit="answer") as bar:
@@ -149,10 +152,10 @@ class Session:
                 self.report["sweep"] = sweep.summarise(self.grid, found)
 
     def _cost_curve(self) -> None:
-        target, rounds = self.model.target, sweep.ROUNDS
-        assert target is not None
+        runner, rounds = self.model.prepare(), sweep.ROUNDS
+        assert runner is not None
         with tqdm(desc="Cost curve", total=rounds + 1, unit="round") as bar, wired_limit(self.model.model):
-            self.report["cost_curve"] = sweep.cost_curve(target, sweep.SIZES, rounds, bar.update)
+            self.report["cost_curve"] = sweep.cost_curve(runner.target, sweep.SIZES, rounds, bar.update)
 
     def _concurrency(self) -> None:
         crowds = [Crowd(texts, every) for texts in self.args.concurrency for every in self.args.arrive_every]
@@ -168,7 +171,7 @@ class Session:
     def _check_passes(self) -> None:
         """Refuse passes that the model or its drafter cannot do, before anything is measured."""
         for flag in ("cost_curve", "concurrency"):
-            if getattr(self.args, flag) and self.model.target is None:
+            if getattr(self.args, flag) and self.model.prepare() is None:
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} needs a model that can verify drafts, and this one cannot.")
         if self.args.concurrency and max(self.args.concurrency) > len(self.first_turns):

@@ -13,8 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..commands.generate import is_raw, render_messages
 from ..conversations import Message, Prompt, encode_messages, read_prompts, refusal
-from ..loading.files import atomic_file
-from ..model import cache_folder
+from ..loading.files import atomic_file, cache_folder
 
 # MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
 MT_BENCH = ("lmsys/mt-bench", "data/mt_bench/question.jsonl")  # a Space and a file of it

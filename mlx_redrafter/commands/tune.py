@@ -54,18 +54,19 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt([text]) for text in PROMPTS]
     drafter = None if args.drafter == "none" else args.drafter
     model, tokenizer = load(args.model, drafter=drafter, dtype=args.dtype)
-    shapes = candidates(model, args.lookup)
-    if model.target is None or len(shapes) == 1:
+    runner = model.prepare()
+    shapes = candidates(runner, args.lookup)
+    if runner is None or len(shapes) == 1:
         raise ValueError(f"{args.model or DEFAULT_MODEL} is decoded plainly: there is nothing to choose.")
-    calibration = calibrate(model, shapes, args.seconds)
+    calibration = calibrate(runner, shapes, args.seconds)
     times, steady = calibration.times, calibration.steady
     policy, read = policy_for(shapes, times), 0
     model.use_policy(policy, args.lookup)
     for ids in usable(prompts, partial(encode, tokenizer=tokenizer))[1] if args.tokens else ():
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))
-    file = keep(model, shapes, times) if steady else None
+    file = keep(runner, shapes, times) if steady else None
     record = {
-        "conditions": conditions(model, shapes),
+        "conditions": conditions(runner, shapes),
         "rounds": calibration.rounds,
         "steady": steady,
         "tokens": read,

@@ -123,12 +123,6 @@ class Verified:
 class Verifier(Protocol):
     """The language model, as the step sees it."""
 
-    weights: list[mx.array]
-
-    def with_weights(self, weights: list[mx.array]) -> "Verifier":
-        """The same model with other arrays in the places of its ``weights``."""
-        ...
-
     def embed(self, tokens: mx.array) -> mx.array:
         """[...] -> [..., H]."""
         ...

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -11,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 from ..decoding.layers import Layers
 from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
-from ..models.target import Target
+from . import backend
 from .foreign import foreign_pick
 from .loop import Batch, Chooser, Emitted, HandOver, Processor, Sampler, Step, Text, begin_step, bucket
 from .runner import Runner
@@ -88,8 +89,7 @@ class Engine:
     One thread at a time may call it.
 
     Args:
-        target: the model.
-        runner: runs its steps.
+        runner: runs the model's steps.
         policy: chooses draft shapes; one for all batches.
         chunk: prompt tokens that are read at most between two steps.
         texts: decoded at once at most; others wait.
@@ -102,7 +102,6 @@ class Engine:
 
     def __init__(
         self,
-        target: Target,
         runner: Runner,
         policy: Chooser,
         chunk: int = CHUNK,
@@ -116,10 +115,10 @@ class Engine:
         if chunk < 1 or texts < 1:
             raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
         self.chunk, self.texts, self.max_memory = chunk, texts, max_memory
-        self.target, self.runner, self._longest = target, runner, longest
+        self.target, self.runner, self._longest = runner.target, runner, longest
         # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
         self._new_batch = partial(
-            Batch, partial(_runner_for, runner), policy, target.vocabulary, grain, padded, hand_over
+            Batch, partial(_runner_for, runner), policy, runner.target.vocabulary, grain, padded, hand_over
         )
         self._waiting: deque[_Prompt] = deque()
         self._batches: list[Batch] = []
@@ -267,6 +266,13 @@ class Engine:
 
     def _rows_in_the_end(self, text: Text, rows: int) -> int:
         return bucket(min(rows + text.left, max(self._longest, rows)))
+
+
+def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: Any) -> Engine:
+    """An engine as it suits MLX's default device; ``options`` are ``Engine``'s."""
+    device = backend.current()
+    usual = {"max_memory": backend.free_memory(), "grain": device.grain, "padded": device.padded}
+    return Engine(runner, policy, chunk, **{**usual, **options})
 
 
 def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:

@@ -11,7 +11,8 @@ import mlx.core as mx
 from ..decoding.beam import Proposer
 from ..decoding.layers import Layers, View, commit
 from ..decoding.state import DraftShape, Output, State
-from ..decoding.step import Pick, Verifier, pick, step
+from ..decoding.step import Pick, pick, step
+from ..models.target import Target
 
 Arrays = dict[str, Any]
 FlatStep = Callable[[Arrays, list[mx.array], int], tuple[Arrays, Arrays]]
@@ -35,7 +36,7 @@ class Runner:
     """
 
     def __init__(
-        self, target: Verifier, drafter: Proposer | None, pick: Pick = pick, compiled: bool = False
+        self, target: Target, drafter: Proposer | None, pick: Pick = pick, compiled: bool = False
     ) -> None:
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
@@ -60,7 +61,7 @@ class Runner:
         after, output = self._steps[shape, view](_flatten(state), self.target.weights, self._serial)
         return _unflatten(after), Output(**output)
 
-    def _step(self, target: Verifier, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
+    def _step(self, target: Target, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         self.traces += 1
         return step(target, self.drafter, self.pick, shape, state, view)
 

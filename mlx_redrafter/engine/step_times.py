@@ -5,8 +5,6 @@ is the chip, the weights (and how they are quantized) and the versions. Measured
 old, and, at the next use, what was measured while the machine was too busy to tell.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -16,7 +14,6 @@ import os
 import sys
 import time
 import warnings
-import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
@@ -24,7 +21,7 @@ from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -32,15 +29,13 @@ from mlx_lm.generate import wired_limit
 
 from ..blas import blas_threads, load_blas
 from ..decoding.layers import Layers
-from ..decoding.state import DraftShape, State, begin
-from ..loading.files import atomic_file
+from ..decoding.state import PLAIN, DraftShape, State, begin
+from ..loading.files import atomic_file, cache_folder
 from ..models.bundle import identity_of
 from . import backend, policy
+from .engine import engine_here
 from .loop import Chooser, Fixed, bucket
-from .runner import TRIALS
-
-if TYPE_CHECKING:
-    from ..model import SpeculativeModel
+from .runner import TRIALS, Runner
 
 SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 2  # times as long at most, where the rounds differ much
@@ -53,16 +48,31 @@ OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
 LARGEST = 1 << 20  # bytes of a file of step times
 
 
-def make_policy(model: SpeculativeModel, lookup: int | None = None) -> Chooser:
+@dataclass
+class StepTimes:
+    """What a step takes with each of some shapes.
+
+    Attributes:
+        seconds: behind an empty text; infinite for a shape that can never pay.
+        per_row: seconds more for each token of the text before.
+    """
+
+    seconds: list[float]
+    per_row: list[float]
+
+
+def make_policy(runner: Callable[[], Runner], lookup: int | None = None) -> Chooser:
     """The policy for a model on this machine; copies at most ``lookup`` tokens per step.
 
     Where step times cannot be had, for whatever reason, it decodes plainly, with a warning.
+
+    Args:
+        runner: gives what runs the model's steps; asked for again whenever something is to be measured.
     """
-    shapes = candidates(model, lookup)
+    shapes = candidates(runner(), lookup)
     if len(shapes) == 1:
         return Fixed(shapes[0])
-    there: Any = weakref.ref(model)  # which has this policy, and shall be gone when nobody else has it
-    measured = functools.cache(lambda texts: step_times(there(), shapes, texts))  # also what is not kept
+    measured = functools.cache(lambda texts: step_times(runner(), shapes, texts))  # also what is not kept
     made = policy.Policies(lambda texts, known: policy_for(shapes, times_for(measured, texts), known))
     try:
         made.of(1)
@@ -93,14 +103,17 @@ def times_for(measured: Callable[[int], StepTimes], texts: int) -> StepTimes:
     return StepTimes(*([a + part * (b - a) for a, b in zip(*pair, strict=True)] for pair in pairs))
 
 
-def candidates(model: SpeculativeModel, lookup: int | None = None) -> list[DraftShape]:
+def candidates(runner: Runner | None, lookup: int | None = None) -> list[DraftShape]:
     """The device's shapes that the model can use, plain decoding first.
 
     Args:
-        model: without a drafter, shapes with beams are left out.
+        runner: of the model; without a drafter, shapes with beams are left out. None: plain decoding only.
         lookup: tokens to be copied from the text per step at most; None: as the device's shapes say.
     """
-    known = model.drafter.config.head_outputs if model.drafter else 0
+    if runner is None:
+        return [PLAIN]
+    drafter: Any = runner.drafter
+    known = drafter.config.head_outputs if drafter else 0
     shapes = [_fit(shape, known, lookup) for shape in backend.current().shapes]
     return list(dict.fromkeys(shape for shape in shapes if shape is not None))
 
@@ -115,30 +128,17 @@ def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None
     return replace(shape, width=width, lookup=copied, nodes=nodes)
 
 
-@dataclass
-class StepTimes:
-    """What a step takes with each of some shapes.
-
-    Attributes:
-        seconds: behind an empty text; infinite for a shape that can never pay.
-        per_row: seconds more for each token of the text before.
-    """
-
-    seconds: list[float]
-    per_row: list[float]
-
-
-def step_times(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int = 1) -> StepTimes:
+def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> StepTimes:
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
-    found = _read(model, shapes, texts)
+    found = _read(runner, shapes, texts)
     if found is None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
             if sys.stderr.isatty():
                 print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
-        calibration = calibrate(model, shapes, texts=texts)
+        calibration = calibrate(runner, shapes, texts=texts)
         found = calibration.times
         if calibration.steady:
-            keep(model, shapes, found, texts)
+            keep(runner, shapes, found, texts)
     return found
 
 
@@ -152,13 +152,13 @@ class Calibration:
 
 
 def calibrate(
-    model: SpeculativeModel, shapes: Sequence[DraftShape], seconds: float = SECONDS, texts: int = 1
+    runner: Runner, shapes: Sequence[DraftShape], seconds: float = SECONDS, texts: int = 1
 ) -> Calibration:
     """Measure every shape behind a short text, and how the smallest and the largest grow with the text."""
-    short = measure(model, shapes, seconds / 2, SHORT, DOUBT, texts)
+    short = measure(runner, shapes, seconds / 2, SHORT, DOUBT, texts)
     timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
     ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
-    long = measure(model, ends, seconds / 4, LONG, texts=texts)
+    long = measure(runner, ends, seconds / 4, LONG, texts=texts)
     times = between(shapes, short.seconds, dict(zip(ends, long.seconds, strict=True)))
     return Calibration(times, short.steady and long.steady, len(short.rounds[0]))
 
@@ -184,14 +184,12 @@ def between(
     return StepTimes([max(a - SHORT * more, a / 2) for a, more in zip(short, per_row, strict=True)], per_row)
 
 
-def keep(
-    model: SpeculativeModel, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1
-) -> Path | None:
+def keep(runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1) -> Path | None:
     """Write step times to the cache folder; return the file, or None if it cannot be written."""
     seconds = [value if value < math.inf else None for value in times.seconds]
-    report = {"conditions": conditions(model, shapes, texts), "seconds": seconds, "per_row": times.per_row}
+    report = {"conditions": conditions(runner, shapes, texts), "seconds": seconds, "per_row": times.per_row}
     with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
-        file = _file(model, shapes, texts)
+        file = _file(runner, shapes, texts)
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not file.is_file():  # writing to a pipe would wait for its reader
             return None
@@ -249,7 +247,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def measure(
-    model: SpeculativeModel,
+    runner: Runner,
     shapes: Sequence[DraftShape],
     seconds: float = SECONDS,
     rows: int = SHORT,
@@ -259,40 +257,37 @@ def measure(
     """Time steps of every shape in turn, as the decoding loop runs them.
 
     Args:
-        model: has a target.
+        runner: runs the model's steps.
         shapes: to be timed, plain decoding first; the same number of rounds for each.
         seconds: to spend, about; up to ``PATIENCE`` times as many if the rounds differ much.
         rows: tokens of the text before.
         doubt: how many times what it can ever emit a shape may take to be timed further.
         texts: that share each step.
     """
-    with wired_limit(model.model):
-        watch = _Stopwatch(shapes, seconds, doubt, backend.current().compiled)
-        engine = model.engine(watch, texts=texts)
+    with wired_limit(runner.target.model):
+        watch = _Stopwatch(shapes, seconds, doubt, runner.compiled)
+        engine = engine_here(runner, watch, texts=texts)
         for _ in range(texts):
-            engine.resume(behind_text(model, rows), rows)
+            engine.resume(behind_text(runner, rows), rows)
         while not watch.finished:
             engine.step()
         engine.close()
     return watch.measured
 
 
-def behind_text(model: SpeculativeModel, rows: int) -> State:
+def behind_text(runner: Runner, rows: int) -> State:
     """The state behind a made-up text of ``rows`` tokens, whose keys and values are all zero."""
-    target = model.target
-    assert target is not None
+    target = runner.target
     layers = target.layers_of(target.make_cache())[1].rows
     blank = [
         [mx.zeros((1, x.shape[1], bucket(rows + 1), x.shape[3]), x.dtype) for x in parts] for parts in layers
     ]
-    return begin(made_up_text(model, rows + 1), rows, Layers(blank), target.no_context(), mx.random.key(0))
+    return begin(made_up_text(runner, rows + 1), rows, Layers(blank), target.no_context(), mx.random.key(0))
 
 
-def made_up_text(model: SpeculativeModel, rows: int) -> list[int]:
+def made_up_text(runner: Runner, rows: int) -> list[int]:
     """``rows`` tokens of the model that hardly repeat."""
-    target = model.target
-    assert target is not None
-    size = target.embed.weight.shape[0]
+    size = runner.target.embed.weight.shape[0]
     return [(7919 * i + i * i // 7 + 13) % size for i in range(rows)]
 
 
@@ -387,9 +382,10 @@ class _Stopwatch:
         return min(self._times[shape], default=math.inf) <= self._doubt * (1 + shape.depth) * plain
 
 
-def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int = 1) -> dict[str, Any]:
+def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> dict[str, Any]:
     """All that step times depend on, as JSON."""
-    blas = load_blas()
+    blas, model = load_blas(), runner.target.model
+    drafter: Any = runner.drafter
     return {
         "chip": backend.chip(),
         "backend": backend.current().name,
@@ -397,10 +393,10 @@ def conditions(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int
         "blas": blas and Path(blas).name,
         "blas_path": blas,
         "blas_threads": blas_threads(),
-        "model": identity_of(model.model).embedding_digest,
-        "weights": _weights(model.model.parameters()),
-        "drafter": None if model.drafter is None else model.drafter.config.to_dict(),
-        "drafter_weights": None if model.drafter is None else _weights(model.drafter.weights()),
+        "model": identity_of(model).embedding_digest,
+        "weights": _weights(model.parameters()),
+        "drafter": drafter and drafter.config.to_dict(),
+        "drafter_weights": drafter and _weights(drafter.weights()),
         "shapes": [list(astuple(shape)) for shape in shapes],
         "texts": texts,
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")},
@@ -416,17 +412,15 @@ def _weights(parameters: Mapping[str, Any]) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-def _file(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int) -> Path:
-    from ..model import cache_folder
-
-    text = json.dumps(conditions(model, shapes, texts), sort_keys=True)
+def _file(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> Path:
+    text = json.dumps(conditions(runner, shapes, texts), sort_keys=True)
     return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
-def _read(model: SpeculativeModel, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
+def _read(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
     """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
-        file = _file(model, shapes, texts)
+        file = _file(runner, shapes, texts)
         known = file.stat()
         if not file.is_file() or known.st_size > LARGEST or abs(time.time() - known.st_mtime) > OLD:
             return None

@@ -21,7 +21,7 @@ class FusedDrafter:
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter, self._size = drafter, drafter.config.hidden_size
-        self.to_target = drafter.to_target
+        self.config, self.weights, self.to_target = drafter.config, drafter.weights, drafter.to_target
         halves: tuple[nn.Module | None, nn.Module | None] = drafter.halves() or (None, None)
         self._of_context, self._of_state = halves
         self._joint: nn.Module | None = None

@@ -233,7 +233,7 @@ def decode_batch(
 
 
 def _check_model(model: SpeculativeModel, shapes: Sequence[DraftShape]) -> None:
-    if model.drafter is None or model.target is None:
+    if model.drafter is None or model.prepare() is None:
         raise ValueError("the model has no drafter: name one to evaluate.")
     for shape in shapes:
         check_shape(shape, model.drafter.config.head_outputs)
