@@ -26,7 +26,6 @@ from .engine.loop import Chooser
 from .engine.runner import Runner
 from .loading.base import LOAD_ERRORS, cast_model, find_gguf, load_base
 from .loading.files import atomic_folder, cache_folder
-from .loading.gguf import convert_gguf
 from .loading.tokenizers import load_tokenizer
 from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .models.drafter import Drafter
@@ -269,6 +268,8 @@ def _converted(gguf: Path) -> Path:
             return False
 
     if not usable():
+        from .loading.gguf import convert_gguf
+
         try:
             with atomic_folder(folder, usable) as new:
                 convert_gguf(gguf, new)

@@ -12,7 +12,7 @@ from mlx_lm.models import llama
 from test_gguf import CORPUS, TEXTS, byte_level, write_model
 from transformers import PreTrainedTokenizerFast
 
-from mlx_redrafter.loading.base import convert_base
+from mlx_redrafter.loading.convert_base import convert_base
 from mlx_redrafter.loading.tokenizers import load_tokenizer
 
 CONFIG = {

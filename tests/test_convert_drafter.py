@@ -1,6 +1,5 @@
 """Conversion of drafters: from Apple's layout and back, trimmed, cast, quantized; and the commands."""
 
-import argparse
 import json
 import struct
 
@@ -8,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_redrafter.commands import convert
-from mlx_redrafter.commands.convert import convert_drafter, count_tokens, export_drafter
+from mlx_redrafter.commands.main import build_parser
+from mlx_redrafter.loading import convert
+from mlx_redrafter.loading.convert import convert_drafter, count_tokens, export_drafter
 from mlx_redrafter.models import bundle
 from mlx_redrafter.models.bundle import BaseIdentity, load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
@@ -382,9 +382,8 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, function):
 
 
 def run(*flags):
-    parser = argparse.ArgumentParser()
-    convert.add_convert_arguments(parser)
-    return convert.run_convert(parser.parse_args([str(flag) for flag in flags]))
+    args = build_parser("convert").parse_args(["convert", *map(str, flags)])
+    return args.run(args)
 
 
 @pytest.fixture(scope="module")
@@ -465,18 +464,13 @@ def test_command_refuses_before_long_work(tmp_path, monkeypatch, flags, complain
 
 
 def test_command_passes_base_models_on(tmp_path, monkeypatch, capsys):
-    import sys
-    import types
-
     calls = []
 
     def convert_base(source, output, **options):
         calls.append((source, options))
         tmp_path.joinpath(output).mkdir()
 
-    monkeypatch.setitem(
-        sys.modules, "mlx_redrafter.loading.base", types.SimpleNamespace(convert_base=convert_base)
-    )
+    monkeypatch.setattr("mlx_redrafter.commands.convert.convert_base", convert_base)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert run("--hf-path", "base", "-q", "--q-bits", 8, "--trust-remote-code") == 0
@@ -525,10 +519,8 @@ def test_a_failed_upload_keeps_the_folder_and_says_so(tmp_path, monkeypatch):
 
 def test_export_command(tmp_path, capsys):
     source = apple_folder(tmp_path / "apple")
-    parser = argparse.ArgumentParser()
-    convert.add_export_arguments(parser)
-    assert (
-        convert.run_export(parser.parse_args(["--drafter", str(source), "--output", str(tmp_path / "out")]))
-        == 0
+    args = build_parser("export").parse_args(
+        ["export", "--drafter", str(source), "--output", str(tmp_path / "out")]
     )
+    assert args.run(args) == 0
     assert raw_tensors(tmp_path / "out") == raw_tensors(source)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 import mlx_redrafter as r
-from mlx_redrafter.loading.base import convert_base
+from mlx_redrafter.loading.convert_base import convert_base
 from mlx_redrafter.loading.gguf import convert_gguf
 from mlx_redrafter.loading.tokenizers import load_tokenizer
 

@@ -16,8 +16,8 @@ import pytest
 from bundles import make_drafter, make_folder
 from test_gguf import write_model
 
-from mlx_redrafter.commands.convert import save_counts
 from mlx_redrafter.loading import files
+from mlx_redrafter.loading.convert import save_counts
 from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, cache_folder, unfinished
 from mlx_redrafter.model import load, model_folder
 
@@ -294,15 +294,15 @@ def test_another_file_of_the_same_size_and_time_is_another_model(cache, gguf, at
 
 
 def test_two_conversions_at_once_are_one(cache, gguf, monkeypatch):
-    from mlx_redrafter import model
+    from mlx_redrafter.loading import gguf as room
 
-    convert, both = model.convert_gguf, threading.Barrier(2)
+    convert, both = room.convert_gguf, threading.Barrier(2)
 
     def together(source, folder):
         convert(source, folder)
         both.wait(30)
 
-    monkeypatch.setattr(model, "convert_gguf", together)
+    monkeypatch.setattr(room, "convert_gguf", together)
     found = []
     threads = [threading.Thread(target=lambda: found.append(model_folder(str(gguf)))) for _ in range(2)]
     for thread in threads:

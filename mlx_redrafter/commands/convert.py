@@ -1,284 +1,20 @@
-"""Sources of weights -> bundle, and back: the ``convert`` and ``export`` commands.
-
-A drafter comes from Apple's layout (or from a bundle) and may be cast, quantized and trimmed to the
-tokens that occur most often; ``export`` writes one that was not trimmed or quantized back to Apple's
-layout bit for bit. Base models are converted by ``mlx_redrafter.loading.base``.
-"""
+"""``mlx-redrafter convert``."""
 
 import argparse
-import json
-import os
 import re
 import sys
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
-from zipfile import BadZipFile
+from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from tqdm import tqdm  # type: ignore[import-untyped]
+from mlx_lm.convert import QUANT_RECIPES
 
-from ..conversations import Row, read_rows
-from ..loading.files import atomic_file, atomic_folder, check_writable, shell_word
-from ..models import bundle
-from ..models.bundle import BaseIdentity
-from ..models.drafter import DrafterConfig, Quantization
-
-DTYPES = ("float16", "bfloat16", "float32")
-QUANT_RECIPES = ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6")  # mlx-lm's
-Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
-LINES_AT_ONCE = 256
-
-Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
+from ..loading.base import DTYPES
+from ..loading.convert import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter, upload
+from ..loading.convert_base import MODES, convert_base
 
 
-class Tokenizer(Protocol):
-    """What counting needs of a tokenizer; with a ``chat_template``, also ``apply_chat_template``."""
-
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion wrote: where, the drafter's sizes, its base if known, tensors nothing reads."""
-
-    folder: Path
-    config: DrafterConfig
-    base: BaseIdentity | None
-    unused: list[str]
-
-
-def convert_drafter(
-    source: str | Path,
-    output: str | Path,
-    *,
-    base: str | Path | BaseIdentity | None = None,
-    q_bits: int | None = None,
-    q_group_size: int = DRAFTER_GROUP_SIZE,
-    dtype: str | None = None,
-    draft_vocab: int | None = None,
-    frequencies: str | Path | None = None,
-    save_frequencies: str | Path | None = None,
-    tokenizer: Tokenizer | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    progress: bool = False,
-) -> Converted:
-    """Write the bundle of a drafter.
-
-    Args:
-        source: a folder in Apple's layout, a bundle, or a Hugging Face repository of either.
-        output: the bundle's folder; must not exist.
-        base: the base model the drafter belongs to (folder, repository or identity); the bundle
-            refuses every other. None keeps what the source records, if anything.
-        q_bits: quantize every linear layer whose input width is a multiple of ``q_group_size``.
-        dtype: cast to "float16", "bfloat16" or "float32"; None keeps each tensor's.
-        draft_vocab: keep only this many output tokens, the most frequent ones.
-        frequencies: what they are counted in: text, JSONL or JSON conversations, or a count file.
-        save_frequencies: write the counts there (.json or .npz), to be given as ``frequencies``.
-        tokenizer: counts text; by default the one of ``base``.
-        revision: of the repository ``source``.
-        trust_remote_code: allow Python code in the folder of ``base``.
-        progress: show bars on stderr.
-    Raises:
-        ValueError: an argument is not valid, or the source is damaged or belongs to another base.
-    """
-    quantization = None if q_bits is None else Quantization(q_bits, q_group_size)
-    _check_output(output)
-    _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    folder = _drafter_folder(source, revision)
-    raw = bundle.read_config(folder)
-    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
-    unused = bundle.check_shapes(config, weights, folder)
-    bundle.check_values(folder, config, {name: weights[name] for name in config.shapes()})
-    if draft_vocab is not None and draft_vocab > (most := config.head_outputs):
-        asked = f"a draft vocabulary of {draft_vocab} tokens"
-        raise ValueError(f"{asked}: the drafter has {most}, keep at most these.")
-    identity = _identity(base, folder, config, bundle.base_of(raw), trust_remote_code)
-    if frequencies is not None:
-        tokenizer = tokenizer or _tokenizer(base, frequencies, trust_remote_code)
-        counts = count_tokens(frequencies, config.vocab_size, tokenizer, progress)
-        if save_frequencies is not None:
-            save_counts(save_frequencies, counts)
-        if draft_vocab is not None:
-            config, weights = trim(config, weights, counts, draft_vocab)
-    if dtype is not None:
-        weights = {name: bundle.cast(value, getattr(mx, dtype)) for name, value in weights.items()}
-    if quantization is not None:
-        config, weights = quantize(config, weights, quantization, progress)
-    extra = {"source_config": _source_config(raw, dtype)}
-    bundle.write_drafter(output, config, weights, identity, extra, drafter_card(config, identity))
-    return Converted(Path(output), config, identity, unused)
-
-
-def export_drafter(source: str | Path, output: str | Path) -> None:
-    """Write a bundle back to Apple's layout: the tensors bit for bit, the original config.json entries.
-
-    Raises:
-        ValueError: it is trimmed or quantized, reads several layers, or has a gated cell, which Apple's
-            layout cannot express.
-    """
-    _check_output(output)
-    folder = bundle.resolve_drafter(source)
-    raw = bundle.read_config(folder)
-    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
-    bundle.check_shapes(config, weights, folder)
-    for changed, how in (
-        (config.draft_vocab_size, "trimmed vocabulary"),
-        (config.quantization, "quantization"),
-        (config.context_layers, "context of several layers"),
-        (config.cell != "simple", "gated cell"),
-    ):
-        if changed:
-            raise ValueError(
-                f"{folder} has a {how}, which Apple's layout lacks: export the original drafter."
-            )
-    with atomic_folder(Path(output)) as temporary:
-        (temporary / "config.json").write_text(json.dumps(_source_config(raw), indent=2) + "\n", "utf-8")
-        mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "pt"})
-
-
-def trim(
-    config: DrafterConfig, weights: Mapping[str, mx.array], counts: Counts, size: int
-) -> tuple[DrafterConfig, dict[str, mx.array]]:
-    """Keep the head's rows of the ``size`` most frequent tokens, ties and zeros by lower id.
-
-    Args:
-        counts: int64 [V], how often each token occurs.
-    Returns:
-        the new config, and the weights with ``draft_to_target`` int32 [size], ascending.
-    """
-    if "draft_to_target" in weights:
-        candidates = np.array(weights["draft_to_target"])  # [Vd]
-    else:
-        candidates = np.arange(config.vocab_size, dtype=np.int32)  # [V]
-    best = np.lexsort((candidates, -counts[candidates]))[:size]
-    rows = best[np.argsort(candidates[best])]  # [size]
-    head = f"lm_head.{config.num_draft_layers}."
-    trimmed = {name: x[mx.array(rows)] if name.startswith(head) else x for name, x in weights.items()}
-    trimmed["draft_to_target"] = mx.array(candidates[rows].astype(np.int32))
-    return replace(config, draft_vocab_size=size), trimmed
-
-
-def quantize(
-    config: DrafterConfig, weights: Mapping[str, mx.array], quantization: Quantization, progress: bool = False
-) -> tuple[DrafterConfig, dict[str, mx.array]]:
-    """Quantize every linear layer whose input width is a multiple of the group size.
-
-    Raises:
-        ValueError: the drafter is quantized already, or no layer fits.
-    """
-    if config.quantization is not None:
-        raise ValueError("the drafter is quantized already: quantize the one it was made from.")
-    quantized = replace(config, quantization=quantization)
-    layers = [name.removesuffix(".scales") for name in quantized.shapes() if name.endswith(".scales")]
-    if not layers:
-        raise ValueError(
-            f"no layer's width is a multiple of the group size {quantization.group_size}: take a smaller one."
-        )
-    result = dict(weights)
-    for layer in tqdm(layers, "quantizing", unit=" layers", disable=not progress):
-        packed = mx.quantize(result[f"{layer}.weight"], quantization.group_size, quantization.bits)
-        mx.eval(packed)
-        result.update(zip((f"{layer}.weight", f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
-    return quantized, result
-
-
-def count_tokens(
-    path: str | Path, vocab_size: int, tokenizer: Tokenizer | None = None, progress: bool = False
-) -> Counts:
-    """How often each token occurs in a file.
-
-    Args:
-        path: a count file (.npz, or .json with "counts"), conversations (.jsonl, or .json with a
-            list) or, under any other name, text.
-        vocab_size: V; a token beyond it is an error.
-        tokenizer: needed for all but count files; its chat template, if any, formats conversations.
-    Returns:
-        int64 [V]
-    Raises:
-        ValueError: the file is missing, empty or damaged, or holds tokens beyond the vocabulary.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: name a file of text, conversations or counts.")
-    if (counts := _load_counts(path, vocab_size)) is not None:
-        return counts
-    if tokenizer is None:
-        raise ValueError(
-            f"{path} is text, which takes the base model's tokenizer to count: name it with --model."
-        )
-    counts = np.zeros(vocab_size, np.int64)  # [V]
-    pieces = _encoded(path, tokenizer)
-    for ids in tqdm(pieces, f"counting {path.name}", unit=" pieces", disable=not progress):
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(
-                f"the tokenizer makes token {max(ids)}, but the drafter's vocabulary has {vocab_size}: "
-                "name the drafter's own base model."
-            )
-        np.add.at(counts, ids, 1)
-    if not counts.any():
-        raise ValueError(f"{path} holds no text: name a file of text, conversations or counts.")
-    return counts
-
-
-def save_counts(path: str | Path, counts: Counts) -> None:
-    """Write counts int64 [V] as .npz or .json, for ``count_tokens`` to read."""
-    with atomic_file(Path(path)) as temporary:
-        if temporary.suffix == ".npz":
-            np.savez_compressed(temporary, counts=counts)
-        else:
-            seen = {str(token): int(counts[token]) for token in np.flatnonzero(counts)}
-            temporary.write_text(json.dumps({"vocab_size": len(counts), "counts": seen}) + "\n", "utf-8")
-
-
-def upload(folder: str | Path, repo: str) -> None:
-    """Upload a folder to a Hugging Face repository, which is created if need be.
-
-    Raises:
-        ValueError: it failed; the folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder))
-    except Exception as error:  # whatever the library's HTTP client raises
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(
-            f"{folder} is converted, but uploading it to {repo} failed ({reason}): "
-            f"log in with `hf auth login`, then `hf upload {repo} {shell_word(folder)}`."
-        ) from error
-
-
-def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
-    """The README.md of a converted drafter."""
-    model = base.name if base is not None and base.name else "BASE_MODEL"
-    header = f"base_model: {model}\n" if "/" in model else ""
-    bits = f", {config.quantization.bits}-bit" if config.quantization else ""
-    return (
-        f"---\nlibrary_name: mlx-redrafter\n{header}tags:\n- mlx\n- redrafter\n---\n\n"
-        "# A recurrent drafter\n\n"
-        f"It makes {base or 'its base model'} generate faster without changing its output "
-        "([ReDrafter](https://arxiv.org/abs/2403.09919)).\n\n"
-        f"{config.num_draft_layers} residual blocks of width {config.exit_dim}, {config.head_outputs} of "
-        f"{config.vocab_size} tokens{bits}.\n\n"
-        "```bash\npip install mlx-redrafter\n"
-        f'mlx-redrafter generate --model {shell_word(model)} --drafter THIS_FOLDER --prompt "Hello"\n```\n'
-    )
-
-
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``mlx-redrafter convert``: mlx_lm.convert's, and those of drafters."""
     add = parser.add_argument
     add("--hf-path", "--model", help="base model: a folder, a GGUF file or a Hugging Face repository")
@@ -286,7 +22,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("-q", "--quantize", action="store_true", help="quantize the base model, anew if it is")
     add("--q-bits", type=int, help="bits per weight (default: 4)")
     add("--q-group-size", type=int, help="weights per scale (default: 64)")
-    add("--q-mode", choices=Q_MODES, default="affine", help="(default: %(default)s)")
+    add("--q-mode", choices=MODES, default="affine", help="(default: %(default)s)")
     add("--quant-predicate", choices=QUANT_RECIPES, help="mixed bits by mlx-lm's recipe (without --q-bits)")
     add("--dtype", choices=DTYPES, help="of the weights that are not quantized")
     add("-d", "--dequantize", action="store_true", help="dequantize the base model")
@@ -302,19 +38,15 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-frequencies", help="write the counts to this .json or .npz file")
 
 
-def run_convert(args: argparse.Namespace) -> int:
-    """Run ``mlx-redrafter convert``; return the exit status.
-
-    Raises:
-        ValueError: an argument is not valid or the conversion failed, in one line.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Convert what the command line names."""
     if args.drafter is None and args.hf_path is None:
         raise ValueError("nothing to convert: name a base model with --model, or a drafter with --drafter.")
-    _check_output(args.mlx_path)
+    check_output(args.mlx_path)
     repo = args.upload_repo
     if repo is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
         raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
-    if args.drafter is None and _is_drafter(args.hf_path, args.revision):
+    if args.drafter is None and is_drafter(args.hf_path, args.revision):
         args.drafter, args.hf_path = args.hf_path, None
     report = (_run_base if args.drafter is None else _run_drafter)(args)
     if repo is not None:
@@ -324,29 +56,10 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``mlx-redrafter export``."""
-    parser.add_argument("--drafter", required=True, help="a bundle: a folder, a shipped name or a repository")
-    parser.add_argument("--output", default="apple_drafter", help="output folder (default: %(default)s)")
-
-
-def run_export(args: argparse.Namespace) -> int:
-    """Run ``mlx-redrafter export``; return the exit status.
-
-    Raises:
-        ValueError: the drafter cannot be exported, in one line.
-    """
-    export_drafter(args.drafter, args.output)
-    print(f"{args.output}: the drafter in Apple's layout")
-    return 0
-
-
 def _run_base(args: argparse.Namespace) -> str:
     for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
-    from ..loading.base import convert_base
-
     names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
     names += ["dtype", "revision", "trust_remote_code"]
     options: Any = {name: getattr(args, name) for name in names}
@@ -358,187 +71,18 @@ def _run_base(args: argparse.Namespace) -> str:
 def _run_drafter(args: argparse.Namespace) -> str:
     if args.quantize or args.dequantize or args.q_bits is not None or args.q_group_size is not None:
         raise ValueError("-q, -d and --q-* are for base models: quantize a drafter with --drafter-q-bits.")
-    if args.drafter_q_group_size is not None and args.drafter_q_bits is None:
+    size = args.drafter_q_group_size
+    if size is not None and args.drafter_q_bits is None:
         raise ValueError("--drafter-q-group-size needs --drafter-q-bits.")
-    converted = convert_drafter(
-        args.drafter,
-        args.mlx_path,
-        base=args.hf_path,
-        q_bits=args.drafter_q_bits,
-        q_group_size=DRAFTER_GROUP_SIZE if args.drafter_q_group_size is None else args.drafter_q_group_size,
-        dtype=args.dtype,
-        draft_vocab=args.draft_vocab,
-        frequencies=args.frequencies,
-        save_frequencies=args.save_frequencies,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        progress=sys.stderr.isatty(),
-    )
-    config, size = converted.config, (converted.folder / "model.safetensors").stat().st_size
+    names = ("dtype", "draft_vocab", "frequencies", "save_frequencies", "revision", "trust_remote_code")
+    options: Any = {name: getattr(args, name) for name in names}
+    options |= {"q_bits": args.drafter_q_bits, "q_group_size": DRAFTER_GROUP_SIZE if size is None else size}
+    show = sys.stderr.isatty()
+    made = convert_drafter(args.drafter, args.mlx_path, base=args.hf_path, progress=show, **options)
+    config, length = made.config, (made.folder / "model.safetensors").stat().st_size
     bits = f", {config.quantization.bits} bits" if config.quantization else ""
     report = (
-        f"{converted.folder}: a drafter of {size / 1e6:.1f} MB{bits}, {config.head_outputs} of "
-        f"{config.vocab_size} tokens, for {converted.base or 'any base of its size (--model names one)'}"
+        f"{made.folder}: a drafter of {length / 1e6:.1f} MB{bits}, {config.head_outputs} of "
+        f"{config.vocab_size} tokens, for {made.base or 'any base of its size (--model names one)'}"
     )
-    return report + (f"\nkept but never used: {', '.join(converted.unused)}" if converted.unused else "")
-
-
-def _check_output(output: str | Path) -> None:
-    path = Path(output)
-    if os.path.lexists(path):
-        raise ValueError(f"{str(output)!r} exists already: delete it or name another output folder.")
-    check_writable(path)
-
-
-def _check_frequency_arguments(size: int | None, source: str | Path | None, save: str | Path | None) -> None:
-    if size is not None and size < 1:
-        raise ValueError(f"a draft vocabulary of {size} tokens: keep at least 1.")
-    if source is None and size is not None:
-        raise ValueError(
-            f"a draft vocabulary of {size} tokens needs --frequencies: a file to count tokens in."
-        )
-    if source is None and save is not None:
-        raise ValueError(f"counts to save in {save} need --frequencies: a file to count tokens in.")
-    if source is not None and size is None and save is None:
-        raise ValueError(f"the counts of {source} are not used: add --draft-vocab or --save-frequencies.")
-    if source is not None and not Path(source).is_file():
-        raise ValueError(f"{source} does not exist: name a file of text, conversations or counts.")
-    if save is not None and Path(save).suffix not in (".json", ".npz"):
-        raise ValueError(f"counts cannot be saved as {save}: name a .json or .npz file.")
-    if save is not None and (Path(save).is_dir() or not Path(save).absolute().parent.is_dir()):
-        raise ValueError(f"counts cannot be saved as {save}: name a file in a folder that exists.")
-    if save is not None:
-        check_writable(save)
-
-
-def _is_drafter(source: str, revision: str | None) -> bool:
-    path = Path(source)
-    try:
-        folder = path if path.exists() else bundle.download(source, revision, ("config.json",))
-        bundle.read_config(folder)
-    except ValueError:
-        return False  # whatever is wrong with it, the conversion of base models says it better
-    return True
-
-
-def _drafter_folder(source: str | Path, revision: str | None) -> Path:
-    if revision is not None and not Path(source).exists():
-        return bundle.download(str(source), revision)
-    return bundle.resolve_drafter(source)
-
-
-def _identity(
-    base: str | Path | BaseIdentity | None,
-    folder: Path,
-    config: DrafterConfig,
-    recorded: BaseIdentity | None,
-    trust_remote_code: bool,
-) -> BaseIdentity | None:
-    if base is None:
-        return recorded
-    identity = base if isinstance(base, BaseIdentity) else load_identity(base, trust_remote_code)
-    bundle.check_base(folder, config, recorded, identity)
-    return identity
-
-
-def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIdentity:
-    """The identity of a base model: a folder, a GGUF file or a repository. Reads a few rows of it.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    from ..loading.base import load_base
-    from ..model import model_folder
-
-    try:
-        model, _ = load_base(model_folder(str(base)), trust_remote_code, check_values=False)
-    except ValueError as error:
-        raise ValueError(
-            f"the base model {base} cannot be loaded ({error}): name the drafter's base."
-        ) from error
-    return bundle.identity_of(model, Path(base).resolve().name if Path(base).exists() else str(base))
-
-
-def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:
-    if base is None or isinstance(base, BaseIdentity) or Path(frequencies).suffix == ".npz":
-        return None
-    from ..loading.tokenizers import load_tokenizer
-    from ..model import model_folder
-
-    tokenizer: Tokenizer = load_tokenizer(
-        model_folder(str(base)), name=str(base), trust_remote_code=trust_remote_code
-    )
-    return tokenizer
-
-
-def _source_config(raw: Mapping[str, Any], dtype: str | None = None) -> dict[str, Any]:
-    """The config.json of the checkpoint that a bundle was made from, with the dtype it was cast to."""
-    plain = {key: value for key, value in raw.items() if key != bundle.SECTION}
-    source = dict(raw.get(bundle.SECTION, {}).get("source_config", plain))
-    if dtype is not None:
-        source.update({key: dtype for key in ("torch_dtype", "dtype") if key in source})
-    return source
-
-
-def _load_counts(path: Path, vocab_size: int) -> Counts | None:
-    """The counts in a file of them; None if it holds something else."""
-    if path.suffix == ".npz":
-        values = _npz_counts(path)
-    elif path.suffix == ".json" and isinstance(raw := _json(path), dict) and "counts" in raw:
-        values = _json_counts(path, raw, vocab_size)
-    else:
-        return None
-    if values.shape != (vocab_size,) or not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
-        raise ValueError(
-            f"{path} does not hold the counts of {vocab_size} tokens: count with this drafter's base."
-        )
-    return values.astype(np.int64)
-
-
-def _npz_counts(path: Path) -> np.ndarray[Any, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return np.asarray(arrays["counts"])
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is not a file of counts ({error}): write one with --save-frequencies."
-        ) from error
-
-
-def _json(path: Path) -> Any:
-    """What a JSON file holds; None if it is no JSON."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(path.read_text("utf-8-sig", errors="replace"))
-
-
-def _json_counts(path: Path, raw: Mapping[str, Any], vocab_size: int) -> np.ndarray[Any, Any]:
-    counts = np.zeros(vocab_size, np.int64)  # [V]
-    try:
-        seen = {int(token): count for token, count in raw["counts"].items()}
-        if raw["vocab_size"] != vocab_size or not all(0 <= token < vocab_size for token in seen):
-            raise ValueError(f"made for another vocabulary than {vocab_size}")
-        counts[list(seen)] = list(seen.values())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-        raise ValueError(
-            f"{path} is not a usable file of counts ({error}): count with this drafter's base."
-        ) from error
-    return counts
-
-
-def _encoded(path: Path, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Token ids of a file, piece by piece; warns of rows that are unusable."""
-    if path.suffix not in (".json", ".jsonl"):
-        with path.open(encoding="utf-8-sig", errors="replace") as lines:
-            while text := "".join(islice(lines, LINES_AT_ONCE)):
-                yield tokenizer.encode(text, add_special_tokens=False)
-        return
-    yield from read_rows(path, partial(_encode_row, tokenizer=tokenizer), [])
-
-
-def _encode_row(row: Row, tokenizer: Any) -> list[int]:
-    messages = row.messages or [{"role": "user", "content": turn} for turn in row.turns]
-    if messages and getattr(tokenizer, "chat_template", None):
-        with suppress(Exception):  # a template may refuse a role or their order; their text still counts
-            return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
-    text = row.text or "\n".join(message["content"] for message in messages)
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    return report + (f"\nkept but never used: {', '.join(made.unused)}" if made.unused else "")

@@ -30,13 +30,13 @@ class Diagnostics(io.TextIOWrapper):
             super().flush()
 
 
-COMMANDS = {  # where each is, and what it does
-    "generate": ("generate", "generate text"),
-    "benchmark": ("benchmark", "measure speed"),
-    "tune": ("tune", "measure which draft shape is fastest here"),
-    "train": ("train", "make a drafter for a model"),
-    "convert": ("convert", "convert a model or a drafter"),
-    "export": ("convert", "write a drafter in Apple's layout"),
+COMMANDS = {  # each in a file of its name
+    "generate": "generate text",
+    "benchmark": "measure speed",
+    "tune": "measure which draft shape is fastest here",
+    "train": "make a drafter for a model",
+    "convert": "convert a model or a drafter",
+    "export": "write a drafter in Apple's layout",
 }
 
 
@@ -87,13 +87,12 @@ def build_parser(chosen: str | None = None) -> Parser:
     parser = Parser(prog="mlx-redrafter", description="Generate faster what the model would have said.")
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
-    for name, (room, text) in COMMANDS.items():
+    for name, text in COMMANDS.items():
         command: Any = commands.add_parser(name, help=text, description=text.capitalize() + ".")
         if chosen in (None, name):
-            module: Any = import_module(f".{room}", __package__)
-            of_its_own = f"_{name}" if room == "convert" else ""
-            getattr(module, f"add{of_its_own}_arguments")(command)
-            command.set_defaults(run=getattr(module, f"run{of_its_own}"))
+            module: Any = import_module(f".{name}", __package__)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
         for action in command._actions:
             if action.nargs != 0 and action.default not in (None, "", []) and "(default" not in action.help:
                 action.help += " (default: %(default)s)"

@@ -1,0 +1,183 @@
+"""Conversion of base models: a repository, a folder or a GGUF file becomes a folder that mlx-lm loads."""
+
+import io
+import os
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from mlx.nn.layers.base import Module
+from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_lm.utils import dequantize_model, quantize_model, save
+
+from ..models.bundle import PICKLES
+from ..models.drafter import Q_BITS, Q_GROUP_SIZES
+from .base import DTYPES, TO_SAFETENSORS, cast_model, check_weight_format, find_gguf, first_line, load_base
+from .files import atomic_folder, unfinished
+from .gguf import convert_gguf
+from .tokenizers import load_tokenizer, save_ends
+
+DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
+MODES = {  # their numbers of bits and group sizes
+    "affine": (Q_BITS, Q_GROUP_SIZES),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+CARD = (  # the README.md of a converted model
+    "---\nlibrary_name: mlx\ntags:\n- mlx\n---\n\n# An MLX model\n\n"
+    "Converted from {} by mlx-redrafter, for mlx-lm and mlx-redrafter.\n"
+)
+Progress = Callable[[str], None]
+
+
+def convert_base(
+    source: str | Path,
+    output: Path,
+    *,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a base model to a folder that ``mlx_lm.load`` loads. The options are ``mlx_lm.convert``'s.
+
+    Args:
+        source: a Hugging Face repository id, a folder, a ``.gguf`` file, or a folder with just that. A
+            GGUF file keeps its quantization exactly unless ``quantize`` asks for another.
+        quantize: what is quantized in the affine mode already is dequantized first.
+        output: a folder that does not exist yet; appears whole or not at all.
+        q_bits: bits per weight, None for the mode's usual number.
+        q_group_size: weights per scale, None for the mode's usual number.
+        q_mode: "affine", "mxfp4", "nvfp4" or "mxfp8".
+        quant_predicate: one of mlx-lm's recipes of mixed bits (``QUANT_RECIPES``); affine only.
+        dtype: "float16", "bfloat16" or "float32" for what is not quantized; None keeps the config's.
+        revision: branch, tag or commit of the repository.
+        trust_remote_code: run Python files that come with the model.
+        progress: called with one line per stage.
+
+    Raises:
+        ValueError: anything wrong with the source or the options, in one line with the remedy.
+    """
+    options = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode}
+    _check_options(quantize, dequantize, dtype=dtype, quant_predicate=quant_predicate, **options)
+    say = progress or (lambda _: None)
+    gguf = find_gguf(source)
+    as_it_is = gguf is not None and not (quantize or dequantize or dtype)
+    with atomic_folder(output) as result, unfinished(result.parent) as unpacked:
+        if gguf:
+            convert_gguf(gguf, result if as_it_is else unpacked, say)
+        if not as_it_is:
+            folder = unpacked if gguf else base_folder(source, revision)
+            say(f"loading {source}")
+            model, config = load_base(folder, trust_remote_code)
+            tokenizer = load_tokenizer(
+                folder,
+                name=str(gguf or ("" if Path(source).is_dir() else source)),
+                eos_token_ids=config.get("eos_token_id"),
+                trust_remote_code=trust_remote_code,
+            )
+            if dequantize and not _quantized(model):
+                raise ValueError(f"{source} is not quantized: leave out --dequantize.")
+            again = quantize and config.get("quantization", {}).get("mode", "affine") == "affine"
+            model, config = _float(model, config, dtype, dequantize or again, exact=gguf is not None)
+            if quantize:
+                model, config = _quantize(model, config, say, quant_predicate, **options)
+            say(f"writing {output}")
+            save(result, folder, model, tokenizer, config)
+            save_ends(result, tokenizer)
+        card = result / "README.md"
+        if not card.exists():
+            card.write_text(CARD.format(source), "utf-8", "replace")
+
+
+def base_folder(source: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a Hugging Face model, downloading it unless ``source`` is a folder.
+
+    Raises:
+        ValueError: no such folder and no such repository, or it holds no safetensors weights.
+    """
+    path = Path(os.path.expanduser(source))
+    if source and path.is_dir():
+        check_weight_format(str(source), [file.name for file in path.iterdir()])
+        return path
+    if path.is_file():
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"{source} is a pickle file, which can run code: convert it to safetensors{TO_SAFETENSORS}"
+            )
+        raise ValueError(f"{source} is a file: give the model's folder.")
+    try:
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=DOWNLOADED))
+        files = [file.name for file in folder.glob("*.safetensors")]
+        files = files or list_repo_files(str(source), revision=revision)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} is neither a folder nor a repository that can be downloaded ({first_line(error)}):"
+            " check the name, the connection and the disk, or give a local folder."
+        ) from error
+    check_weight_format(str(source), files)
+    return folder
+
+
+def _check_options(quantize: bool, dequantize: bool, **values: Any) -> None:
+    if quantize and dequantize:
+        raise ValueError("-q and -d exclude each other: choose one, not both.")
+    bits, sizes = MODES.get(values["q_mode"], ((), ()))
+    allowed: dict[str, Any] = {"dtype": DTYPES, "quant_predicate": QUANT_RECIPES}
+    for name, choices in {**allowed, "q_mode": MODES, "q_bits": bits, "q_group_size": sizes}.items():
+        if values[name] is not None and values[name] not in choices:
+            choices = ", ".join(map(str, choices))
+            raise ValueError(f"--{name.replace('_', '-')} is {values[name]!r}: choose one of {choices}.")
+    if not quantize and any(values[name] not in (None, "affine") for name in values.keys() - {"dtype"}):
+        raise ValueError("--q-bits, --q-group-size, --q-mode and --quant-predicate need -q.")
+    if values["quant_predicate"] and (values["q_mode"] != "affine" or values["q_bits"]):
+        raise ValueError("--quant-predicate sets the mode and the bits: leave out --q-mode and --q-bits.")
+
+
+def _float(
+    model: Module, config: dict[str, Any], dtype: str | None, dequantize: bool, exact: bool
+) -> tuple[Module, dict[str, Any]]:
+    """The model in ``dtype``, or the config's, and dequantized if need be, ``exact``-ly in float32."""
+    nested = config.get("text_config")
+    known = config.get("torch_dtype") or (nested if isinstance(nested, dict) else {}).get("dtype")
+    if dtype is not None:
+        config = config | {key: dtype for key in ("torch_dtype", "dtype") if key in config}
+    if dequantize:
+        cast_model(model, "float32" if exact else dtype or known)
+        config = {key: value for key, value in config.items() if not key.startswith("quantization")}
+        model = dequantize_model(model)
+    cast_model(model, dtype or known)
+    return model, config
+
+
+def _quantize(
+    model: Module, config: dict[str, Any], say: Progress, recipe: str | None, **options: Any
+) -> tuple[Module, dict[str, Any]]:
+    """The model with all layers quantized that are not yet."""
+    before, size = _quantized(model), options["q_group_size"]
+    predicate: Any = recipe and mixed_quant_predicate_builder(recipe, model, size or 64)
+    with redirect_stdout(io.StringIO()) as said:
+        model, config = quantize_model(
+            model, config, size, options["q_bits"], mode=options["q_mode"], quant_predicate=predicate
+        )
+    say(said.getvalue().strip())
+    if _quantized(model) > before:
+        return model, config
+    if before:
+        raise ValueError("the model is quantized already: dequantize it first (-d), then quantize that.")
+    raise ValueError("the group size divides no layer's width: give --q-group-size 64 or 32.")
+
+
+def _quantized(model: Module) -> int:
+    """How many layers are quantized."""
+    return sum(hasattr(module, "bits") for _, module in model.named_modules())
