@@ -29,11 +29,11 @@ from mlx_redrafter.benchmark.contenders import mlx_lm_contender, our_contender
 from mlx_redrafter.benchmark.energy import find_meter
 from mlx_redrafter.benchmark.measure import Asked, Plan, measure, turns_of, warm_up
 from mlx_redrafter.benchmark.report import BASELINE, OURS
-from mlx_redrafter.benchmark.sources import encode_conversation, load_prompts, sample
+from mlx_redrafter.benchmark.sources import load_prompts, sample
 from mlx_redrafter.benchmark.statistics import ratio, shapes_used, speed
-from mlx_redrafter.commands.main import build_parser
 from mlx_redrafter.engine.backend import current
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.options import DecodingOptions, PromptOptions
 
 LEAST = 0.95  # the median ratio that passes
 WARM_UP = 16  # tokens
@@ -69,10 +69,9 @@ def main() -> None:
 
 def prepared(args: argparse.Namespace) -> Plan:
     """Both contenders, with the settings that `mlx-redrafter benchmark` has if nothing is said."""
-    flags = build_parser().parse_args(["benchmark", "--max-tokens", str(args.max_tokens)])
-    model, tokenizer = loaded(args)
-    contenders = [mlx_lm_contender(model, tokenizer, flags), our_contender(model, tokenizer, flags, None)]
-    return Plan(contenders, partial(encode_conversation, tokenizer=tokenizer, args=flags), args.max_tokens, 1)
+    usual, (model, tokenizer) = DecodingOptions(), loaded(args)
+    contenders = [mlx_lm_contender(model, tokenizer, usual), our_contender(model, tokenizer, usual, None)]
+    return Plan(contenders, partial(PromptOptions().encode, tokenizer=tokenizer), args.max_tokens, 1)
 
 
 def loaded(args: argparse.Namespace) -> tuple[SpeculativeModel, Any]:

@@ -1,19 +1,18 @@
-"""Files of conversations and prompts: one reader of rows, roles and texts; and their token ids."""
+"""Files of conversations and prompts: the one reader of rows, roles and texts; and prompts' token ids."""
 
-import contextlib
 import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-Message = dict[str, Any]  # role and content; "weight" 0 if the message is not to be trained on
+from .chat import Message, encode_messages, rendered
+
 T = TypeVar("T")
 
 NAMES = {  # of roles, by what templates call them
@@ -295,60 +294,8 @@ def encode(prompt: Prompt, tokenizer: TokenizerWrapper) -> list[int]:
     if prompt.ids:
         return prompt.ids
     messages = prompt.messages or [{"role": "user", "content": prompt.turns[0]}]
-    render = partial(rendered, tokenizer=tokenizer, prompt=True)
-    return encode_messages(messages, tokenizer, render if tokenizer.has_chat_template else None)
-
-
-def encode_messages(
-    messages: list[Message], tokenizer: TokenizerWrapper, render_prompt: Callable[[list[Message]], str] | None
-) -> list[int]:
-    """Token ids of messages as ``render_prompt`` renders them; None: of their plain text.
-
-    Raises:
-        ValueError: nothing is left to say.
-    """
-    if render_prompt is None:
-        ids = tokenizer.encode("\n".join(message["content"] for message in messages))
-    else:
-        ids = tokenizer.encode(render_prompt(messages), add_special_tokens=False)
-    if not ids:
-        raise ValueError(f"the prompt {messages[-1]['content']!r} has no tokens: give some text.")
-    return list(ids)
-
-
-def render(tokenizer: TokenizerWrapper, messages: list[Message], **options: Any) -> str:
-    """The messages in the model's chat template; in parts, where only that keeps what they say."""
-
-    def apply(given: list[Any]) -> str:
-        return str(tokenizer.apply_chat_template(given, tokenize=False, **options))
-
-    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    texts: list[str] = []
-    for given in (messages, parts):
-        with contextlib.suppress(Exception):  # a template may refuse either
-            texts.append(apply(given))
-            if all(m["content"].strip() in texts[-1] for m in messages):
-                return texts[-1]
-    return texts[0] if texts else apply(messages)  # which says why
-
-
-def rendered(messages: Sequence[Message], tokenizer: TokenizerWrapper, prompt: bool = False) -> str:
-    """Messages as the chat template's text, with the generation prompt if ``prompt``.
-
-    Raises:
-        ValueError: the template refuses them.
-    """
-    try:
-        return render(tokenizer, list(messages), add_generation_prompt=prompt)
-    except Exception as error:
-        raise refusal(messages, error) from error
-
-
-def refusal(messages: Sequence[Message], error: Exception, remedy: str = "give others") -> ValueError:
-    """A template is a program, and may refuse a role or the order of roles: what to tell the user."""
-    roles = ", ".join(message["role"] for message in messages[:8])
-    reason = str(error).strip().split("\n")[0]
-    return ValueError(f"the chat template refuses messages of {roles} ({reason}): {remedy}.")
+    text = rendered(messages, tokenizer, prompt=True) if tokenizer.has_chat_template else None
+    return encode_messages(messages, tokenizer, text)
 
 
 def usable(

@@ -124,7 +124,7 @@ def stream_generate(
     if not isinstance(model, SpeculativeModel):
         model, draft = SpeculativeModel(model, None), False
     stop = check_stop(stop)
-    _check_numbers(max_tokens, prefill_step_size)
+    check_numbers(max_tokens, prefill_step_size)
     ids = _encode(model, tokenizer, prompt, prompt_cache)
     options = _effective(options)
     if sampling is not None and sampler is not None:
@@ -276,7 +276,8 @@ def _effective(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if DETAILS.get(name, name) in given}
 
 
-def _check_numbers(max_tokens: int, prefill_step_size: int) -> None:
+def check_numbers(max_tokens: int, prefill_step_size: int) -> None:
+    """Raise ``ValueError`` if one of ``stream_generate``'s numbers is out of range."""
     if max_tokens < 1 and max_tokens != -1:
         raise ValueError(f"max tokens {max_tokens} is not usable: give 1 or more, or -1 for no limit.")
     if prefill_step_size < 1:

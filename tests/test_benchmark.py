@@ -37,15 +37,11 @@ from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.models.target import Target
+from mlx_redrafter.options import DecodingOptions
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("the quick brown fox", "one two three four", "jumps over the lazy dog", "serve tea")
 QUICK = ("-m", "8", "--beam-width", "2", "--beam-length", "2", "--profile", "0", "--warm-up", "2")
-GREEDY = {
-    "seed": None, "stop": [], "temp": 0.0, "top_p": 1.0, "min_p": 0.0, "min_tokens_to_keep": 1, "top_k": 0,
-    "xtc_probability": 0.0, "xtc_threshold": 0.0, "prefill_step_size": 2048, "max_kv_size": None,
-    "kv_bits": None,
-}  # fmt: skip
 GROUP = {
     "prompts", "speedup", "tokens_per_step", "acceptance", "copied_tokens", "shapes", "device_waits",
     "identical", "divergence", "tps", "baseline_tps", "prompt_tps", "baseline_prompt_tps",
@@ -147,8 +143,9 @@ def test_outputs_are_the_baselines(benchmark, made):
     assert found["overall"]["divergence"]["tokens_compared"] == 8 * 4
     model, tokenizer = load(made / "model", drafter=None)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
-    args = SimpleNamespace(**GREEDY)
-    plain = [response.token for response in mlx_lm_contender(model, tokenizer, args).answer(ids, 8)]
+    plain = [
+        response.token for response in mlx_lm_contender(model, tokenizer, DecodingOptions()).answer(ids, 8)
+    ]
     assert found["prompts"][0]["answers"][0]["tokens"] == plain
 
 
@@ -163,8 +160,7 @@ def test_sampled_outputs_are_not_compared(benchmark):
 
 def test_a_seed_makes_sampled_answers_repeatable(made):
     model, tokenizer = load(made / "model", drafter=None)
-    args = SimpleNamespace(**GREEDY | {"temp": 2.0, "seed": 5})
-    contender = mlx_lm_contender(model, tokenizer, args)
+    contender = mlx_lm_contender(model, tokenizer, DecodingOptions(temp=2.0, seed=5))
     first, second = ([response.token for response in contender.answer([1, 2, 3], 20)] for _ in range(2))
     assert first == second
 

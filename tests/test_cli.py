@@ -85,7 +85,7 @@ def refused_at_once(refused, monkeypatch):
     """As ``refused``, and no model may be loaded before."""
 
     def check(*arguments, **options):
-        monkeypatch.setattr("mlx_redrafter.commands.generate.load", pytest.fail)
+        monkeypatch.setattr("mlx_redrafter.options.load", pytest.fail)
         monkeypatch.setattr("mlx_redrafter.loading.base.load_model", pytest.fail)
         return refused(*arguments, **options)
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import mlx_redrafter
+from mlx_redrafter.commands.main import build_parser
+from mlx_redrafter.options import DecodingOptions, ModelOptions, PromptOptions
 
 ROOT = Path(mlx_redrafter.__file__).parent
 ABOVE = ("stream", "model", "calibrate", "batch_generator", "train", "benchmark", "convert", "backend", "cli")
@@ -34,6 +36,25 @@ def test_the_engine_imports_nothing_above_it():
         assert rooms.isdisjoint(ABOVE), path
 
 
+def test_only_commands_know_argparse_and_no_command_imports_another():
+    for path in ROOT.rglob("*.py"):
+        used = imports(path)
+        if path.parent.name != "commands":
+            named = {name for node in ast.walk(ast.parse(path.read_text("utf-8"))) for name in absolute(node)}
+            assert "argparse" not in named, path
+            assert not any(name.startswith("commands") for name in used) or path.name == "__main__.py", path
+        else:
+            others = {name for name in used if name.startswith("commands")}
+            assert others <= {"commands.arguments"}, path
+
+
+def absolute(node: ast.AST) -> list[str]:
+    """The names that a node imports from outside of the package."""
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [str(node.module).split(".")[0]] if isinstance(node, ast.ImportFrom) and not node.level else []
+
+
 def test_generating_loads_no_other_command():
     code = (
         "import sys, mlx_redrafter.commands.main as cli; "
@@ -44,4 +65,17 @@ def test_generating_loads_no_other_command():
     loaded = {name.removeprefix("mlx_redrafter.") for name in done.stdout.split()}
     assert "commands.generate" in loaded
     assert not {name for name in loaded if name.split(".")[0] in ("train", "benchmark")}
-    assert loaded.isdisjoint(f"commands.{name}" for name in ("train", "benchmark", "convert", "tune"))
+    assert {name for name in loaded if name.startswith("commands.")} == {
+        "commands.main",
+        "commands.arguments",
+        "commands.generate",
+    }
+    sometimes = ("gguf", "prompt_cache", "convert", "convert_base")
+    assert loaded.isdisjoint({"conversations", *(f"loading.{name}" for name in sometimes)})
+
+
+def test_options_are_flags_of_generate_with_the_same_defaults():
+    args = vars(build_parser("generate").parse_args(["generate"]))
+    for options in (ModelOptions(), PromptOptions(), DecodingOptions()):
+        for name, usual in vars(options).items():
+            assert args[name] == ([] if usual == () else usual), name

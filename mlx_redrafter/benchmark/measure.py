@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
-from ..conversations import Message, Prompt
+from ..chat import Message
+from ..conversations import Prompt
 from ..decoding.state import DraftShape
 from ..text import Response
 

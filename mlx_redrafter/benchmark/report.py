@@ -82,13 +82,9 @@ def tables(report: dict[str, Any]) -> list[Table]:
     made = [speed_table(report), details_table(report)]
     if "draft_model" in report:
         made.insert(1, speed_table(report, "draft_model"))
-    parts = (
-        ("phases", phase_table),
-        ("sweep", sweep_table),
-        ("cost_curve", cost_table),
-        ("concurrency", concurrency_table),
-    )
-    return made + [table(report) for key, table in parts if key in report]
+    parts = {"phases": phase_table, "sweep": sweep_table, "cost_curve": cost_table}
+    parts["concurrency"] = concurrency_table
+    return made + [table(report) for key, table in parts.items() if key in report]
 
 
 def speed_table(report: dict[str, Any], part: str | None = None) -> Table:

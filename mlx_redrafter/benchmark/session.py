@@ -1,9 +1,9 @@
-"""One benchmark from its flags to its report; the report is there for whatever was finished."""
+"""One benchmark from its options to its report; the report is there for whatever was finished."""
 
-import argparse
 import time
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -15,11 +15,21 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
-from ..commands.generate import check_decoding, choose_drafter, describe_shape, load_model, sampling_of
 from ..conversations import usable
 from ..engine.loop import Fixed
 from ..engine.step_times import candidates
 from ..model import DEFAULT_MODEL
+from ..options import (
+    DecodingOptions,
+    ModelOptions,
+    PromptOptions,
+    check_range,
+    choose_drafter,
+    describe_shape,
+    load_draft_model,
+    load_model,
+    warn_of_idle,
+)
 from ..text import check_shape
 from . import phases, report, sweep
 from .concurrency import Crowd, compare
@@ -27,58 +37,99 @@ from .contenders import mlx_lm_contender, our_contender
 from .energy import find_meter
 from .machine import describe
 from .measure import Asked, Plan, measure, turns_of, warm_up
-from .sources import encode_conversation, load_prompts, sample
+from .sources import load_prompts, sample
 from .statistics import ratio, shapes_used
+from .sweep import Grid
 
-NOT_SETTINGS = ("run", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
 SAVE_EVERY = 30.0  # seconds
 
 
-class Session:
-    """Measures what the flags ask for; ``ValueError`` if a flag, a file or a model is not usable."""
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What decodes, what is asked, how often, and which passes are made; named like the flags.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.grid = sweep.Grid(args.sweep_widths, args.sweep_lengths, args.sweep_nodes)
-        if args.lookup is not None:
-            self.grid = replace(self.grid, lookup=args.lookup)
-        self.shape = check_decoding(args)
-        self.prompts = sample(load_prompts(args.prompts), args.limit)
-        self.drafter = choose_drafter(args, self.shape)
+    Raises:
+        ValueError: a value is not usable.
+    """
+
+    model: ModelOptions
+    prompting: PromptOptions
+    decoding: DecodingOptions
+    prompts: str
+    limit: int | None
+    turns: int | None
+    trials: int
+    warm_up: int
+    profile: int
+    cost_curve: bool
+    sweep: bool
+    grid: Grid  # of the sweep's shapes
+    sweep_limit: int
+    concurrency: Sequence[int]
+    arrive_every: Sequence[float]
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "turns", "trials", "warm_up", "sweep_limit"):
+            check_range(name, getattr(self, name), 1)
+        check_range("profile", self.profile, 0)
+        for name, least in (("concurrency", 1), ("arrive_every", 0)):
+            for value in getattr(self, name):
+                check_range(name, value, least)
+        if self.concurrency and (self.decoding.temp or self.decoding.max_tokens < 1):
+            raise ValueError("--concurrency needs greedy texts and a limit: no --temp, and --max-tokens.")
+        if not self.concurrency and any(self.arrive_every):
+            raise ValueError("--arrive-every says how the texts of --concurrency arrive: give that too.")
+        if self.decoding.max_tokens == 1:
+            raise ValueError("--max-tokens 1 leaves nothing to time after the first token: give 2 or more.")
+
+
+class Session:
+    """Measures what is asked for; ``ValueError`` if an option, a file or a model is not usable.
+
+    The report says the ``settings``, and is saved as ``file`` now and then, in case this process is killed.
+    """
+
+    def __init__(self, options: BenchmarkOptions, settings: dict[str, Any], file: Path | None) -> None:
+        self.options, self.decoding, self.grid = options, options.decoding, options.grid
+        self.settings, self.file = settings, file
+        self.prompts = sample(load_prompts(options.prompts), options.limit)
+        self.drafter = choose_drafter(options.model, options.decoding)
         self.report: dict[str, Any] = {}  # what was finished; empty before the first prompt was
         self.asked: list[Asked] = []  # prompts whose answers were all timed
 
     def measure(self) -> None:
         """Load the model, and make all passes."""
-        args = self.args
+        options, decoding = self.options, self.decoding
         self.machine = describe()
         _warn_if_busy(self.machine)
-        self.model, self.tokenizer = load_model(self.args, self.drafter)
+        self.model, self.tokenizer = load_model(options.model, self.drafter)
+        warn_of_idle(options.model, options.prompting, decoding, self.tokenizer)
         self.meter, self.energy = find_meter(self.machine["backend"])
-        encode = partial(encode_conversation, tokenizer=self.tokenizer, args=args)
+        encode = partial(options.prompting.encode, tokenizer=self.tokenizer)
         self.prompts, self.first_turns = usable(self.prompts, lambda prompt: encode(turns_of(prompt)[0]))
         self.model.check_prompts(self.first_turns)
         self._check_passes()
-        self.plain = partial(mlx_lm_contender, self.model, self.tokenizer, args)
-        self.ours = partial(our_contender, self.model, self.tokenizer, args)
-        contenders = [self.plain(), self.ours(self.shape)]
-        if args.draft_model is not None:
-            contenders.append(self.plain(draft_model=True))
-        exact, longest = args.temp == 0, self.model.context_length
-        self.plan = Plan(contenders, encode, args.max_tokens, args.turns, args.trials, exact, longest)
+        self.plain = partial(mlx_lm_contender, self.model, self.tokenizer, decoding)
+        self.ours = partial(our_contender, self.model, self.tokenizer, decoding)
+        contenders = [self.plain(), self.ours(decoding.shape)]
+        if (draft_model := load_draft_model(options.model, self.tokenizer)) is not None:
+            contenders.append(self.plain(draft_model))
+        exact, longest = decoding.temp == 0, self.model.context_length
+        turns, trials = options.turns, options.trials
+        self.plan = Plan(contenders, encode, decoding.max_tokens, turns, trials, exact, longest)
         self._main_pass()
-        if args.profile:
+        if options.profile:
             self._profile()
-        if args.sweep:
+        if options.sweep:
             self._sweep()
-        if args.cost_curve:
+        if options.cost_curve:
             self._cost_curve()
-        if args.concurrency:
+        if options.concurrency:
             self._concurrency()
 
     def _main_pass(self) -> None:
-        turns = sum(len(turns_of(prompt)[: self.args.turns]) for prompt in self.prompts)
-        warm_up(self.plan, self.first_turns[0], self.args.warm_up)
+        turns = sum(len(turns_of(prompt)[: self.options.turns]) for prompt in self.prompts)
+        warm_up(self.plan, self.first_turns[0], self.options.warm_up)
         saved = time.monotonic()
         try:
             with tqdm(desc="Measuring", total=turns * self.plan.runs_per_turn, unit="answer") as bar:
@@ -103,31 +154,31 @@ class Session:
             self.report |= report.build(self.plan, self.asked, self.machine, settings, len(self.prompts))
 
     def _settings(self) -> dict[str, Any]:
-        """The flags, as JSON, and what they came to."""
-        args = self.args
+        """What was asked for, and what it came to."""
+        prompts, shape = self.options.prompts, self.decoding.shape
         return {
-            **{name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS},
-            "model": args.model or DEFAULT_MODEL,
-            "prompts": args.prompts if args.prompts == "-" else Path(args.prompts).name,
+            **self.settings,
+            "model": self.options.model.model or DEFAULT_MODEL,
+            "prompts": prompts if prompts == "-" else Path(prompts).name,
             "weights": weights(self.model.model),
-            "shape": sweep.shape_name(describe_shape(self.shape)) if self.shape else "automatic",
+            "shape": sweep.shape_name(describe_shape(shape)) if shape else "automatic",
             "energy": self.energy,
         }
 
     def _save(self) -> None:
-        """Write what there is, in case this process is killed."""
-        if self.args.json not in (None, "-"):
+        """Write what there is."""
+        if self.file is not None:
             self._summarise()
-            report.write(self.report, Path(self.args.json))
+            report.write(self.report, self.file)
 
     def _profile(self) -> None:
-        args = self.args
         used = shapes_used([run for asked in self.asked for run in asked.runs(report.OURS)])
         if self.model.prepare() is None or not used:
             return
         shape = max(used, key=lambda shape: (shape.size > 1, used[shape]))  # plain only if there is no other
-        prompts, sampling = sample(self.first_turns, args.profile), sampling_of(args)
-        most, chunk = args.max_tokens if args.max_tokens > 0 else 256, args.prefill_step_size
+        prompts, sampling = sample(self.first_turns, self.options.profile), self.decoding.sampling
+        most = self.decoding.max_tokens if self.decoding.max_tokens > 0 else 256
+        chunk = self.decoding.prefill_step_size
         stop = frozenset(self.tokenizer.eos_token_ids)
         with tqdm(desc="Profiling", total=len(prompts), unit="prompt") as bar, wired_limit(self.model.model):
             times = phases.profile(self.model, sampling, shape, prompts, most, stop, chunk, bar.update)
@@ -135,16 +186,14 @@ class Session:
             self.report["phases"] = found
 
     def _sweep(self) -> None:
-        prompts = sample(self.first_turns, self.args.sweep_limit)
-        shapes = [
-            None,
-            *dict.fromkeys((*self.grid.shapes(), *candidates(self.model.prepare(), self.args.lookup))),
-        ]
+        prompts, most = sample(self.first_turns, self.options.sweep_limit), self.decoding.max_tokens
+        drafted = candidates(self.model.prepare(), self.decoding.lookup)
+        shapes = [None, *dict.fromkeys((*self.grid.shapes(), *drafted))]
         found: list[sweep.Swept] = []
         try:
             with tqdm(desc="Sweep", total=len(prompts) * len(shapes), unit="answer") as bar:
                 for swept in sweep.sweep(
-                    self.plain(), self.ours, shapes, prompts, self.args.max_tokens, self.meter, bar.update
+                    self.plain(), self.ours, shapes, prompts, most, self.meter, bar.update
                 ):
                     found.append(swept)
         finally:
@@ -158,12 +207,13 @@ class Session:
             self.report["cost_curve"] = sweep.cost_curve(runner.target, sweep.SIZES, rounds, bar.update)
 
     def _concurrency(self) -> None:
-        crowds = [Crowd(texts, every) for texts in self.args.concurrency for every in self.args.arrive_every]
-        if self.shape is not None:
-            self.model.use_policy(Fixed(self.shape))
+        options, shape = self.options, self.decoding.shape
+        crowds = [Crowd(texts, every) for texts in options.concurrency for every in options.arrive_every]
+        if shape is not None:
+            self.model.use_policy(Fixed(shape))
         found = self.report["concurrency"] = list[dict[str, Any]]()
         total = sum(len(self.first_turns) // crowd.texts for crowd in crowds)
-        stop, most = self.tokenizer.eos_token_ids, self.args.max_tokens
+        stop, most = self.tokenizer.eos_token_ids, self.decoding.max_tokens
         with tqdm(desc="Several texts", total=total, unit="crowd") as bar, wired_limit(self.model.model):
             for crowd in crowds:
                 found.append(compare(self.model, crowd, self.first_turns, most, stop, bar.update))
@@ -171,15 +221,15 @@ class Session:
     def _check_passes(self) -> None:
         """Refuse passes that the model or its drafter cannot do, before anything is measured."""
         for flag in ("cost_curve", "concurrency"):
-            if getattr(self.args, flag) and self.model.prepare() is None:
+            if getattr(self.options, flag) and self.model.prepare() is None:
                 name = flag.replace("_", "-")
                 raise ValueError(f"--{name} needs a model that can verify drafts, and this one cannot.")
-        if self.args.concurrency and max(self.args.concurrency) > len(self.first_turns):
+        if self.options.concurrency and max(self.options.concurrency) > len(self.first_turns):
             raise ValueError(
-                f"--concurrency {max(self.args.concurrency)} needs as many prompts, and there are "
+                f"--concurrency {max(self.options.concurrency)} needs as many prompts, and there are "
                 f"{len(self.first_turns)}: give more."
             )
-        if not self.args.sweep:
+        if not self.options.sweep:
             return
         if self.model.drafter is None:
             raise ValueError("--sweep tries shapes of a drafter, and there is none: name one with --drafter.")

@@ -1,6 +1,5 @@
 """Where prompts come from: files, standard input, and the two public sets."""
 
-import argparse
 import contextlib
 import http.client
 import sys
@@ -9,10 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from ..commands.generate import is_raw, render_messages
-from ..conversations import Message, Prompt, encode_messages, read_prompts, refusal
+from ..conversations import Prompt, read_prompts
 from ..loading.files import atomic_file, cache_folder
 
 # MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
@@ -52,24 +48,6 @@ def sample(prompts: list[Item], limit: int | None) -> list[Item]:
     if limit is None or limit >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // limit] for i in range(limit)]
-
-
-def encode_conversation(
-    messages: list[Message], tokenizer: TokenizerWrapper, args: argparse.Namespace
-) -> list[int]:
-    """Token ids of a conversation up to where the model answers, as ``generate`` encodes a prompt.
-
-    Raises:
-        ValueError: the chat template refuses the conversation, or nothing is left to say.
-    """
-
-    def rendered(messages: list[Message]) -> str:
-        try:
-            return render_messages(tokenizer, messages, args, add_generation_prompt=True)
-        except Exception as error:
-            raise refusal(messages, error, "give others, or --ignore-chat-template") from error
-
-    return encode_messages(messages, tokenizer, None if is_raw(args, tokenizer) else rendered)
 
 
 def _hub_file() -> Path:

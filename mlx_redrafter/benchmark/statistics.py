@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..commands.generate import describe_shape
 from ..decoding.state import DraftShape
+from ..options import describe_shape
 from .measure import Asked, Run
 
 RESAMPLES = 10_000  # of the bootstrap

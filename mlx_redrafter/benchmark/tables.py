@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..commands.generate import colours
-
 
 @dataclass(frozen=True)
 class Table:
@@ -36,14 +34,14 @@ def markdown(tables: Sequence[Table]) -> str:
     return "\n\n".join(_markdown(table) for table in tables) + "\n"
 
 
-def show(tables: Sequence[Table]) -> None:
+def show(tables: Sequence[Table], colours: bool) -> None:
     """Print the tables on standard output."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    console = Console(highlight=False, color_system="auto" if colours() else None)
+    console = Console(highlight=False, color_system="auto" if colours else None)
     if not console.is_terminal:
         console.width = 120
     for table in tables:

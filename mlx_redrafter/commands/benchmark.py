@@ -2,26 +2,24 @@
 
 import argparse
 import importlib.util
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading.files import atomic_file, check_writable
+from .arguments import add_decoding_arguments, colours, options_of, taken
 
 if TYPE_CHECKING:
     from ..benchmark.tables import Table
 
 PLOTS = Path("benchmark-plots")
 STDOUT = "-"
-LEAST = {"limit": 1, "turns": 1, "trials": 1, "warm_up": 1, "profile": 0, "sweep_limit": 1}
+NOT_SETTINGS = ("run", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags: those of ``generate``, and what to ask, to measure and to write."""
-    from .generate import add_decoding_arguments
-
     add = parser.add_argument
     add("compare", nargs="*", metavar="compare A B", help="instead: show two results of --json side by side")
     add("--prompts", default="mt-bench", help="JSONL file, mt-bench, spec-bench, or -")
@@ -33,33 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", type=int, default=2, help="prompts for the time per phase; 0: none")
     add("--cost-curve", action="store_true", help="time one verification against its number of tokens")
     add("--sweep", action="store_true", help="try draft shapes: every width, length and number of nodes")
-    add("--sweep-widths", type=int, nargs="+", default=[1, 2, 4], metavar="W", help="(default: 1 2 4)")
-    add("--sweep-lengths", type=int, nargs="+", default=[1, 2, 3, 5], metavar="L", help="(default: 1 2 3 5)")
-    add(
-        "--sweep-nodes",
-        type=int,
-        nargs="*",
-        default=[4, 8, 16],
-        metavar="N",
-        help="(default: 4 8 16, and all)",
-    )
+    some: Any = {"type": int, "nargs": "+", "metavar": "N"}
+    add("--sweep-widths", default=[1, 2, 4], help="(default: 1 2 4)", **some | {"metavar": "W"})
+    add("--sweep-lengths", default=[1, 2, 3, 5], help="(default: 1 2 3 5)", **some | {"metavar": "L"})
+    add("--sweep-nodes", default=[4, 8, 16], help="(default: 4 8 16, and all)", **some | {"nargs": "*"})
     add("--sweep-limit", type=int, default=8, help="prompts of the sweep at most")
-    add(
-        "--concurrency",
-        type=int,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="decode so many texts at once, against mlx-lm's BatchGenerator (greedy); such as 1 4 8",
-    )
-    add(
-        "--arrive-every",
-        type=float,
-        nargs="+",
-        default=[0.0],
-        metavar="S",
-        help="with --concurrency, seconds between the texts' arrivals; such as 0 1 (default: 0, at once)",
-    )
+    text = "decode so many texts at once, against mlx-lm's BatchGenerator (greedy); such as 1 4 8"
+    add("--concurrency", default=[], help=text, **some)
+    text = "with --concurrency, seconds between the texts' arrivals; such as 0 1 (default: 0, at once)"
+    add("--arrive-every", default=[0.0], help=text, **some | {"type": float, "metavar": "S"})
     file: Any = {"nargs": "?", "const": STDOUT, "metavar": "FILE"}
     add("--json", **file, help="write the result; without FILE, print it")
     add("--markdown", **file, help="write the tables; without FILE, print them")
@@ -76,11 +56,18 @@ def run(args: argparse.Namespace) -> int:
         args.plots = str(PLOTS)
     if args.plots is not None:
         _require("matplotlib", "plots need")
-    _check(args)
+    _check_files(args)
     from ..benchmark.measure import settle
-    from ..benchmark.session import Session
+    from ..benchmark.session import BenchmarkOptions, Session
+    from ..benchmark.sweep import Grid
 
-    session, code = Session(args), 0
+    parts = dict(zip(("model", "prompting", "decoding"), options_of(args), strict=True))
+    copied = {} if args.lookup is None else {"lookup": args.lookup}
+    grid = Grid(args.sweep_widths, args.sweep_lengths, args.sweep_nodes, **copied)
+    options = taken(BenchmarkOptions, args, grid=grid, **parts)
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
+    file = None if args.json in (None, STDOUT) else Path(args.json)
+    session, code = Session(options, settings, file), 0
     try:
         session.measure()
     except KeyboardInterrupt:
@@ -107,20 +94,7 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
-    for flag, least in LEAST.items():
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is not usable: give {least} or more.")
-    for flag, least in (("concurrency", 1), ("arrive_every", 0)):
-        if any(not least <= value < math.inf for value in getattr(args, flag)):
-            raise ValueError(f"--{flag.replace('_', '-')} has an unusable value: give {least} or more.")
-    if args.concurrency and (args.temp or args.max_tokens < 1):
-        raise ValueError("--concurrency needs greedy texts and a limit: no --temp, and --max-tokens.")
-    if not args.concurrency and any(args.arrive_every):
-        raise ValueError("--arrive-every says how the texts of --concurrency arrive: give that too.")
-    if args.max_tokens == 1:
-        raise ValueError("--max-tokens 1 leaves nothing to time after the first token: give 2 or more.")
+def _check_files(args: argparse.Namespace) -> None:
     for flag in ("json", "markdown"):
         name = getattr(args, flag)
         if name not in (None, STDOUT) and (Path(name).is_dir() or not Path(name).absolute().parent.is_dir()):
@@ -171,7 +145,7 @@ def _show(markdown: str | None, tables: "Sequence[Table]", quiet: bool) -> None:
     if markdown == STDOUT:
         print(form.markdown(tables), end="")
     elif not quiet:
-        form.show(tables)
+        form.show(tables, colours())
 
 
 def _say_written(path: str | Path) -> None:

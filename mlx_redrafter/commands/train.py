@@ -6,7 +6,6 @@ import shlex
 import sys
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ import mlx.core as mx
 from .. import model as models
 from ..conversations import read_prompts
 from ..loading.files import check_writable, shell_word
+from ..options import check_range
 from ..train import run as training
 from ..train.evaluate import Measured, parse_shape
 from ..train.loss import Objective
 from ..train.selfgen import Recipe, read_openings
 from ..train.trainer import Settings
+from .arguments import taken
 
 TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
@@ -42,17 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--license", default="", help="of the drafter, for its model card, such as apache-2.0")
     add("--seed", type=int, default=0, help="of data and training")
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        help="conversations, prompts or text (.jsonl, .json, .txt, .npz); without, the model writes its own",
-        **files,
-    )
-    add(
-        "--tokens",
-        type=int,
-        help="tokens of its own answers that the model writes (default: 2,000,000; with --time as many as "
-        "time allows; none where conversations are given)",
-    )
+    text = "conversations, prompts or text (.jsonl, .json, .txt, .npz); without, the model writes its own"
+    add("--data", help=text, **files)
+    text = "tokens of its own answers that the model writes (default: 2,000,000; with --time as many as "
+    add("--tokens", type=int, help=text + "time allows; none where conversations are given)")
     add("--row-length", type=int, default=512, help="tokens per conversation")
     add("--rows", type=int, default=64, help="conversations written at once")
     add("--temp", type=float, default=0.7, help="of the model's answers")
@@ -62,41 +56,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--system-prompt", action="append", default=[], help="may be given several times; one is drawn")
     add("--openings", help="file with beginnings of the user's turn, one per line (a list ships)")
     add("--opened", type=float, default=0.65, help="share of conversations that begin so")
-    add(
-        "--cache-features",
-        default="auto",
-        choices=("auto", "disk", "off"),
-        help="keep hidden states on disk (auto: what is faster)",
-    )
+    text = "keep hidden states on disk (auto: what is faster)"
+    add("--cache-features", default="auto", choices=("auto", "disk", "off"), help=text)
     add = parser.add_argument_group("drafter").add_argument
-    add(
-        "--draft-vocab",
-        type=int,
-        help="tokens the drafter knows; 0: all (default: 96 %% of the data, or those of --start-from)",
-    )
+    text = "tokens the drafter knows; 0: all (default: 96 %% of the data, or those of --start-from)"
+    add("--draft-vocab", type=int, help=text)
     add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
     add("--blocks", type=int, default=2, help="residual blocks of its head")
     add("--cell", default="simple", choices=("simple", "gru", "none"), help="recurrent cell")
-    add(
-        "--context-layers",
-        type=int,
-        nargs="*",
-        metavar="N",
-        help="layers it reads besides the last state (default: a low, a middle and a high one; "
-        "none given: Apple's layout)",
-    )
+    text = "layers it reads besides the last state (default: a low, a middle and a high one; "
+    add("--context-layers", type=int, nargs="*", metavar="N", help=text + "none given: Apple's layout)")
     add("--start-from", metavar="DRAFTER", help="train an existing drafter on, also one in Apple's layout")
     add = parser.add_argument_group("training").add_argument
     add("--length", type=int, default=5, help="depths it is trained for")
     add("--labels", default="soft", choices=("soft", "hard"), help="distribution or token")
     add("--loss", default="kl", choices=("kl", "tv"), help="divergence or total variation")
     add("--label-temp", type=float, default=1.0, help="of soft labels")
-    add(
-        "--negatives",
-        default=0.15,
-        help="of the draft tokens unlikely in a batch that its softmax has",
-        **share,
-    )
+    text = "of the draft tokens unlikely in a batch that its softmax has"
+    add("--negatives", default=0.15, help=text, **share)
     add("--dropout", default=0.2, help="of the drafter's inputs that a step does not see", **share)
     add("--depth-weight", type=float, default=0.9, help="of each depth to the one before")
     add("--epochs", type=float, default=2.0, help="passes over the data")
@@ -105,29 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warm-up", type=float, default=0.05, help="share of the steps")
     add("--weight-decay", type=float, default=0.01, help="of AdamW")
     add("--clip", type=float, default=1.0, help="norm of gradients")
-    add(
-        "--train-dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16"),
-        help="of products in training",
-    )
+    types = ("auto", "float32", "bfloat16")
+    add("--train-dtype", default="auto", choices=types, help="of products in training")
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval-prompts", help="JSONL of prompts to measure with besides", **files)
-    add(
-        "--eval-shapes",
-        nargs="+",
-        default=["1,4", "2,4", "4,5"],
-        metavar="W,L",
-        help="width,length or width,length,nodes (default: 1,4 2,4 4,5)",
-    )
-    add(
-        "--eval-temps",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.7],
-        metavar="T",
-        help="temperatures to measure at (default: 0 0.7)",
-    )
+    shapes: Any = {"default": ["1,4", "2,4", "4,5"], "nargs": "+", "metavar": "W,L"}
+    add("--eval-shapes", help="width,length or width,length,nodes (default: 1,4 2,4 4,5)", **shapes)
+    temps: Any = {"default": [0.0, 0.7], "type": float, "nargs": "+", "metavar": "T"}
+    add("--eval-temps", help="temperatures to measure at (default: 0 0.7)", **temps)
     add("--eval-tokens", type=int, default=128, help="per answer; 0: no evaluation")
 
 
@@ -218,13 +180,9 @@ def _limit_memory(limit: float | None) -> int:
 
 
 def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> training.Request:
-    if args.tokens is not None and args.tokens < 0:
-        raise ValueError(f"tokens {args.tokens} is not usable: give 0 or more.")
-    if args.blocks < 0 or (args.exit_dim is not None and args.exit_dim < 1):
-        raise ValueError(f"blocks {args.blocks}, exit dim {args.exit_dim}: give sizes of at least 0 and 1.")
-    if args.workers is not None and args.workers < 1:
-        raise ValueError(f"workers {args.workers} is not usable: give 1 or more.")
-    recipe = _made(
+    for name, least in (("tokens", 0), ("blocks", 0), ("exit_dim", 1), ("workers", 1)):
+        check_range(name, getattr(args, name), least)
+    recipe = taken(
         Recipe,
         args,
         length=args.row_length,
@@ -235,27 +193,20 @@ def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> tr
         openings=read_openings(Path(args.openings) if args.openings else None),
         longest_user_turn=max(1, min(160, args.row_length // 3)),
     )
-    objective = _made(Objective, args, decay=args.depth_weight, temperature=args.label_temp, chunk=chunk)
+    objective = taken(Objective, args, decay=args.depth_weight, temperature=args.label_temp, chunk=chunk)
     usual = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
     dtype = usual if args.train_dtype == "auto" else args.train_dtype
-    request: training.Request = _made(
+    return taken(
         training.Request,
         args,
         data=tuple(args.data),
         recipe=recipe,
-        settings=_made(Settings, args, objective=objective, dtype=dtype),
+        settings=taken(Settings, args, objective=objective, dtype=dtype),
         context_layers=None if args.context_layers is None else tuple(args.context_layers),
         seconds=seconds(args.time),
         cache=args.cache_features,
         writing=_flags(WRITING, given),
     )
-    return request
-
-
-def _made(kind: Any, args: argparse.Namespace, **others: Any) -> Any:
-    """A dataclass of ``others``; its other fields take the options of their names, if there are any."""
-    names = {field.name for field in fields(kind)} & vars(args).keys() - others.keys()
-    return kind(**others, **{name: getattr(args, name) for name in names})
 
 
 def _report(measured: dict[str, list[Measured]]) -> None:

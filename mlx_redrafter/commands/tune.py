@@ -21,8 +21,8 @@ from ..engine.step_times import (
     policy_for,
 )
 from ..model import DEFAULT_MODEL, DTYPES, load
+from ..options import check_range, describe_shape
 from ..text import stream_generate
-from .generate import describe_shape
 
 PROMPTS = (
     "Explain why the sky is blue.",
@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure the step times anew, keep them, and say which draft shape is used and why."""
     if not 0 < args.seconds < float("inf"):
         raise ValueError(f"--seconds {args.seconds} is not usable: give more than 0.")
-    for flag, value in (("tokens", args.tokens), ("lookup", args.lookup)):
-        if value is not None and value < 0:
-            raise ValueError(f"--{flag} {value} is not usable: give 0 or more.")
+    check_range("tokens", args.tokens, 0)
+    check_range("lookup", args.lookup, 0)
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt([text]) for text in PROMPTS]
     drafter = None if args.drafter == "none" else args.drafter
     model, tokenizer = load(args.model, drafter=drafter, dtype=args.dtype)

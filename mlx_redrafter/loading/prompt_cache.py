@@ -19,21 +19,43 @@ class PromptCache:
     """What such a file holds.
 
     Attributes:
+        path: the file.
         layers: mlx-lm's caches.
         model: the model it was made with, as it was named then; None if the file does not say.
         tokenizer_config: options that the tokenizer had.
     """
 
+    path: Path
     layers: list[Any]
     model: str | None = None
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
+    def fit(self, model: nn.Module) -> None:
+        """Give the cache the model's type of numbers.
 
-def read_prompt_cache(path: Path) -> PromptCache:
-    """Read a file.
+        Raises:
+            ValueError: it is of a model of other sizes, or holds NaN.
+        """
+        fresh = make_prompt_cache(model)
+        mx.eval(model(mx.array([[0]]), cache=fresh))
+        misfit = len(fresh) != len(self.layers)
+        for mine, wanted in zip(self.layers, fresh, strict=False):
+            if type(mine) is not KVCache or type(wanted) is not KVCache:
+                continue
+            for name in ("keys", "values"):
+                array, like = getattr(mine, name), getattr(wanted, name)
+                misfit = misfit or not _alike(array, like, mine.offset)
+                setattr(mine, name, array.astype(like.dtype))
+        if misfit:
+            raise ValueError(f"{self.path} does not fit the model: make one for it with mlx_lm.cache_prompt.")
+
+
+def read_prompt_cache(path: Path, model: str | None, bits: int | None, group_size: int) -> PromptCache:
+    """Read a file, to go on with a model (None: the one that the file names).
 
     Raises:
-        ValueError: it is missing, damaged, or something else.
+        ValueError: it is missing, damaged, something else, of another model, or quantized in another way than
+            asked for, in which mlx-lm is as strict.
     """
     try:
         with safe_open(path, "numpy"):  # checks the header against the size of the file
@@ -48,17 +70,17 @@ def read_prompt_cache(path: Path) -> PromptCache:
         raise ValueError(
             f"{path} is no usable prompt cache ({reason}): make one with mlx_lm.cache_prompt."
         ) from error
-    return PromptCache(list(layers), metadata.get("model"), options)
-
-
-def check_quantization(cache: PromptCache, bits: int | None, group_size: int) -> None:
-    """Raise ``ValueError`` if the cache is quantized in another way than asked for, as mlx-lm does."""
-    first = cache.layers[0]
-    if not isinstance(first, QuantizedKVCache):
-        return
-    for flag, asked, found in (("bits", bits, first.bits), ("group-size", group_size, first.group_size)):
-        if asked is not None and asked != found:
-            raise ValueError(f"--kv-{flag} {asked} does not match the prompt cache: give {found}.")
+    cache = PromptCache(path, list(layers), metadata.get("model"), options)
+    if isinstance(first := cache.layers[0], QuantizedKVCache):
+        for flag, asked, found in (("bits", bits, first.bits), ("group-size", group_size, first.group_size)):
+            if asked is not None and asked != found:
+                raise ValueError(f"--kv-{flag} {asked} does not match the prompt cache: give {found}.")
+    if model and cache.model and not same_model(model, cache.model):
+        raise ValueError(
+            f"--model {model} is not the model of {path}, {cache.model}: "
+            "leave --model out, or make a cache for it with mlx_lm.cache_prompt."
+        )
+    return cache
 
 
 def same_model(one: str, other: str) -> bool:
@@ -70,26 +92,6 @@ def same_model(one: str, other: str) -> bool:
         snapshot = re.search(r"/models--([^/]+)/snapshots/[^/]+$", place)
         names.append(snapshot[1].replace("--", "/", 1) if snapshot else place)
     return names[0] == names[1]
-
-
-def fit(cache: PromptCache, model: nn.Module, path: Path) -> None:
-    """Give the cache the model's type of numbers.
-
-    Raises:
-        ValueError: it is of a model of other sizes, or holds NaN.
-    """
-    fresh = make_prompt_cache(model)
-    mx.eval(model(mx.array([[0]]), cache=fresh))
-    misfit = len(fresh) != len(cache.layers)
-    for mine, wanted in zip(cache.layers, fresh, strict=False):
-        if type(mine) is not KVCache or type(wanted) is not KVCache:
-            continue
-        for name in ("keys", "values"):
-            array, like = getattr(mine, name), getattr(wanted, name)
-            misfit = misfit or not _alike(array, like, mine.offset)
-            setattr(mine, name, array.astype(like.dtype))
-    if misfit:
-        raise ValueError(f"{path} does not fit the model: make one for it with mlx_lm.cache_prompt.")
 
 
 def _alike(array: mx.array, like: mx.array, rows: int) -> bool:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..conversations import Message, Row, from_first_user, is_whole, read_rows, read_text, rendered, tell
+from ..chat import Message, rendered
+from ..conversations import Row, from_first_user, is_whole, read_rows, read_text, tell
 from ..loading.files import atomic_file
 
 Array = npt.NDArray[Any]
@@ -141,7 +142,7 @@ def read_given(path: Path, tokenizer: TokenizerWrapper, max_length: int) -> Give
     """Read conversations, prompts or plain text.
 
     - ``.npz``: shards.
-    - ``.jsonl`` and ``.json``: what ``prompts.read_rows`` reads. Messages without an assistant's are a
+    - ``.jsonl`` and ``.json``: what ``conversations.read_rows`` reads. Messages without an assistant's are a
       prompt; what is said before the user's first message is left out.
     - ``.txt``: paragraphs between blank lines, joined up to ``max_length`` tokens.
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..conversations import Message, rendered
+from ..chat import Message, rendered
 from ..decoding.topk import top_k
 from ..models.target import Target
 from .data import Conversation, special_tokens
