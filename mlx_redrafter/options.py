@@ -25,6 +25,7 @@ from .models.bundle import parse_config, read_config, resolve_drafter
 from .text import check_numbers, check_shape
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
+CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}  # of a quantized cache
 REMEDY = "give others, --ignore-chat-template, or no --system-prompt"
 NUMBER = re.compile(r"^(?!temperature )[a-z -]+(?= \S+ is not usable)")  # what a message says of a flag's
 
@@ -62,14 +63,13 @@ class PromptOptions:
     def __post_init__(self) -> None:
         for name in ("system_prompt", "prefill_response"):
             check_text(name, getattr(self, name), empty=True)
+        given = self.chat_template_config
         try:
-            options = json.loads(self.chat_template_config or "{}")
+            options = json.loads(given or "{}")
         except (ValueError, RecursionError) as error:
             raise ValueError(f"--chat-template-config is not JSON ({error}): give an object.") from error
         if not isinstance(options, dict):
-            raise ValueError(
-                f"--chat-template-config {self.chat_template_config} is no JSON object: give one."
-            )
+            raise ValueError(f"--chat-template-config {given} is no JSON object: give one.")
 
     def is_raw(self, tokenizer: TokenizerWrapper) -> bool:
         """Whether the model is given what is said as it is."""
@@ -134,6 +134,9 @@ class DecodingOptions:
         check_range("quantized_kv_start", self.quantized_kv_start, 0)
         check_range("num_draft_tokens", self.num_draft_tokens, 1)
         check_range("seed", self.seed, 0, (1 << 64) - 1)
+        for name, usable in CHOICES.items():
+            if (value := getattr(self, name)) not in (None, *usable):
+                raise ValueError(f"{flag(name)} {value} is not usable: choose one of {usable}.")
         try:
             check_numbers(self.max_tokens, self.prefill_step_size)
             _ = self.sampling

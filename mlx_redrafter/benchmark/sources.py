@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import sys
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -56,12 +57,9 @@ def _hub_file() -> Path:
 
     with contextlib.suppress(OSError, ValueError):
         return Path(hf_hub_download(*MT_BENCH, repo_type="space", local_files_only=True))
-    _say_downloading("mt-bench")
-    logging.set_verbosity_error()  # it would say each time that it tries again
-    try:
+    with _downloading("mt-bench", "the Hugging Face hub"):
+        logging.set_verbosity_error()  # it would say each time that it tries again
         return Path(hf_hub_download(*MT_BENCH, repo_type="space"))
-    except (OSError, ValueError) as error:
-        raise ValueError(_unreachable("mt-bench", "the Hugging Face hub", error)) from error
 
 
 def _spec_bench_file() -> Path:
@@ -69,26 +67,22 @@ def _spec_bench_file() -> Path:
     path = cache_folder() / "prompts" / f"spec-bench-{SPEC_BENCH_COMMIT[:7]}.jsonl"
     if path.is_file():
         return path
-    _say_downloading("spec-bench")
-    try:
-        with urllib.request.urlopen(SPEC_BENCH, timeout=TIMEOUT) as response:
-            data = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(_unreachable("spec-bench", "GitHub", error)) from error
+    with _downloading("spec-bench", "GitHub"), urllib.request.urlopen(SPEC_BENCH, timeout=TIMEOUT) as found:
+        data = found.read()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as new:
         new.write_bytes(data)
     return path
 
 
-def _say_downloading(name: str) -> None:
+@contextlib.contextmanager
+def _downloading(name: str, where: str) -> Iterator[None]:
+    """Say so in a terminal, and what to do where it fails."""
     if sys.stderr.isatty():
         print(f"Downloading {name} ...", file=sys.stderr)
-
-
-def _unreachable(name: str, where: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-    return (
-        f"{name} cannot be downloaded from {where} ({reason}): "
-        "check the network, or give prompts of your own with --prompts FILE."
-    )
+    try:
+        yield
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+        remedy = "check the network, or give prompts of your own with --prompts FILE."
+        raise ValueError(f"{name} cannot be downloaded from {where} ({reason}): {remedy}") from error

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from ..model import DEFAULT_MODEL, DTYPES
-from ..options import DecodingOptions, ModelOptions, PromptOptions
+from ..options import CHOICES, DecodingOptions, ModelOptions, PromptOptions
 
 Options = TypeVar("Options")
 
@@ -47,8 +47,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context-length", type=int, help="tokens a prompt may have (default: what the model's config says)")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
     add("--prefill-step-size", type=int, help="prompt tokens processed at once")
-    add("--kv-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="of a quantized cache (without drafter)")
-    add("--kv-group-size", type=int, choices=(32, 64, 128), help="of the quantized cache")
+    add("--kv-bits", type=int, choices=CHOICES["kv_bits"], help="of a quantized cache (without drafter)")
+    add("--kv-group-size", type=int, choices=CHOICES["kv_group_size"], help="of the quantized cache")
     add("--quantized-kv-start", type=int, help="first step with a quantized cache")
     add("--drafter", help="folder, shipped name, repository; auto: the one that ships; none")
     text = "beams of the draft; auto: the shape that is fastest here for this text"

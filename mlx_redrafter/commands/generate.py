@@ -119,9 +119,8 @@ def _standard_input() -> str:
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         return sys.stdin.read()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"standard input is not text in UTF-8 ({error}): convert it, as with iconv."
-        ) from error
+        remedy = "convert it, as with iconv."
+        raise ValueError(f"standard input is not text in UTF-8 ({error}): {remedy}") from error
 
 
 def _boolean(text: str) -> bool:

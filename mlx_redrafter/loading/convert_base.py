@@ -112,9 +112,8 @@ def base_folder(source: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file():
         if path.suffix in PICKLES:
-            raise ValueError(
-                f"{source} is a pickle file, which can run code: convert it to safetensors{TO_SAFETENSORS}"
-            )
+            what = "a pickle file, which can run code"
+            raise ValueError(f"{source} is {what}: convert it to safetensors{TO_SAFETENSORS}")
         raise ValueError(f"{source} is a file: give the model's folder.")
     try:
         folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=DOWNLOADED))
