@@ -196,6 +196,16 @@ def test_a_long_prompt_lets_the_others_go_on(model):
     assert len(engine.step()) == 2
 
 
+@pytest.mark.parametrize("length", [255, 256, 257, 258, 513])
+def test_a_prompt_that_fills_its_buffers(model, length):
+    target = Target(model)
+    prompt = [i % 101 for i in range(length)]
+    for shape in SHAPES[:3]:
+        engine = Engine(target, Runner(target, RandomDrafter(target)), Fixed(shape))
+        number = engine.submit(Request(prompt, 9))
+        assert finish(engine) == {number: plain(model, prompt, 9)}
+
+
 def test_few_shapes_are_traced_for_any_number_of_texts(model):
     target = Target(model)
     run = Runner(target, RandomDrafter(target), compiled=True)

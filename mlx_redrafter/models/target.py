@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from ..decoding.layers import Layers, Rows, View, visible, write_rows
+from ..decoding.layers import Layers, Rows, View, fit_rows, visible, write_rows
 from ..decoding.step import Verified
 from ..decoding.tree import Tree, make_tree
 from .bundle import token_embedding
@@ -71,12 +71,13 @@ class Target:
         return [KVCache() if window is None else _WindowedCache(window) for window in self.windows]
 
     def layers_of(self, caches: Sequence[KVCache]) -> tuple[int, Layers]:
-        """How many tokens mlx-lm caches hold, and their buffers."""
+        """How many tokens mlx-lm caches hold, and their buffers, with room for one row more at least."""
         rows = int(caches[0].offset)
         if rows == 0:  # they have no buffers yet
             caches = self.make_cache()
             self.forward(mx.array([[0]]), caches)
-        return rows, from_prompt_cache(caches)
+        layers = from_prompt_cache(caches)
+        return rows, layers if rows < layers.capacity else fit_rows(layers, rows + 1)
 
     def no_context(self) -> mx.array:
         """[1, F]: what the drafter reads before anything is known."""
