@@ -14,21 +14,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate as mlx_stream_generate
-from mlx_lm.generate import GenerationResponse, wired_limit
-from mlx_lm.models.cache import KVCache
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, GenerationResponse, wired_limit
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .decoding.layers import Layers
+from .decoding.layers import Layers, Quantization
 from .decoding.sampling import Sampling, draw, filter_settings, seeds_at
 from .decoding.state import DraftShape
 from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Chooser, Emitted, Fixed, Sampler
 from .model import SpeculativeModel
-from .models.target import to_prompt_cache
+from .models.target import kept_as, quantize, to_prompt_cache
 
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
-PLAIN_ONLY = ("kv_bits", "input_embeddings", "draft_model")
+PLAIN_ONLY = ("input_embeddings", "draft_model")
+QUANTIZATION = {"bits": "kv_bits", "group_size": "kv_group_size", "start": "quantized_kv_start"}
 # Options that do nothing without another one.
 DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
 MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
@@ -82,7 +83,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     prefill_step_size: int = CHUNK,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    prompt_cache: Sequence[Any] | None = None,
+    prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     draft: bool = True,
     **options: Any,
@@ -111,7 +112,8 @@ def stream_generate(
         prompt_cache: mlx-lm caches of an earlier part of the text.
         max_kv_size: tokens the cache may hold, as in mlx-lm.
         draft: False decodes with mlx-lm.
-        **options: other options of ``mlx_lm.generate_step``; these switch drafting off.
+        **options: other options of ``mlx_lm.generate_step``. Those of a quantized cache (``kv_bits``,
+            ``kv_group_size``, ``quantized_kv_start``) are followed, the others switch drafting off.
 
     Yields:
         One response per token; the last one has a ``finish_reason``, "stop" or "length".
@@ -138,11 +140,12 @@ def stream_generate(
         options.pop("logits_processors", ()),
         sampler,
         prompt_cache,
+        _quantization(options),
         progress=prompt_progress_callback or (lambda done, total: None),
     )
     if seed is not None:
         mx.random.seed(seed)  # for functions of the caller's
-    if draft and _can_draft(model, ids, max_tokens, max_kv_size, prompt_cache, options):
+    if draft and _can_draft(model, request, max_kv_size, options):
         policy = model.make_policy(lookup) if shape is None else Fixed(_usable(shape, model))
         responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
     else:
@@ -276,6 +279,14 @@ def _effective(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if DETAILS.get(name, name) in given}
 
 
+def _quantization(options: Mapping[str, Any]) -> Quantization | None:
+    """What mlx-lm's options say of a quantized cache."""
+    if "kv_bits" not in options:
+        return None
+    given = {field: options[name] for field, name in QUANTIZATION.items() if name in options}
+    return Quantization(**{"start": DEFAULT_QUANTIZED_KV_START, **given})
+
+
 def check_numbers(max_tokens: int, prefill_step_size: int) -> None:
     """Raise ``ValueError`` if one of ``stream_generate``'s numbers is out of range."""
     if max_tokens < 1 and max_tokens != -1:
@@ -307,28 +318,28 @@ def _usable(shape: DraftShape, model: SpeculativeModel) -> DraftShape:
 
 
 def _can_draft(
-    model: SpeculativeModel,
-    ids: list[int],
-    max_tokens: int,
-    max_kv_size: int | None,
-    prompt_cache: Sequence[Any] | None,
-    options: dict[str, Any],
+    model: SpeculativeModel, request: Request, max_kv_size: int | None, options: Mapping[str, Any]
 ) -> bool:
     """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
     if model.prepare() is None:
         if model.drafter is not None:
             warnings.warn(f"decoding without the drafter: {model.refusal}", stacklevel=3)
         return False
-    unknown = [name for name in options if name not in PLAIN_ONLY]
+    unknown = [name for name in options if name not in (*PLAIN_ONLY, *QUANTIZATION.values())]
     reasons = [name for name in PLAIN_ONLY if name in options] or unknown
-    if (
-        max_kv_size is not None
-        and prompt_cache is None
-        and (max_tokens < 0 or len(ids) + max_tokens > max_kv_size)
-    ):
+    needed = len(request.prompt) + request.max_tokens
+    if max_kv_size is not None and request.caches is None and needed > max_kv_size:
         reasons.append(f"max_kv_size={max_kv_size}, less than prompt and max tokens together")
-    if prompt_cache is not None and not all(type(cache) is KVCache for cache in prompt_cache):
-        reasons.append(f"a prompt cache of {type(prompt_cache[0]).__name__}")
+    for kind in {type(cache) for cache in request.caches or ()} - {KVCache, QuantizedKVCache}:
+        reasons.append(f"a prompt cache of {kind.__name__}")
+    kept = {kept_as(cache) for cache in request.caches or ()}
+    if len(kept) > 1:
+        reasons.append("a prompt cache of several kinds")
+    try:
+        for how in filter(None, {request.kv, *kept}):
+            model.target.check_quantized(how)
+    except ValueError:
+        reasons.append("kv_bits")
     if reasons and model.drafter is not None:
         warnings.warn(f"decoding without the drafter: it cannot follow {', '.join(reasons)}.", stacklevel=3)
     return not reasons
@@ -395,9 +406,10 @@ def _speculative(
         finally:
             engine.close()
             if kept is not None and left:  # the caller may have left in the middle of a step
-                to_prompt_cache(left.pop(), rows + writer.tokens, kept)
+                to_prompt_cache(left.pop(), rows + writer.tokens, kept, request.kv)
                 last = writer.last if writer.tokens else request.prompt[-1]
                 target.forward(mx.array([[last]]), kept)  # mlx-lm leaves the last token in them too
+                quantize(kept, request.kv)
                 mx.eval([cache.state for cache in kept])
 
 

@@ -47,7 +47,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--context-length", type=int, help="tokens a prompt may have (default: what the model's config says)")
     add("--max-kv-size", type=int, help="tokens the cache may hold")
     add("--prefill-step-size", type=int, help="prompt tokens processed at once")
-    add("--kv-bits", type=int, choices=CHOICES["kv_bits"], help="of a quantized cache (without drafter)")
+    add("--kv-bits", type=int, choices=CHOICES["kv_bits"], help="of a quantized cache")
     add("--kv-group-size", type=int, choices=CHOICES["kv_group_size"], help="of the quantized cache")
     add("--quantized-kv-start", type=int, help="first step with a quantized cache")
     add("--drafter", help="folder, shipped name, repository; auto: the one that ships; none")

@@ -17,6 +17,21 @@ Rows = list[
 ]  # of one layer, each [B, Hkv, C, ...]: keys and values; if quantized, three parts of each
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How mlx-lm quantizes keys and values.
+
+    Attributes:
+        bits: of each number.
+        group_size: numbers along Dh that share a scale and a bias.
+        start: tokens that the layers hold before they are quantized.
+    """
+
+    bits: int
+    group_size: int = 64
+    start: int = 0
+
+
 @dataclass
 class Layers:
     """The buffers of every layer, and the rows of the last path that are not in them yet."""
@@ -107,6 +122,31 @@ def join_rows(parts: Sequence[Layers]) -> Layers:
         for each in parts:
             each.rows[layer] = []
     return Layers(joined)
+
+
+def one_text(layers: Layers, number: int) -> Layers:
+    """The committed layers of one text."""
+    return Layers(
+        [[part if part.shape[0] == 1 else part[number : number + 1] for part in rows] for rows in layers.rows]
+    )
+
+
+def quantized(layers: Layers, how: Quantization) -> Layers:
+    """The committed layers with keys and values quantized, in place of the given ones, one at a time."""
+    for number, rows in enumerate(layers.rows):
+        layers.rows[number] = [part for array in rows for part in quantized_rows(array, how)]
+        mx.eval(layers.rows[number])
+    return Layers(layers.rows)
+
+
+def quantized_rows(rows: mx.array, how: Quantization) -> list[mx.array]:
+    """Rows [B, Hkv, n, Dh] packed, their scales and their biases, each [B, Hkv, n, ...]."""
+    return list(mx.quantize(rows, group_size=how.group_size, bits=how.bits))
+
+
+def quantization_of(packed: mx.array, scales: mx.array, size: int) -> Quantization:
+    """How rows of ``size`` numbers are quantized. Their widths tell: compiled steps are given arrays only."""
+    return Quantization(32 * packed.shape[-1] // size, size // scales.shape[-1])
 
 
 def _rebuilt(layers: Layers, change: Callable[[mx.array], mx.array]) -> Layers:

@@ -2,16 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from ..decoding.layers import Layers
+from ..decoding.layers import Layers, Quantization
 from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
+from ..models.target import kept_as, quantize
 from . import backend
 from .foreign import foreign_pick
 from .loop import Batch, Chooser, Emitted, HandOver, Processor, Sampler, Step, Text, begin_step, bucket
@@ -34,7 +35,9 @@ class Request:
             random state.
         stop: token ids that end the text, and belong to it.
         processors, sampler: functions of the user's, as mlx-lm's (``Text``).
-        caches: mlx-lm caches that hold an earlier part of the text; they take the prompt in.
+        caches: mlx-lm caches that hold an earlier part of the text; they take the prompt in, and in the list
+            quantized ones may take their places.
+        kv: how keys and values are quantized, exactly when mlx-lm does so.
         release: is given the layers in the end (``Text``).
         progress: called with prompt tokens read and their total.
         pauses: prompt tokens after which reading pauses until the next step.
@@ -50,7 +53,8 @@ class Request:
     stop: frozenset[int] = frozenset()
     processors: Sequence[Processor] = ()
     sampler: Sampler | None = None
-    caches: Sequence[KVCache] | None = None
+    caches: list[Any] | None = None
+    kv: Quantization | None = None
     release: Callable[[Layers, int], None] | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
     pauses: Collection[int] = ()
@@ -74,7 +78,7 @@ class _Prompt:
 
     text: Text
     request: Request
-    caches: Sequence[KVCache] | None = None  # once it is being read
+    caches: list[Any] | None = None  # once it is being read
     read: int = 0  # of its tokens
 
     @property
@@ -126,7 +130,13 @@ class Engine:
         self._count = 0
 
     def submit(self, request: Request) -> int:
-        """Take a text in; its number."""
+        """Take a text in; its number.
+
+        Raises:
+            ValueError: the model's keys and values cannot be quantized as the request wants it.
+        """
+        if request.kv is not None:
+            self.target.check_quantized(request.kv)
         self._count += 1
         text = Text(
             self._count,
@@ -151,10 +161,13 @@ class Engine:
         emitted = self._read_prompts()
         for batch in self._batches:
             emitted += batch.step()
+        for batch in list(self._batches):
+            while batch.turned:
+                self._place(*batch.turned.pop())
         for each in emitted:  # a prompt has been read once its first tokens are there
             if (request := self._begun.pop(each.number, None)) is not None:
                 request.progress(len(request.prompt), len(request.prompt))
-        self._batches = [batch for batch in self._batches if batch.texts]
+        self._batches = [batch for batch in self._batches if batch.everyone]
         return sorted(emitted, key=lambda each: each.number)
 
     @property
@@ -202,6 +215,8 @@ class Engine:
             prompt = self._waiting[0]
             if prompt.caches is None and not self._has_room(prompt):
                 break
+            if prompt.request.kv and left < min(self.chunk, prompt.left):
+                break  # the ends of chunks decide where it is quantized: they must be where they are alone
             try:
                 left -= max(self._read(prompt, left), 1)
                 if prompt.read in prompt.request.pauses:
@@ -225,6 +240,7 @@ class Engine:
         if count:
             tokens = mx.array([list(request.prompt[prompt.read : prompt.read + count])])
             self.target.forward(tokens, prompt.caches)
+            quantize(prompt.caches, request.kv)
             mx.eval([cache.state for cache in prompt.caches])
             mx.clear_cache()
             prompt.read += count
@@ -236,6 +252,9 @@ class Engine:
         text, request = prompt.text, prompt.request
         assert prompt.caches is not None
         text.rows, layers = self.target.layers_of(prompt.caches)
+        text.kept = kept_as(prompt.caches[0])
+        if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
+            text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
         prompt.caches = None  # steps must have the only references, unless the caller has some
         state = begin(request.prompt, text.rows, layers, self.target.no_context(), request.seeds)
         del layers
@@ -252,7 +271,8 @@ class Engine:
         everyone = [*batch.everyone, text]
         needs = [bucket(each.rows + 1) for each in everyone]
         fits = len(everyone) * max(batch.capacity, *needs) <= WASTE * sum(needs)
-        return fits and all(each.is_foreign == text.is_foreign for each in batch.everyone)
+        alike = (text.is_foreign, text.kept)
+        return fits and all((each.is_foreign, each.kept) == alike for each in batch.everyone)
 
     def _has_room(self, prompt: _Prompt) -> bool:
         """Whether another text may be admitted."""

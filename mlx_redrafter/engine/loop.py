@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from ..decoding.layers import Layers, View, commit
+from ..decoding.layers import Layers, Quantization, View, commit, one_text
 from ..decoding.penalties import penalty_settings
 from ..decoding.sampling import Sampling, filter_settings
-from ..decoding.state import PLAIN, DraftShape, Output, State, join, take, with_capacity
+from ..decoding.state import PLAIN, DraftShape, Output, State, join, quantize, take, with_capacity
 
 GRAIN = 256  # rows: the smallest unit by which buffers grow
 FIRST_LAYERS = 2  # are handed over first, enough work for a device while the host does the rest
@@ -40,6 +40,8 @@ class Text:
         processors: functions that change its logits, as mlx-lm's; and the ``sampler`` that takes the place of
             ``sampling``, if there is one.
         release: is given the committed layers (of this text alone) and its rows when it leaves.
+        kept: how its layers are quantized; None: they are not.
+        turn: how they are to be quantized once they hold ``turn.start`` tokens, which they do not yet.
         is_new: whether it has had no step yet, so that the drafter knows nothing of it.
         error: what a function of its raised; it ends with that.
     """
@@ -52,6 +54,8 @@ class Text:
     processors: Sequence[Processor] = ()
     sampler: Sampler | None = None
     release: Callable[[Layers, int], None] | None = None
+    kept: Quantization | None = None
+    turn: Quantization | None = None
     is_new: bool = True
     error: Exception | None = None
 
@@ -59,6 +63,10 @@ class Text:
     def is_foreign(self) -> bool:
         """Whether functions that are not ours have a say in its tokens."""
         return bool(self.processors) or self.sampler is not None
+
+    def turns(self, rows: int) -> bool:
+        """Whether its layers are to be quantized once they hold ``rows`` tokens more."""
+        return self.turn is not None and self.rows + rows >= self.turn.start
 
 
 @dataclass
@@ -149,6 +157,7 @@ class Batch:
         self._running: tuple[DraftShape, Output] | None = None
         self._joining: list[tuple[Text, State]] = []
         self._ended: set[Text] = set()
+        self.turned: list[tuple[Text, State]] = []  # have left, for their layers are quantized now
         self._is_chosen = False  # whether the policy chose the running step's shape
         self._waited = self._busy = self._arrived = 0.0
 
@@ -187,6 +196,9 @@ class Batch:
 
     def leave(self, text: Text) -> None:
         """Take a text out: what the running step gives it is lost."""
+        for other, state in self._joining:
+            if other is text and text.release is not None:
+                text.release(state.layers, text.rows)
         self._joining = [(other, state) for other, state in self._joining if other is not text]
         self._ended |= {text} & set(self.texts)
         if self._running is None or self._ended == set(self.texts):
@@ -204,7 +216,8 @@ class Batch:
         assert self._running is not None and self._state is not None
         shape, output = self._running
         following, ahead = None, None
-        if not (self._changes or any(text.is_new for text in self.texts)):  # a first token shall not wait
+        wait = any(text.is_new or text.turns(shape.depth + 1) for text in self.texts)
+        if not (self._changes or wait):  # a first token shall not wait
             following = self._choose(shape)
             if self._rows(shape) + following.room <= self.capacity:
                 ahead = self._step(following, shape)
@@ -238,7 +251,9 @@ class Batch:
         return max(text.rows for text in self.texts) + (shape.depth + 1 if shape else 0)
 
     def _choose(self, running: DraftShape | None = None) -> DraftShape:
-        return self.policy.choose(self._rows(running), [text.number for text in self.texts])
+        shape = self.policy.choose(self._rows(running), [text.number for text in self.texts])
+        rows = sum(each.depth + 1 for each in (running, shape) if each)  # at most, after both steps
+        return PLAIN if any(text.turns(rows) for text in self.texts) else shape
 
     def _first_shape(self) -> DraftShape:
         """The shape after texts have joined or left; plain if the drafter knows nothing of any."""
@@ -282,6 +297,8 @@ class Batch:
             if text.error is not None:
                 said, finish = [], "error"
             if finish:
+                text.turn = None
+            if finish or text.turns(0):
                 self._ended.add(text)
             came_from = ranks[i][1 : 1 + drafted]
             logits = output.logits[i]
@@ -296,8 +313,12 @@ class Batch:
         if not self._changes:
             return
         keep = [i for i, text in enumerate(self.texts) if text not in self._ended]
-        for text in self.texts:
-            if text in self._ended and text.release is not None:
+        for number, text in enumerate(self.texts):
+            if text.turns(0):
+                assert text.turn is not None and self._state is not None
+                self.turned.append((text, quantize(self._state, number, text.turn)))
+                text.kept, text.turn = replace(text.turn, start=0), None
+            elif text in self._ended and text.release is not None:
                 text.release(self.layers_of(text), text.rows)
         texts = [self.texts[i] for i in keep] + [text for text, _ in self._joining]
         states = [state for _, state in self._joining]
@@ -320,13 +341,6 @@ class Batch:
         sampling = filter_settings(samplings, self._vocabulary) | penalty_settings(samplings)
         self._state = replace(state, sampling=sampling)
         self._run = self._runner(texts)
-
-
-def one_text(layers: Layers, number: int) -> Layers:
-    """The committed layers of one text."""
-    return Layers(
-        [[part if part.shape[0] == 1 else part[number : number + 1] for part in rows] for rows in layers.rows]
-    )
 
 
 def enqueue(state: State, output: Output) -> None:

@@ -10,14 +10,26 @@ A view does not see what is put into the model later, but ``parts`` tells that s
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
-from ..decoding.layers import Layers, Rows, View, fit_rows, visible, write_rows
+from ..decoding.layers import (
+    Layers,
+    Quantization,
+    Rows,
+    View,
+    fit_rows,
+    quantization_of,
+    quantized_rows,
+    visible,
+    write_rows,
+)
 from ..decoding.step import Verified
 from ..decoding.tree import Tree, make_tree
 from .bundle import token_embedding
@@ -74,7 +86,7 @@ class Target:
         """How many tokens mlx-lm caches hold, and their buffers, with room for one row more at least."""
         rows = int(caches[0].offset)
         if rows == 0:  # they have no buffers yet
-            caches = self.make_cache()
+            caches = [copy.copy(cache) for cache in caches]
             self.forward(mx.array([[0]]), caches)
         layers = from_prompt_cache(caches)
         return rows, layers if rows < layers.capacity else fit_rows(layers, rows + 1)
@@ -122,6 +134,22 @@ class Target:
         logits, hidden = self.forward(tree.tokens, caches)
         return Verified(logits, hidden, [cache.rows for cache in caches], [cache.nodes for cache in caches])
 
+    def check_quantized(self, how: Quantization) -> None:
+        """Raise ``ValueError`` if mlx-lm cannot decode with keys and values quantized so."""
+        caches = self.make_cache()
+        try:
+            if any(self.windows):
+                raise ValueError("it attends to a window only")
+            for _ in range(2):  # nothing is computed
+                self.forward(mx.array([[0]]), caches)
+                quantize(caches, how)
+        except (ValueError, TypeError, AttributeError) as error:
+            reason, *_ = str(error).partition("\n")
+            raise ValueError(
+                f"{_name(self.model)} cannot be decoded with keys and values of {how.bits} bits in groups of "
+                f"{how.group_size} ({reason}): give others, or leave kv_bits out."
+            ) from error
+
     def check(self) -> None:
         """Compare a branching tree's and a chain's logits with sequential decoding on this very model.
 
@@ -162,20 +190,38 @@ class Target:
 
 def from_prompt_cache(caches: Sequence[Any]) -> Layers:
     """The buffers of mlx-lm caches after prompt processing."""
-    return Layers([[cache.keys, cache.values] for cache in caches])
+    return Layers([[*x.keys, *x.values] if kept_as(x) is not None else [x.keys, x.values] for x in caches])
 
 
-def to_prompt_cache(layers: Layers, rows: int, caches: Sequence[KVCache]) -> None:
-    """Give mlx-lm caches the committed buffers of one text, ``rows`` of which are valid."""
-    for (keys, values), cache in zip(layers.rows, caches, strict=True):
-        cache.keys, cache.values, cache.offset = keys, values, rows
+def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantization | None = None) -> None:
+    """Give mlx-lm caches the committed buffers of one text, ``rows`` of which are valid.
+
+    If these have been quantized since, by ``how``, quantized caches take the places of the given ones.
+    """
+    if len(layers.rows[0]) > 2:
+        quantize(caches, how and replace(how, start=0))
+    for parts, cache in zip(layers.rows, caches, strict=True):
+        cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
+        cache.offset = rows
+
+
+def kept_as(cache: Any) -> Quantization | None:
+    """How what an mlx-lm cache holds is quantized; None: it is not."""
+    return Quantization(cache.bits, cache.group_size) if isinstance(cache, QuantizedKVCache) else None
+
+
+def quantize(caches: list[Any], how: Quantization | None) -> None:
+    """Put quantized caches in the places of mlx-lm caches that hold ``how.start`` tokens or more."""
+    if how is not None:
+        maybe_quantize_kv_cache(caches, how.start, how.group_size, how.bits)
 
 
 class TreeCache:
     """What one attention layer sees of its memory while a tree of N nodes is verified.
 
-    After the layer ran, ``rows`` [B, Hkv, C, Dh] (keys and values) hold the nodes' rows at ``length`` and
-    after, and ``nodes`` [B, Hkv, N, Dh] are these alone.
+    After the layer ran, ``rows`` [B, Hkv, C, ...] (keys and values, or three parts of each) hold the nodes'
+    rows at ``length`` and after, and ``nodes`` [B, Hkv, N, ...] are these alone. If they are quantized,
+    mlx-lm's attention finds ``bits`` and ``group_size``.
     """
 
     def __init__(
@@ -205,12 +251,16 @@ class TreeCache:
             self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
         return self.masks[window]
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         self.nodes = [keys, values]
+        if len(self.rows) > 2:
+            how = quantization_of(self.rows[0], self.rows[1], keys.shape[-1])
+            self.bits, self.group_size = how.bits, how.group_size
+            self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
         pairs = zip(self.rows, self.nodes, strict=True)
         self.rows = [write_rows(buffer, rows, self.length) for buffer, rows in pairs]
-        shown_keys, shown_values = (buffer[:, :, : self.view.columns] for buffer in self.rows)
-        return shown_keys, shown_values
+        shown = [buffer[:, :, : self.view.columns] for buffer in self.rows]
+        return (shown[0], shown[1]) if len(shown) == 2 else (tuple(shown[:3]), tuple(shown[3:]))
 
 
 class _WindowedCache(KVCache):  # type: ignore[misc]
