@@ -287,5 +287,5 @@ def test_what_mlx_lm_cannot_quantize_is_refused_in_one_line(name, size, reason):
     target = Target(make_model(name, head_dim=32))
     engine = Engine(target, Runner(target, None), Fixed(SHAPES[0]))
     with pytest.raises(ValueError, match=f"cannot be decoded with.*{reason}"):
-        engine.submit(Request(PROMPT, 9, kv=Quantization(8, size)))
+        engine.submit(Request(PROMPT, 9, kv=Quantization(8, size, 5000)))
     assert not engine.is_busy

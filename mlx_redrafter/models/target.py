@@ -142,7 +142,7 @@ class Target:
                 raise ValueError("it attends to a window only")
             for _ in range(2):  # nothing is computed
                 self.forward(mx.array([[0]]), caches)
-                quantize(caches, how)
+                quantize(caches, replace(how, start=0))
         except (ValueError, TypeError, AttributeError) as error:
             reason, *_ = str(error).partition("\n")
             raise ValueError(
