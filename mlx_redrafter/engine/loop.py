@@ -216,8 +216,7 @@ class Batch:
         assert self._running is not None and self._state is not None
         shape, output = self._running
         following, ahead = None, None
-        wait = any(text.is_new or text.turns(shape.depth + 1) for text in self.texts)
-        if not (self._changes or wait):  # a first token shall not wait
+        if not (self._changes or any(text.is_new for text in self.texts)):  # a first token shall not wait
             following = self._choose(shape)
             if self._rows(shape) + following.room <= self.capacity:
                 ahead = self._step(following, shape)
