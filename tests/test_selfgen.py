@@ -7,13 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models import llama
-from mlx_lm.models.cache import KVCache
 from test_data import TALK, make_tokenizer, messages
 
+from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.target import Target
-from mlx_redrafter.train import data, selfgen
-from mlx_redrafter.train.selfgen import Recipe, Template, generate
+from mlx_redrafter.train import data, run, selfgen
+from mlx_redrafter.train.selfgen import Recipe, generate
 from mlx_redrafter.train.streams import Workers
+from mlx_redrafter.train.template import STOP_TOKENS, Template
 
 VOCABULARY = 310
 MARKED = ("chatml", "gemma", "inst", "llama3", "zephyr")  # templates whose answers end with a special token
@@ -35,22 +36,18 @@ class Ending(Target):
         return logits + boost, hidden
 
 
-class Oracle:
+class Oracle(Target):
     """A model that says one text, whatever it is fed."""
 
-    def __init__(self, text: list[int]) -> None:
-        self.text = mx.array(text)
-
-    def make_cache(self):
-        return [KVCache()]
+    text: list[int]
 
     def forward(self, tokens, caches):
-        rows = mx.zeros((tokens.shape[0], 1, tokens.shape[1], 1))
-        start = caches[0].offset
-        caches[0].update_and_fetch(rows, rows)
-        following = mx.concatenate([self.text, self.text[:1]])[start + 1 : start + 1 + tokens.shape[1]]
-        logits = mx.where(mx.arange(VOCABULARY) == following[:, None], 9.0, 0.0)  # [n, V]
-        return mx.broadcast_to(logits, (tokens.shape[0], *logits.shape)), mx.zeros((*tokens.shape, 4))
+        start = mx.array(caches[0].offset).reshape(-1, 1)
+        logits, hidden = super().forward(tokens, caches)
+        places = mx.minimum(start + 1 + mx.arange(tokens.shape[1]), len(self.text) - 1)
+        following = mx.array(self.text)[places]
+        says = mx.where(mx.arange(VOCABULARY) == following[..., None], 9.0, 0.0)  # [b or 1, n, V]
+        return mx.broadcast_to(says, logits.shape), hidden
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +79,18 @@ def answers(conversation, tokenizer) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", [*MARKED, "plain"])
-def test_what_the_model_says_of_a_conversation_makes_that_conversation(name):
+def test_what_the_model_says_of_a_conversation_makes_that_conversation(name, model):
     tokenizer = make_tokenizer(name)
     wanted = data.tokenize(messages(TALK), tokenizer, 500)
     recipe = Recipe(length=len(wanted.tokens), batch=2, temperature=0, user_temperature=0)
-    generated = generate(Oracle(wanted.tokens.tolist()), tokenizer, recipe, 0)
+    oracle = Oracle(model)
+    oracle.text = wanted.tokens.tolist()
+    generated = generate(oracle, tokenizer, recipe, 0)
     for found in generated.conversations:
         assert found.tokens.tolist() == wanted.tokens.tolist()
         if name == "plain":  # the model says the beginning of "\n\n### Human:" itself
             assert (found.trained >= wanted.trained).all()
-            assert found.trained.sum() == wanted.trained.sum() + selfgen.STOP_TOKENS + 2
+            assert found.trained.sum() == wanted.trained.sum() + STOP_TOKENS + 2
         else:
             assert found.trained.tolist() == wanted.trained.tolist()
 
@@ -292,14 +291,13 @@ def test_prompts_are_answered(model):
     assert ["quick" in tokenizer.decode(row)[:90] for row in rest] == [True, False, False]
 
 
-def test_a_prompt_longer_than_the_row_leaves_nothing_to_train(model):
-    recipe = Recipe(length=20, batch=2)
-    generated = generate(
-        Target(model), make_tokenizer("chatml"), recipe, 0, prompts=[["one " * 50]], features=True
-    )
-    assert [len(row) for row in rows_of(generated)] == [20, 20]
+@pytest.mark.parametrize(("length", "batch"), [(20, 2), (257, 1)])  # caches of mlx-lm have room for 256
+def test_a_prompt_longer_than_the_row_leaves_nothing_to_train(model, length, batch):
+    prompts, recipe = [["one " * 300]], Recipe(length=length, batch=batch)
+    generated = generate(Target(model), make_tokenizer("chatml"), recipe, 0, prompts=prompts, features=True)
+    assert [len(row) for row in rows_of(generated)] == [length] * batch
     assert not generated.conversations[0].trained.any()
-    assert generated.features.shape == (2, 20, 64)
+    assert generated.features.shape == (batch, length, 64)
 
 
 def test_openings_start_the_first_turn(model):
@@ -337,6 +335,19 @@ def test_base_models_write_texts(model):
         assert row.trained.sum() == RECIPE.length - 1 - len(forced)
         ended += len(forced)
     assert ended
+
+
+def test_a_model_that_cannot_verify_drafts_is_refused_before_any_work(model, tmp_path, monkeypatch):
+    def fail(target):
+        raise ValueError("its positions are no rotary ones.")
+
+    monkeypatch.setattr(Target, "check", fail)
+    options = {}, "model", run.Evaluation({}, [], [], 0), "train"
+    with pytest.raises(ValueError, match="no rotary ones"):
+        run.train(
+            SpeculativeModel(model, None), make_tokenizer("chatml"), run.Request(), tmp_path / "out", *options
+        )
+    assert not list(tmp_path.iterdir())
 
 
 # --- Recipes -------------------------------------------------------------------------------------------

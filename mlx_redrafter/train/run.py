@@ -234,6 +234,8 @@ def train(
     identity = identity_of(model.model, name)
     work.check({name: identity.embedding_digest, **{path: _mark(path) for path in request.data}})
     start = _start(request, model)
+    if model.prepare() is None:  # texts are written, and drafts would be verified, by an engine
+        raise ValueError(model.refusal)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
     given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
     with work.begin(command):  # from here on, a mistake in the command would be in the way of its correction
