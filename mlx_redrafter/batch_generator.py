@@ -279,7 +279,7 @@ class BatchGenerator:
     def _take(self, sequence: _Sequence, emitted: Emitted) -> None:
         if emitted.error is not None:
             self.remove([sequence.uid])
-            raise emitted.error
+            raise vars(emitted).pop("error")  # this frame must not hold what holds it
         assert emitted.logits is not None
         finish = None
         for place, token in enumerate(emitted.tokens):

@@ -401,7 +401,7 @@ def _speculative(
             while not writer.finished:
                 for emitted in engine.step():
                     if emitted.error is not None:
-                        raise emitted.error
+                        raise vars(emitted).pop("error")  # this frame must not hold what holds it
                     yield from writer.write(emitted)
         finally:
             engine.close()

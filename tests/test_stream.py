@@ -1,6 +1,9 @@
 """The Python API next to mlx-lm's: same tokens, texts and caches; stop texts; what it refuses."""
 
+import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -13,7 +16,11 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from models import RandomDrafter, ScriptedDrafter, make_model
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, generate, load, stream_generate
-from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.decoding.layers import Layers
+from mlx_redrafter.decoding.state import State
+from mlx_redrafter.engine import backend
+from mlx_redrafter.engine.engine import Engine
+from mlx_redrafter.engine.loop import Fixed, Text
 from mlx_redrafter.loading.tokenizers import load_tokenizer
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.text import Response, until
@@ -375,3 +382,99 @@ def test_tokens_that_the_tokenizer_lacks(tokenizer, folders):
     for draft in (True, False):  # and has no answer here
         with pytest.raises(ValueError, match="its tokenizer does not have"):
             list(stream_generate(model, sentencepiece, PROMPT, 40, shape=SHAPE, draft=draft))
+
+
+@pytest.mark.parametrize("device", [backend.CPU, backend.METAL], ids=lambda device: device.name)
+def test_two_threads_at_once_get_what_each_gets_alone(device, tokenizer, monkeypatch):
+    monkeypatch.setattr(backend, "current", lambda: device)
+    base = make_model("llama3-rope", vocab_size=300)
+    model = SpeculativeModel(base, known(base, PROMPT))
+    asked = [
+        ([PROMPT, {}], [[8, 8, 9], {}]),
+        ([PROMPT, {"sampling": Sampling(1.0), "seed": 3}], [PROMPT, {"sampling": Sampling(1.0), "seed": 4}]),
+        ([[7] * 30, {"sampling": Sampling(0.7, top_p=0.9), "seed": 1 << 40}], [PROMPT, {}]),
+    ]
+
+    def run(prompt, options, start=lambda: None):
+        responses = stream_generate(model, tokenizer, prompt, 25, shape=SHAPE, **options)
+        start()
+        return fields(responses)
+
+    for pair in asked:
+        alone = [run(*each) for each in pair]
+        assert alone[0] != alone[1]
+        start = Barrier(2).wait
+        with ThreadPoolExecutor(2) as pool:
+            together = [pool.submit(run, *each, start) for each in pair]
+            assert [each.result() for each in together] == alone
+
+
+def held():
+    """Bytes in use, and how many objects there are that hold a text's rows."""
+    mx.synchronize()
+    kinds = (Engine, State, Layers, Text)
+    return mx.get_active_memory(), sum(type(each) in kinds for each in gc.get_objects())
+
+
+def close(responses):
+    responses[0].close()
+
+
+def forget(responses):
+    responses.clear()
+
+
+def leave_to_the_collector(responses):
+    responses.append(responses)
+    del responses
+
+
+def fail(responses):
+    with pytest.raises(ZeroDivisionError):
+        for _ in responses.pop():
+            1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize("asked_for", [0, 1, 4])
+@pytest.mark.parametrize("abandon", [close, forget, leave_to_the_collector, fail])
+def test_what_is_abandoned_gives_its_memory_back(model, tokenizer, abandon, asked_for):
+    plain = ending(tokenizer)
+    responses = []
+    for turn in range(2):  # in the first, what stays with the model is made
+        gc.collect()
+        before = held()
+        responses = [stream_generate(model, plain, PROMPT, 40, shape=SHAPE)]
+        for _ in range(asked_for):
+            next(responses[0])
+        assert (mx.get_active_memory() > before[0] + 1000) == (asked_for > 0)
+        abandon(responses)
+        if abandon is leave_to_the_collector:
+            del responses
+            gc.collect()
+        assert turn == 0 or held() == before
+    assert [r.token for r in stream_generate(model, plain, PROMPT, 40, shape=SHAPE)] == model.text[:40]
+
+
+def test_an_error_of_the_callers_function_ends_its_text_only(model, tokenizer):
+    plain = ending(tokenizer)
+
+    def bad(tokens, logits):
+        if len(tokens) > len(PROMPT) + 5:
+            raise KeyError("mine")
+        return logits
+
+    def run(**options):
+        return [r.token for r in stream_generate(model, plain, PROMPT, 40, shape=SHAPE, **options)]
+
+    assert run() == model.text[:40]
+    before = held()
+    for name in ("logits_processors", "sampler"):
+        other = stream_generate(model, plain, PROMPT, 40, shape=SHAPE)
+        next(other)
+        options = {name: [bad] if name == "logits_processors" else lambda logits: [][len(logits)]}
+        with pytest.raises((KeyError, IndexError)):
+            run(**options)
+        assert [r.token for r in other] == model.text[1:40]
+        assert run() == model.text[:40]
+        del other
+        assert held() == before

@@ -14,7 +14,7 @@ from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
 from ..models.target import kept_as, quantize
 from . import backend
-from .foreign import foreign_pick
+from .foreign import foreign_pick, without_frames
 from .loop import Batch, Chooser, Emitted, HandOver, Processor, Sampler, Step, Text, begin_step, bucket
 from .runner import Runner
 
@@ -223,7 +223,7 @@ class Engine:
                     left = 0
             except (ValueError, TypeError, RuntimeError, IndexError) as error:  # this request's alone
                 self._waiting.popleft()
-                return [Emitted(prompt.text.number, [], 0, finish="error", error=error)]
+                return [Emitted(prompt.text.number, [], 0, finish="error", error=without_frames(error))]
             if prompt.left == 0:
                 self._waiting.popleft()
                 self._join(prompt)

@@ -1,5 +1,6 @@
 """Users' own samplers and logits processors, which are given tokens and logits on the host's terms."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def _guarded(
         try:
             return change(text, value, by)
         except Exception as error:  # whatever users' functions raise ends their text only
-            text.error = error
+            text.error = without_frames(error)
     return value
 
 
@@ -75,3 +76,14 @@ def _paths(tree: Tree, state: State) -> list[list[list[int]]]:
             [known + [t for t, is_there in zip(said, row, strict=True) if is_there] for row in above]
         )
     return found
+
+
+class Origin(Exception):
+    """Where an error was raised, in words."""
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error with its traceback in words: the frames that led to it hold arrays of all texts."""
+    origin = Origin("\n" + "".join(traceback.format_exception(error)))
+    error.__cause__, error.__context__ = origin, None
+    return error.with_traceback(None)
