@@ -1,6 +1,8 @@
 """Several texts at once: each one's tokens are those that it has alone, whoever comes and goes."""
 
+import importlib
 import random
+from pathlib import Path
 
 import mlx_lm
 import pytest
@@ -235,3 +237,11 @@ def test_a_text_that_leaves_before_it_has_joined_costs_the_others_nothing(model)
     while batch.texts:
         said += [token for emitted in batch.step() for token in emitted.tokens]
     assert said == plain(model, [1] * 9, 20)
+
+
+def test_random_requests_get_what_each_gets_alone_and_leave_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    harness, soak = (importlib.import_module(name) for name in ("harness", "soak_requests"))
+    found = soak.soak(harness.tiny(vocabulary=soak.VOCABULARY), 60, seed=1, size=20)
+    assert found["passed"], found
+    assert found["drafted"] > 50 and set(found["ends"]) == {"length", "stop", "cancelled"}
