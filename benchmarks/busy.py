@@ -1,11 +1,11 @@
-"""Is decoding as fast as plain decoding at least, also beside another busy process?
+"""Is decoding at least as fast as plain decoding, even beside another busy process?
 
     uv run benchmarks/busy.py            # 8 prompts, 96 tokens each
     uv run benchmarks/busy.py --quick    # 2 prompts, 32 tokens each
 
 Every prompt is answered by mlx-lm's plain decoding and by this package with its automatic shape, one after
 the other, on the machine as it is and then beside a process that never rests; so each ratio is one of
-neighbours in time. Answers are timed by what times them in `mlx-redrafter benchmark`. The policy keeps what
+neighbours in time. Answers are timed as in `mlx-redrafter benchmark`. The policy keeps what
 it learns from prompt to prompt, as in any program that answers several.
 """
 

@@ -31,7 +31,7 @@ from mlx_redrafter.model import SpeculativeModel
 import mlx.core as mx  # isort: skip
 
 PLAIN = DraftShape(0, 0)
-TIE = 1e-3  # logits this near may be ordered otherwise by another kernel
+TIE = 1e-3  # logits this close may be ordered differently by another kernel
 # Sizes at which kernels change: head dims, rows x heads per key head, vocabularies off the tile.
 SMALL = ({"hidden": 64}, {"hidden": 256, "layers": 4}, {"hidden": 512, "layers": 2, "vocabulary": 1000})
 
@@ -102,7 +102,7 @@ Text = tuple[list[int], list[mx.array]]  # tokens, and the logits [V] from which
 
 
 def text(model: SpeculativeModel, shape: DraftShape, rows: int, tokens: int) -> Text:
-    """What is decoded greedily behind a made-up text of ``rows`` tokens."""
+    """What is decoded greedily after a made-up text of ``rows`` tokens."""
     steps = harness.decode(model, Fixed(shape), harness.after_prompt(model, rows), rows)
     said: list[int] = []
     logits: list[mx.array] = []

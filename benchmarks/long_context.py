@@ -18,7 +18,7 @@ from mlx_lm.generate import generate_step
 
 from mlx_redrafter.decoding.state import DraftShape, with_capacity
 from mlx_redrafter.engine.loop import Fixed, bucket
-from mlx_redrafter.engine.step_times import behind_text, candidates, measure
+from mlx_redrafter.engine.step_times import after_text, candidates, measure
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, mlx_lm: bool) -> dict[str, Any]:
-    """Everything behind a text of ``rows`` tokens."""
+    """Everything after a text of ``rows`` tokens."""
     shapes = candidates(model.prepare())
     measured = measure(model.prepare(), shapes, seconds, rows)
     return {
@@ -63,7 +63,7 @@ def at_length(model: SpeculativeModel, rows: int, seconds: float, steps: int, ml
 def peak(model: SpeculativeModel, shape: DraftShape, rows: int, steps: int) -> dict[str, float]:
     """Peak memory of some steps with room for them, in MB, and its ratio to the weights and the cache."""
     room = bucket(rows + steps * (shape.depth + 1) + shape.room)
-    state = with_capacity(behind_text(model.prepare(), rows), room)
+    state = with_capacity(after_text(model.prepare(), rows), room)
     mx.eval(state.layers.rows)
     held = weights(model) + sum(part.nbytes for parts in state.layers.rows for part in parts)
     decoding = harness.decode(model, Fixed(shape), state, rows)
@@ -86,7 +86,7 @@ def weights(model: SpeculativeModel) -> int:
 
 
 def mlx_lm_step(model: SpeculativeModel, rows: int, steps: int) -> float:
-    """Milliseconds per token of mlx-lm's own decoding, behind a text as long."""
+    """Milliseconds per token of mlx-lm's own decoding, after a text as long."""
     times = list(arrivals(model, rows, steps))[2:]
     return round(1000 * median(later - earlier for earlier, later in pairwise(times)), 3)
 

@@ -20,7 +20,7 @@ from mlx_redrafter.decoding.step import propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
 from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
-from mlx_redrafter.engine.step_times import behind_text, candidates
+from mlx_redrafter.engine.step_times import after_text, candidates
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.fused import FusedDrafter
 from mlx_redrafter.train.evaluate import parse_shape
@@ -65,10 +65,10 @@ def label(shape: DraftShape) -> str:
 
 
 def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
-    """The stages of a step of one shape, behind a text of ``rows`` tokens."""
+    """The stages of a step of one shape, after a text of ``rows`` tokens."""
     target, drafter = model.prepare().target, FusedDrafter(model.drafter) if model.drafter else None
     assert target is not None
-    state = after_text(model, rows, shape)
+    state = with_room_for_a_step(model, rows, shape)
     shown = View(state.capacity)
     if shape.width:
         assert drafter is not None
@@ -120,15 +120,15 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     yield from whole_step(model, shape, rows)
 
 
-def after_text(model: SpeculativeModel, rows: int, shape: DraftShape) -> State:
+def with_room_for_a_step(model: SpeculativeModel, rows: int, shape: DraftShape) -> State:
     """The state after a text of ``rows`` tokens, with room for a step."""
-    return with_capacity(behind_text(model.prepare(), rows), bucket(rows + shape.room))
+    return with_capacity(after_text(model.prepare(), rows), bucket(rows + shape.room))
 
 
 def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """A step in one piece, and what the host does for it before the device has anything to do."""
     run = model.engine(Fixed(shape)).runner
-    box: list[State] = [after_text(model, rows, shape)]
+    box: list[State] = [with_room_for_a_step(model, rows, shape)]
     shown = View(box[0].capacity)
 
     def step() -> Any:

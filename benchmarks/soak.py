@@ -1,10 +1,10 @@
-"""One long generation: does memory stay flat, and do steps not become slower than they have to?
+"""One long generation: does memory stay flat, and are steps no slower than they have to be?
 
     uv run benchmarks/soak.py                    # 10,000 tokens of a tiny random model
     uv run benchmarks/soak.py --model MODEL --tokens 7000
 
 A longer text needs a larger cache and slower attention. So the end of the long generation is held against
-a fresh one behind a text of the same length: active memory and the time per step must be about the same.
+a fresh one after a text of the same length: active memory and the time per step must be about the same.
 """
 
 import resource
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.loop import Chooser, Emitted, Fixed
-from mlx_redrafter.engine.step_times import behind_text, candidates
+from mlx_redrafter.engine.step_times import after_text, candidates
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 
@@ -28,7 +28,7 @@ import mlx.core as mx  # isort: skip
 
 PROMPT = 48  # tokens
 FRESH = 400  # tokens of the generation that the end is compared with
-MEMORY, SLOWER = 1.05, 1.15  # that the end may have of the fresh one's
+MEMORY, SLOWER = 1.05, 1.15  # what the end may have, in multiples of the fresh one's
 
 
 @dataclass
@@ -61,7 +61,7 @@ def main() -> None:
     print(
         f"At {args.tokens} tokens: {memory:.2f} x the active memory and {slower:.2f} x the time per step of"
     )
-    print(f"a fresh generation behind a text as long: {'passed' if passed else 'FAILED'}.")
+    print(f"a fresh generation after a text as long: {'passed' if passed else 'FAILED'}.")
     harness.write(
         args,
         {
@@ -97,12 +97,12 @@ def policy(model: SpeculativeModel, shape: DraftShape | None) -> Chooser:
 
 
 def generate(model: SpeculativeModel, chosen: Chooser, prompt: int, tokens: int, window: int) -> list[Window]:
-    """Decode ``tokens`` behind a text of ``prompt`` tokens; what each ``window`` of them was like."""
-    steps = harness.decode(model, chosen, behind_text(model.prepare(), prompt), prompt)
+    """Decode ``tokens`` after a text of ``prompt`` tokens; what each ``window`` of them was like."""
+    steps = harness.decode(model, chosen, after_text(model.prepare(), prompt), prompt)
     windows: list[Window] = []
     seen: list[tuple[float, Emitted]] = []
     start, emitted = time.perf_counter(), 0
-    with tqdm(total=tokens, unit="tok", desc=f"behind {prompt} tokens") as bar:
+    with tqdm(total=tokens, unit="tok", desc=f"after {prompt} tokens") as bar:
         for step in steps:
             now = time.perf_counter()
             step.logits = None  # nobody asks for them, and they are large

@@ -3,7 +3,7 @@
     uv run benchmarks/soak_requests.py                    # of a tiny random model
     uv run benchmarks/soak_requests.py --requests 400 --seed 7
 
-Requests of random lengths and settings come at random times, and each step drafts by another shape. Some
+Requests of random lengths and settings come at random times, and each step has a random draft shape. Some
 requests end at a stop token or a stop text, some are cancelled: before they begin, while their prompts are
 read, or later. Each one must get what it gets alone, decoded plainly; a cancelled one, the beginning of that.
 Whenever all of a round have gone, nothing of a text may be left, and memory must be what it was before.

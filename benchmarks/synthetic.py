@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def run(sizes: Sequence[str], weights: Sequence[str], seconds: float) -> Iterator[dict[str, Any]]:
-    """Every size with every kind of weights; those that do not fit into memory are said to be left out."""
+    """Every size with every kind of weights; those that do not fit into memory are reported as left out."""
     for name in sizes:
         for kind in weights:
             head = {"size": name, "weights": kind}

@@ -66,7 +66,7 @@ class BatchGenerator:
     Args:
         model: from ``load``, or any mlx-lm model (drafts are then copied from the texts).
         stop_tokens: sequences of token ids that end a text, and belong to it.
-        completion_batch_size: texts decoded at once at most.
+        completion_batch_size: the most texts decoded at once.
         prefill_batch_size: accepted, as by mlx-lm; prompts are read one after the other here.
         prefill_step_size: prompt tokens read between two steps.
         Others are as in mlx-lm.
@@ -116,7 +116,7 @@ class BatchGenerator:
         *args: Any,
         **options: Any,
     ) -> list[int]:
-        """Take prompts in; their numbers. Arguments are ``insert_segments``'s."""
+        """Take in prompts and return their numbers. Arguments are ``insert_segments``'s."""
         return self.insert_segments([[prompt] for prompt in prompts], max_tokens, *args, **options)
 
     def insert_segments(
@@ -129,7 +129,7 @@ class BatchGenerator:
         logits_processors: Sequence[Sequence[Processor] | None] | None = None,
         stop_sequences: Sequence[StopSequences] | None = None,
     ) -> list[int]:
-        """Take prompts in that are given in parts; reading one pauses at the end of each part.
+        """Take in prompts that are given in parts; reading one pauses at the end of each part.
 
         Args:
             segments: for each prompt its parts, token ids.
@@ -182,7 +182,7 @@ class BatchGenerator:
                 return responses
 
     def remove(self, uids: Sequence[int], return_prompt_caches: bool = False) -> dict[int, Any]:
-        """Let texts go; with ``return_prompt_caches``, what ``extract_cache`` says of them."""
+        """Drop texts; with ``return_prompt_caches``, what ``extract_cache`` says of them."""
         caches = self.extract_cache(uids) if return_prompt_caches else {}
         for number, uid in list(self._numbers.items()):
             if uid in set(uids):

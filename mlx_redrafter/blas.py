@@ -22,7 +22,7 @@ VARIABLE = "MLX_REDRAFTER_BLAS"
 
 @functools.cache
 def load_blas() -> str | None:
-    """Load the BLAS that MLX shall use; return its path, or None where MLX keeps its own.
+    """Load the BLAS that MLX should use; return its path, or None where MLX keeps its own.
 
     Raises:
         ValueError: ``MLX_REDRAFTER_BLAS`` names a library that cannot be loaded.
@@ -57,7 +57,7 @@ def set_blas_threads(count: int) -> None:
 
 
 def blas_threads() -> int | None:
-    """How many threads a matrix product uses, whatever said so; None where no OpenBLAS was loaded."""
+    """How many threads a matrix product uses, whatever set it; None where no OpenBLAS was loaded."""
     path = load_blas()
     count = getattr(path and ctypes.CDLL(path), "openblas_get_num_threads", None)
     return None if count is None else int(count())

@@ -28,7 +28,7 @@ INPUTS = ("input", "context")  # what an instruction is about
 ANSWERS = ("completion", "response", "output", "answer", "chosen")
 OTHERS = ("turns", "text", "system", "system_prompt", "category")
 KNOWN = {*CONVERSATIONS, *QUESTIONS, *INPUTS, *ANSWERS, *OTHERS}
-LIST = re.compile(  # how a file begins that is a list of rows, perhaps as the first entry of an object
+LIST = re.compile(  # how a file that is a list of rows begins, perhaps as the first entry of an object
     r'\s*(?:\{\s*"(?:data|train|rows|examples|instances)"\s*:\s*)?\[(?!\s*\{\s*"(?:role|from)")'
 )
 BETWEEN = re.compile(r"[\s,\]}]*")  # what may stand between rows, and after the last one
@@ -86,7 +86,7 @@ def read_rows(path: str | Path, use: Callable[[Row], T], unusable: list[str]) ->
     ``value``), or ``turns`` (the user's texts), or a question (``prompt``, ``instruction`` with ``input``,
     ``question``: a text or messages) and perhaps its answer (``completion``, ``response``, ``output``,
     ``answer``, ``chosen``), or ``text``; besides, perhaps ``system`` and ``category``. Keys and roles may be
-    capitalized; null is as good as nothing. In the end, warns of the rows that cannot be used.
+    capitalized; null counts as nothing. In the end, warns of the rows that cannot be used.
 
     Args:
         use: raises ``ValueError`` where a row cannot be used.
@@ -181,7 +181,7 @@ def _messages(items: Any) -> list[Message]:
 
 
 def from_first_user(messages: list[Message]) -> list[Message]:
-    """Without what others than the system say before the user's first message, such as a greeting."""
+    """Without what anyone but the system says before the user's first message, such as a greeting."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
     return [m for i, m in enumerate(messages) if i >= first or m["role"] == "system"]
 
@@ -271,7 +271,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def is_whole(text: str) -> bool:
-    """Whether no half of a character is in a text."""
+    """Whether a text holds no half of a character."""
     return re.search(r"[\ud800-\udfff]", text) is None
 
 

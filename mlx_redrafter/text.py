@@ -100,7 +100,7 @@ def stream_generate(
         prompt: text or token ids.
         max_tokens: tokens to generate at most; -1 is no limit.
         shape: how much to draft at each step; by default the shape that is fastest on this machine for
-            this text is used, plain decoding included (``calibrate.py``).
+            this text is used, plain decoding included (``step_times.py``).
         lookup: tokens that the automatic shape may copy from the text per step; 0: none.
         sampling: temperature and filters; greedy by default.
         sampler: instead of ``sampling``, a function from log-probabilities [N, V] to tokens [N], such as

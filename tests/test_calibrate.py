@@ -31,7 +31,7 @@ from mlx_redrafter.engine.step_times import (
     Measured,
     StepTimes,
     _Stopwatch,
-    behind_text,
+    after_text,
     between,
     candidates,
     make_policy,
@@ -500,7 +500,7 @@ def test_absurd_times_are_usable() -> None:
 
 
 def test_a_made_up_text_fills_the_buffers() -> None:
-    state = behind_text(speculative().prepare(), 700)
+    state = after_text(speculative().prepare(), 700)
     assert state.length.item() == 700 and state.capacity >= 701
     assert (state.history[0, :700] >= 0).all().item()
 
@@ -523,7 +523,7 @@ def test_a_slow_reader_is_no_slow_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loop.Batch, "_read", read)
     model = speculative()
     engine = model.engine(Watching(PLAIN), hand_over=lambda *_: setattr(clock, "now", clock.now + 0.5))
-    engine.resume(behind_text(model.prepare(), SHORT), SHORT)
+    engine.resume(after_text(model.prepare(), SHORT), SHORT)
     for _ in range(11):
         engine.step()
         clock.now += 5.0

@@ -155,7 +155,7 @@ def test_accept_follows_the_targets_picks():
         [
             [11, 14, 0, 0, 77],  # root -> 11 -> 14, then 77
             [12, 14, 55, 0, 0],  # root -> 12, then 55
-            [99, 14, 0, 0, 0],  # nothing; 14 is right behind 11, which is not said
+            [99, 14, 0, 0, 0],  # nothing; 14 is right after 11, which is not said
             [11, 98, 0, 0, 0],  # root -> 11, then 98
         ]
     )

@@ -223,7 +223,7 @@ def test_few_shapes_are_traced_for_any_number_of_texts(model):
     assert found == wanted
     sizes = {size for _, _, size, _ in run._uses}
     assert sizes <= {1, 2, 4, 8, 16}
-    assert len(run._uses) <= 3 * len(sizes)  # plain and drafted, behind short and longer texts
+    assert len(run._uses) <= 3 * len(sizes)  # plain and drafted, after short and longer texts
 
 
 def test_a_text_that_leaves_before_it_has_joined_costs_the_others_nothing(model):

@@ -153,7 +153,7 @@ def test_a_plain_step_that_is_not_compiled_sees_its_own_rows_only_and_needs_no_m
     del views[:]
     for _ in decode(watched, Fixed(DraftShape(0, 0, None, 3)), start(target), len(PROMPT), 20):
         pass
-    assert not any(exact for _, exact in views[1:])  # how far a draft gets is not known beforehand
+    assert not any(exact for _, exact in views[1:])  # how far a draft gets is not known in advance
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -181,7 +181,7 @@ LONG = 4000
 
 
 def long_state():
-    """A state behind a long text, for a model of 8 layers with 2 key heads of size 64."""
+    """A state after a long text, for a model of 8 layers with 2 key heads of size 64."""
     rows = [[mx.random.normal((1, 2, 4096, 64)) for _ in range(2)] for _ in range(8)]
     state = begin([1, 2, 5, 1, 2, 5], LONG, Layers(rows), mx.zeros((1, 32)), mx.random.key(0))
     mx.eval(rows, state.history)

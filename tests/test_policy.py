@@ -192,7 +192,7 @@ def test_texts_that_the_model_does_not_fit_lose_little(chip: str, text: Text) ->
 
 
 def test_wider_shapes_are_found_from_a_narrow_one() -> None:
-    """A drafter that is worth more than is believed, where second guesses cost nothing."""
+    """A drafter that is worth more than expected, where second guesses cost nothing."""
     decoding, text = Decoding("m1-m2-fp16"), Text(0.4, 0.7, 0)
     decoding.policy.beliefs.drafts.share = decoding.policy.beliefs.copies.share = 0.0
     wide = {shape for shape in decoding.shapes if shape.width > 1}

@@ -417,7 +417,7 @@ def test_another_vocabulary_keeps_what_is_known(target):
     old, new = np.arange(0, DRAFT, dtype=np.int32), np.arange(40, 100, dtype=np.int32)
     config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT)
     drafter = initial_drafter(target, config, old, 0)
-    drafter.lm_head[-1].weight = drafter.lm_head[-1].weight / 2 + 1  # new rows shall follow
+    drafter.lm_head[-1].weight = drafter.lm_head[-1].weight / 2 + 1  # new rows must follow
     for ids in (new, None):
         found = with_vocabulary(drafter, target, ids, 0)
         tokens = np.arange(VOCABULARY) if ids is None else ids

@@ -27,7 +27,7 @@ def accept(tree: Tree, picks: mx.array, depth: int) -> Accepted:
         tree: N drafted nodes, at most ``depth`` levels below the root.
         picks: [B, N], the target's pick after each node.
     """
-    if depth == 0:  # plain decoding, which shall cost no more than it does elsewhere
+    if depth == 0:  # plain decoding, which must cost no more than it does elsewhere
         root = mx.zeros(picks.shape, mx.int32)
         return Accepted(root, mx.ones((picks.shape[0],), mx.int32), picks)
     picks = picks.astype(tree.tokens.dtype)

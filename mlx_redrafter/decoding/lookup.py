@@ -1,7 +1,7 @@
 """Candidates copied from the text itself, as one more branch of the tree.
 
 Names, code and quotations repeat. The last tokens of the text are looked up in the text before them, and
-what followed there is proposed again (prompt lookup). It costs no model, only places in the tree.
+what followed there is proposed again (prompt lookup). It needs no model, only places in the tree.
 """
 
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ def first_record(batch: int) -> mx.array:
 def find(history: mx.array, length: mx.array, count: int) -> Found:
     """Look the end of the text up in the text before it: the longest match, of these the latest.
 
-    A copy that reaches the end of the text goes round from its start, so that loops are foreseen.
+    A copy that reaches the end of the text starts over from its beginning, so that loops are predicted.
 
     Args:
-        history: [B, C] the text; tokens not known are negative.
+        history: [B, C] the text; unknown tokens are negative.
         length: [B] place of the last token.
         count: K, tokens wanted.
     """

@@ -15,7 +15,7 @@ NAMES = ("repetition", "presence", "frequency")
 
 
 def penalty_settings(samplings: Sequence[Sampling]) -> dict[str, mx.array]:
-    """What ``penalise`` is told of B texts, arrays [B] and biases [B, K]; {} if no text has any."""
+    """What ``penalise`` needs to know of B texts, arrays [B] and biases [B, K]; {} if no text has any."""
     found: dict[str, mx.array] = {}
     if any(sampling.logit_bias for sampling in samplings):
         found["bias_tokens"] = padded([[t for t, _ in each.logit_bias] for each in samplings], -1)
@@ -65,7 +65,7 @@ def penalise(
 
 
 def recent_tokens(tree: Tree, history: mx.array, length: mx.array, ages: mx.array) -> mx.array:
-    """The last tokens before what each node decides, itself included: [B, N, R]; negative: not known.
+    """The last tokens before what each node decides, itself included: [B, N, R]; negative: unknown.
 
     Args:
         tree: N nodes, the root at the place ``length`` of the text.

@@ -14,8 +14,8 @@ import numpy as np
 
 from .topk import top_k
 
-FEW = 64  # so many tokens at most, top-k finds; of more, it finds the last one's logit by counting
-CONTEXT = 20  # tokens that a penalty looks back, mlx-lm's default
+FEW = 64  # top-k finds up to this many tokens; for more, it finds the last one's logit by counting
+CONTEXT = 20  # how many tokens a penalty looks back, mlx-lm's default
 COIN = 0x9E3779B9  # tells XTC's random numbers from those that pick the token
 Settings = Mapping[str, mx.array]
 
@@ -124,7 +124,7 @@ NEUTRAL = {
 
 
 def filter_settings(samplings: Sequence[Sampling], vocabulary: int) -> dict[str, mx.array]:
-    """What ``draw`` is told of B texts, arrays [B] (special tokens [B, K]); {} if all are greedy.
+    """What ``draw`` needs to know of B texts, arrays [B] (special tokens [B, K]); {} if all are greedy.
 
     Args:
         samplings: the texts' settings.
@@ -146,7 +146,7 @@ def filter_settings(samplings: Sequence[Sampling], vocabulary: int) -> dict[str,
 
 
 def padded(rows: Sequence[Sequence[int]], filler: int) -> mx.array:
-    """int32 [B, K] of B rows of numbers, K of the longest (1 at least)."""
+    """int32 [B, K] of B rows of numbers, K of the longest (at least 1)."""
     width = max(1, *(len(row) for row in rows))
     return mx.array([[*row, *[filler] * (width - len(row))] for row in rows], mx.int32)
 
@@ -247,8 +247,8 @@ def _largest(holds: Callable[[mx.array], mx.array], most: float, like: mx.array)
 def seeds_at(seeds: mx.array, place: mx.array) -> mx.array:
     """Random numbers' seeds [B, N, 2] for places [B, N] of B texts, derived from the texts' ``seeds`` [B, 2].
 
-    A place has its own randomness whatever is drafted and whoever shares the batch, so a seed gives the same
-    text always. Nodes at one depth share it, and only one of them can be on the accepted path.
+    A place has its own randomness whatever is drafted and whoever shares the batch, so a seed always
+    gives the same text. Nodes at one depth share it, and only one of them can be on the accepted path.
     """
     first = mx.broadcast_to(seeds[:, :1], place.shape)
     return mx.stack([first, seeds[:, 1:] + place.astype(mx.uint32)], axis=-1)

@@ -90,7 +90,7 @@ class State:
     history: mx.array  # [B, C] the text, `token` at the place `length`; negative where it is not known
     record: mx.array  # [B, 4, 2] how often copies were right (lookup.py)
     seeds: mx.array  # [B, 2] of each text's random numbers; those of a place in it derive from them
-    # What sampling.py and penalties.py are told of the texts. ``take`` and ``join`` leave it out.
+    # What sampling.py and penalties.py need to know of the texts. ``take`` and ``join`` leave it out.
     sampling: dict[str, mx.array] = field(default_factory=dict)
 
     @property
@@ -115,9 +115,9 @@ def begin(known: Sequence[int], rows: int, layers: Layers, context: mx.array, se
     """The state of one text.
 
     Args:
-        known: its last token ids, one or more; what came before them is not known.
+        known: its last token ids, one or more; what came before them is unknown.
         rows: tokens of it that the layers hold: all but the last.
-        layers: with room for one row more at least.
+        layers: with room for at least one more row.
         context: [1, F]; zeros if what gave the last token is not known, and then the first step had better be
             plain.
         seeds: [2] of the text's random numbers.
@@ -144,7 +144,7 @@ def with_capacity(state: State, capacity: int) -> State:
 
 
 def take(state: State, texts: Sequence[int], capacity: int) -> State:
-    """The committed state of some of the texts, by number (one may come again), in place of the given one.
+    """The committed state of some of the texts, by number (one may be repeated), in place of the given one.
 
     Args:
         capacity: what the texts need at least; room beyond it is given up.

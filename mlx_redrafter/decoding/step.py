@@ -104,7 +104,7 @@ Pick = Callable[[Tree, State, mx.array], tuple[mx.array, mx.array]]
 
 @dataclass
 class Proposed:
-    """What is to be verified."""
+    """What will be verified."""
 
     tree: Tree
     found: Found | None  # what the lookup gave

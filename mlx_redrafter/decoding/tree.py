@@ -35,7 +35,7 @@ class Tree:
     depths: mx.array  # [B, N], 0 for the root
     ancestors: mx.array  # [B, N, N] bool: column is the row's node itself or an ancestor of it
     ranks: mx.array  # [B, N] as in ``Candidates``, 0 for the root
-    is_chain: bool = False  # known beforehand: each node's parent is the one before it
+    is_chain: bool = False  # known in advance: each node's parent is the one before it
 
 
 def from_beam(beam: Beam) -> Candidates:

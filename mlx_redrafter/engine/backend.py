@@ -18,9 +18,9 @@ class Backend:
         name: metal, cuda or cpu.
         dtype: the type that weights are given at load, dequantized if need be; None keeps them.
         shapes: what the automatic choice chooses from, plain decoding first. Which of them pays is
-            measured on the machine; here stands what its kernels are made for.
-        grain: rows by which attention's view of the buffers grows, while it is short. 1: by single rows
-            always, for nothing is compiled, and a plain step that sees its own rows only needs no mask.
+            measured on the machine; these are what its kernels are made for.
+        grain: rows by which attention's view of the buffers grows, while it is short. 1: always row
+            by row, since nothing is compiled, and a plain step that sees only its own rows needs no mask.
         compiled: whether steps are compiled.
     """
 
@@ -78,7 +78,7 @@ def current() -> Backend:
 
 
 def free_memory() -> int:
-    """Bytes that texts may take: nine tenths of what the device is to have in use at most, less what is."""
+    """Bytes that texts may take: nine tenths of the most that the device should use, less what is in use."""
     known: dict[str, Any] = mx.device_info()
     size = known.get("max_recommended_working_set_size") or known.get("memory_size") or 0
     size = size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,16 +20,16 @@ from .runner import Runner
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
 UNLIMITED = 1 << 62  # tokens
-WASTE = 1.25  # memory of a batch, at most, of what its texts need
+WASTE = 1.25  # a batch may take this many times the memory that its texts need
 
 
 @dataclass(eq=False)
 class Request:
-    """What is to be said after a prompt.
+    """What to say after a prompt.
 
     Attributes:
         prompt: token ids, one or more.
-        max_tokens: to say at most.
+        max_tokens: the most tokens to say.
         sampling: how tokens are picked.
         seed: makes sampling repeatable, alone and in any company; without one it is drawn from MLX's global
             random state.
@@ -38,7 +38,7 @@ class Request:
         caches: mlx-lm caches that hold an earlier part of the text; they take the prompt in, and in the list
             quantized ones may take their places.
         kv: how keys and values are quantized, exactly when mlx-lm does so.
-        release: is given the layers in the end (``Text``).
+        release: is given the layers at the end (``Text``).
         progress: called with prompt tokens read and their total.
         pauses: prompt tokens after which reading pauses until the next step.
 
@@ -95,10 +95,10 @@ class Engine:
     Args:
         runner: runs the model's steps.
         policy: chooses draft shapes; one for all batches.
-        chunk: prompt tokens that are read at most between two steps.
-        texts: decoded at once at most; others wait.
+        chunk: the most prompt tokens that are read between two steps.
+        texts: the most texts that are decoded at once; others wait.
         max_memory: bytes that the layers may need; a text that does not fit waits, unless it is alone.
-        longest: rows that a text without a limit is taken to need.
+        longest: rows that a text without a limit is assumed to need.
         grain: rows by which attention's view grows.
         padded: how many texts a step is made for, given how many there are.
         hand_over: lets the device begin a step.
@@ -130,7 +130,7 @@ class Engine:
         self._count = 0
 
     def submit(self, request: Request) -> int:
-        """Take a text in; its number.
+        """Take in a text and return its number.
 
         Raises:
             ValueError: the model's keys and values cannot be quantized as the request wants it.
@@ -151,7 +151,7 @@ class Engine:
         return text.number
 
     def resume(self, state: State, rows: int) -> int:
-        """Decode on, without a limit, a text of which the layers hold ``rows``; nobody may keep its state."""
+        """Go on with a text whose layers hold ``rows`` tokens, without a limit; nobody may keep its state."""
         self._count += 1
         self._place(Text(self._count, rows=rows, is_new=False), state)
         return self._count
@@ -193,7 +193,7 @@ class Engine:
         return sum(batch.nbytes for batch in self._batches)
 
     def cancel(self, number: int) -> None:
-        """Let a text go, whatever has become of it."""
+        """Drop a text, whatever has become of it."""
         self._begun.pop(number, None)
         self._waiting = deque(prompt for prompt in self._waiting if prompt.text.number != number)
         for batch in self._batches:
@@ -202,7 +202,7 @@ class Engine:
         self._batches = [batch for batch in self._batches if batch.everyone]
 
     def close(self) -> None:
-        """Let all texts go."""
+        """Drop all texts."""
         for number in [prompt.text.number for prompt in self._waiting]:
             self.cancel(number)
         for number in [text.number for batch in self._batches for text in batch.everyone]:

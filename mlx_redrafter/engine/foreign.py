@@ -1,4 +1,4 @@
-"""Users' own samplers and logits processors, which are given tokens and logits on the host's terms."""
+"""Users' own samplers and logits processors, which see the tokens on the host."""
 
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def foreign_pick(texts: Sequence[Text]) -> Pick:
 def _guarded(
     text: Text, change: Callable[[Text, mx.array, Any], mx.array], value: mx.array, by: Any
 ) -> mx.array:
-    """The value changed by the text's functions; as it is once one of them has failed."""
+    """The value changed by the text's functions; unchanged once one of them has failed."""
     if text.error is None:
         try:
             return change(text, value, by)

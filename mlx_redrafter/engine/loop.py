@@ -88,7 +88,7 @@ class Chooser(Protocol):
     """Which draft shape to use next, one for all texts of a batch."""
 
     def choose(self, rows: int, texts: Sequence[int]) -> DraftShape:
-        """The next step's shape, after texts of ``rows`` tokens at most; the last outcome may be unknown."""
+        """The next step's shape, after texts of at most ``rows`` tokens; the last outcome may be unknown."""
         ...
 
     def observe(
@@ -216,7 +216,7 @@ class Batch:
         assert self._running is not None and self._state is not None
         shape, output = self._running
         following, ahead = None, None
-        if not (self._changes or any(text.is_new for text in self.texts)):  # a first token shall not wait
+        if not (self._changes or any(text.is_new for text in self.texts)):  # a first token must not wait
             following = self._choose(shape)
             if self._rows(shape) + following.room <= self.capacity:
                 ahead = self._step(following, shape)
@@ -260,7 +260,7 @@ class Batch:
         return self._choose() if self._is_chosen else PLAIN
 
     def _step(self, shape: DraftShape, running: DraftShape | None = None) -> tuple[State, Output]:
-        """Build a step, behind a running one of another shape if there is one."""
+        """Build a step, to follow a running one of another shape if there is one."""
         assert self._run is not None and self._state is not None
         rows = self._rows(running)
         columns = min(bucket(rows + shape.size, self.grain), self.capacity)

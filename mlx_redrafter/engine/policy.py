@@ -14,7 +14,7 @@ forget, as text changes. What a step takes was measured before, and is corrected
   time, and while there is debt nothing else is tried, so trials are rare where they cost much, and go on
   where they win.
 
-Texts that share steps are believed in one by one, and what a shape emits is the mean over them; a plain step
+Texts that share steps each have their own beliefs, and what a shape emits is the mean over them; a plain step
 is then one of all of them.
 """
 
@@ -38,15 +38,15 @@ LEAST_STEPS = 5.0  # of evidence that a belief stands for: the first one's, and 
 DRAFT_STEPS, LOOKUP_STEPS = 30.0, 12.0  # of evidence, at most; repetitions in a text come in bursts
 SHARES = np.linspace(0, 1, 51)  # for which the model is computed; between them it is interpolated
 RANKS = 1.4  # the r-th guess is right r ** RANKS times less often than the first one
-COPIES = 0.25  # a copied token behind a right one is right as often as the first one to this power
+COPIES = 0.25  # a copied token after a right one is right as often as the first one to this power
 ALONE = 1.25  # as many copies are accepted where no drafter guesses some of the same tokens
 BUSY = 0.025  # of the time goes into finding out whether a busy machine is quiet again
 AGAIN = 100  # steps after which a plain one is timed again; also after one that was odd:
 ODD, ODD_PLAIN = math.log(2.5), 0.35  # a speculative step, a plain one that is off by this (logarithms)
 MOVED = 0.4  # what was learned of speculative ones since the last plain one
 NOISE, FAR = 0.1, math.log(32)  # steps differ by as much anyway; are not believed to differ by more
-KIN = 0.8  # of what one shape's steps take longer, others' are believed to take longer too
-FADE = 64.0  # steps of one shape in which others, if not seen, are believed to have become as slow
+KIN = 0.8  # of what one shape's steps take longer, others' are assumed to take longer too
+FADE = 64.0  # steps of one shape in which others, if not seen, are assumed to have become as slow
 SLEPT = 600.0  # seconds that no step takes on a machine that is awake
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
 
@@ -146,7 +146,7 @@ class Policy:
 
     Args:
         shapes: what to choose from; the first one is plain decoding.
-        seconds: what one step takes with each of them, behind an empty text.
+        seconds: what one step takes with each of them, after an empty text.
         per_row: what it takes longer for each token of the text before.
         beliefs: what is known of the texts, if other policies know it too.
 
@@ -233,7 +233,7 @@ class Policy:
                 self.tried[shape] = 0  # a trial that paid is repeated
 
     def expected(self, shape: DraftShape) -> float:
-        """Tokens that a step with ``shape`` is believed to emit for each text."""
+        """Tokens that a step with ``shape`` is expected to emit for each text."""
         shares = [(each.drafts.share, each.copies.share) for each in self._present]
         return fmean(self._expected(shape, *each) for each in shares)
 
@@ -251,7 +251,7 @@ class Policy:
         return {shape: time / times[self.plain] for shape, time in times.items()}
 
     def _seconds(self, shape: DraftShape) -> float:
-        """What a step is believed to take now."""
+        """What a step is expected to take now."""
         seconds, growth = self._times[shape]
         return (seconds + self._rows * growth) * math.exp(self.clock.slower[shape])
 

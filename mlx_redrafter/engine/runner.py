@@ -27,7 +27,7 @@ class Runner:
         target: the language model. Its weights may change in place; compiled steps have all else, and the
             drafter's weights, built in.
         drafter: None if no shape has beams.
-        pick: how the target picks a token; compiled, it may use no other random numbers than its key's.
+        pick: how the target picks a token; compiled, it may use no other random numbers than the state's.
         compiled: trace each combination of a shape and a view that is used more than ``TRIALS`` times
             once, instead of building every step's graph anew.
 
@@ -75,7 +75,7 @@ class Runner:
 
 
 def _flatten(state: State) -> Arrays:
-    """Arrays only, as ``mx.compile`` wants it: what is not there is left out."""
+    """Arrays only, as ``mx.compile`` wants it: what is absent is left out."""
     layers = {name: value for name, value in vars(state.layers).items() if value is not None}
     return {**vars(state), "layers": layers}
 

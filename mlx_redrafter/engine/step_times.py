@@ -1,8 +1,8 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
 Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
-is the chip, the weights (and how they are quantized) and the versions. Measured anew is what is damaged or
-old, and, at the next use, what was measured while the machine was too busy to tell.
+is the chip, the weights (and how they are quantized) and the versions. What is damaged or old
+is measured again, and so is, at the next use, what was measured while the machine was too busy to tell.
 """
 
 import contextlib
@@ -38,11 +38,11 @@ from .loop import Chooser, Fixed, bucket
 from .runner import TRIALS, Runner
 
 SECONDS = 2.0  # that a calibration takes, about
-PATIENCE = 2  # times as long at most, where the rounds differ much
+PATIENCE = 2  # at most this many times as long, where the rounds differ much
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
 MEASURED = (1, 4, 16)  # texts that share steps
-SHORT, LONG = 64, 1024  # tokens of the texts behind which steps are timed
+SHORT, LONG = 64, 1024  # tokens of the texts after which steps are timed
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
 LARGEST = 1 << 20  # bytes of a file of step times
@@ -53,7 +53,7 @@ class StepTimes:
     """What a step takes with each of some shapes.
 
     Attributes:
-        seconds: behind an empty text; infinite for a shape that can never pay.
+        seconds: after an empty text; infinite for a shape that can never pay.
         per_row: seconds more for each token of the text before.
     """
 
@@ -92,7 +92,7 @@ def policy_for(
 
 
 def times_for(measured: Callable[[int], StepTimes], texts: int) -> StepTimes:
-    """What a step of so many texts takes: measured for ``MEASURED`` numbers, between them interpolated."""
+    """What a step of so many texts takes: measured for ``MEASURED`` numbers, interpolated between them."""
     below = max(number for number in MEASURED if number <= texts)
     above = min((number for number in MEASURED if number >= texts), default=below)
     first, last = measured(below), measured(above)
@@ -154,7 +154,7 @@ class Calibration:
 def calibrate(
     runner: Runner, shapes: Sequence[DraftShape], seconds: float = SECONDS, texts: int = 1
 ) -> Calibration:
-    """Measure every shape behind a short text, and how the smallest and the largest grow with the text."""
+    """Measure every shape after a short text, and how the smallest and the largest grow with the text."""
     short = measure(runner, shapes, seconds / 2, SHORT, DOUBT, texts)
     timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
     ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
@@ -166,7 +166,7 @@ def calibrate(
 def between(
     shapes: Sequence[DraftShape], short: Sequence[float], long: Mapping[DraftShape, float]
 ) -> StepTimes:
-    """Step times from those behind texts of ``SHORT`` and ``LONG`` tokens.
+    """Step times from those after texts of ``SHORT`` and ``LONG`` tokens.
 
     Each node attends to the text, so what a step takes longer for a longer text grows evenly with its nodes.
 
@@ -219,7 +219,7 @@ class Measured:
     def seconds(self) -> list[float]:
         """A step's time with each shape: medians of the ratios, so that a drift of the machine cancels.
 
-        No step is taken to be faster than a plain one, which does less: that would be an accident.
+        No step is assumed to be faster than a plain one, which does less: that would be an accident.
         """
         plain = median(self.rounds[0])
         return [plain * max(median(ratios), 1.0) if ratios else math.inf for ratios in self.ratios]
@@ -268,15 +268,15 @@ def measure(
         watch = _Stopwatch(shapes, seconds, doubt, runner.compiled)
         engine = engine_here(runner, watch, texts=texts)
         for _ in range(texts):
-            engine.resume(behind_text(runner, rows), rows)
+            engine.resume(after_text(runner, rows), rows)
         while not watch.finished:
             engine.step()
         engine.close()
     return watch.measured
 
 
-def behind_text(runner: Runner, rows: int) -> State:
-    """The state behind a made-up text of ``rows`` tokens, whose keys and values are all zero."""
+def after_text(runner: Runner, rows: int) -> State:
+    """The state after a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = runner.target
     layers = target.layers_of(target.make_cache())[1].rows
     blank = [

@@ -33,7 +33,7 @@ def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -
     """Yield an empty folder near ``destination`` that takes its name when the block succeeds.
 
     Any exception (Ctrl-C and a full disk included) removes the temporary folder and leaves
-    ``destination`` as it was. With ``usable``, one that is there in the end makes way unless it is usable.
+    ``destination`` as it was. With ``usable``, one that is there by then is replaced unless it is usable.
 
     Raises:
         ValueError: ``destination`` exists already.
@@ -58,9 +58,9 @@ def atomic_folder(destination: Path, usable: Callable[[], bool] | None = None) -
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """Yield a path near ``destination``, of its name; the file written there takes its place in the end.
+    """Yield a path near ``destination``, of its name; the file written there takes its place at the end.
 
-    Symbolic links are followed. What is no file, such as a device or a pipe, is written to directly.
+    Symbolic links are followed. What is not a file, such as a device or a pipe, is written to directly.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -78,7 +78,7 @@ def atomic_file(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfinished(parent: Path) -> Iterator[Path]:
-    """Yield a new folder in ``parent`` that is gone in the end, unless renamed, and locked meanwhile.
+    """Yield a new folder in ``parent`` that is removed at the end, unless renamed, and locked meanwhile.
 
     One that is not locked was left by a process that was killed, and is removed.
     """

@@ -95,7 +95,7 @@ def same_model(one: str, other: str) -> bool:
 
 
 def _alike(array: mx.array, like: mx.array, rows: int) -> bool:
-    """Whether an array [1, Hkv, C, D] with valid ``rows`` may stand for one that is ``like`` it."""
+    """Whether an array [1, Hkv, C, Dh] with valid ``rows`` may stand for one that is ``like`` it."""
     if array.ndim != 4 or not 0 < rows <= array.shape[2]:
         return False
     same = (array.shape[:2], array.shape[3]) == (like.shape[:2], like.shape[3])

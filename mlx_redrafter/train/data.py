@@ -209,7 +209,7 @@ def tokenize(messages: Sequence[Message], tokenizer: TokenizerWrapper, max_lengt
 
     An answer begins where the prompt before it ends (the rendered messages up to there, with the
     generation prompt) and runs through its end-of-turn token. Where a template renders earlier messages
-    otherwise (without their thoughts, say), it is looked for after what both renderings share.
+    differently (without their thoughts, say), it is looked for after what both renderings share.
 
     Raises:
         ValueError: the model has no chat template, or its tokenizer does not say where tokens stand; the

@@ -110,7 +110,7 @@ def evaluate(
         batch: prompts decoded at once.
         seed: of sampling, the order of batches, and the bootstrap.
         progress: called as ``tqdm`` is, with something to go through, ``desc``, ``unit`` and ``total``.
-        deadline: in seconds of ``time.monotonic``; batches begun before it are finished, and one at least is.
+        deadline: in seconds of ``time.monotonic``; batches begun before it are finished, and at least one is.
         workers: each decodes a batch of its own.
 
     Returns:

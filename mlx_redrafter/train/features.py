@@ -108,7 +108,7 @@ def load_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
-        mx.eval(loaded[0])  # or a damage would show only later
+        mx.eval(loaded[0])  # or damage would show only later
         return loaded[0], loaded[1]
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: delete it and resume, it will be made again.") from error

@@ -1,4 +1,4 @@
-"""How far a drafter is from its base model, at every depth, and in which direction it is to move.
+"""How far a drafter is from its base model, at every depth, and in which direction it should move.
 
 At position t the drafter reads the context and token t + 1, then the text's own tokens (teacher
 forcing), and predicts token t + 1 + d at depth d = 1..L. Its label is the base model's distribution
@@ -62,7 +62,7 @@ class Objective:
 
 @dataclass
 class Batch:
-    """``n`` segments of S positions, with the L positions behind each."""
+    """``n`` segments of S positions, with the L positions after each."""
 
     context: mx.array  # [n, S, F]
     hidden: mx.array  # [n, S + L - 1, H] the last hidden states one position on
@@ -242,7 +242,7 @@ def head_gradients(
         labels = drawn.labels[cut] if drawn else _labels(batch, cut, head, objective, done)
         depths, sums = [], []  # of labels [c, S + L - 1, K]
         for depth in range(length):
-            # One depth of one chunk after the other: else many would be in memory at once.
+            # One depth of one chunk at a time, or many would be in memory at once.
             inputs = mx.depends([x[depth, cut]], done)[0]  # [c, S, E]
             logits = (inputs * LOG2_E) @ rows.T
             label = labels[:, depth : depth + positions]
@@ -284,7 +284,7 @@ def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
     """
     top = logits.max(axis=-1, keepdims=True)
     powers = mx.power(2.0, logits - top)
-    total = powers @ mx.ones((logits.shape[-1], 1))  # on a CPU faster than a sum
+    total = powers @ mx.ones((logits.shape[-1], 1))  # faster than a sum on a CPU
     return powers / total, top + mx.log2(total)
 
 

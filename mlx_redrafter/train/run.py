@@ -61,7 +61,7 @@ from .streams import Workers
 from .trainer import Data, Settings, Shards, Trainer, initial_drafter, steps_of, with_vocabulary
 
 SHARD_ROWS = 16
-HELD_OUT = 24  # of so many shards, one is held out
+HELD_OUT = 24  # one shard in this many is held out
 COVERAGE = 0.96  # share of the data's tokens that the default draft vocabulary has
 VOCAB_STEP = 1024  # the default draft vocabulary is a multiple of it
 DATA_TIME = 0.6  # share of a time budget that goes to writing and reading data
@@ -411,7 +411,7 @@ def _read_written(work: Work, cleaner: Cleaner, batches: int) -> int:
 def _advance(bar: Any, recipe: Recipe, work: Work, limit: float, done: int, total: int) -> bool:
     """Show a batch's progress, and say when the time is up.
 
-    What part of it is the model's answers is known only in the end.
+    What part of it is the model's answers is known only at the end.
     """
     bar.update(round(ANSWERS * recipe.batch))
     if limit < math.inf:
@@ -451,7 +451,7 @@ def _keep(
 
 
 def make_features(work: Work, target: Target, request: Request, workers: Workers) -> Data:
-    """Compute what ``features/`` lacks, unless that is to be done in every epoch; choose the vocabulary."""
+    """Compute what ``features/`` lacks, unless it is computed in every epoch; choose the vocabulary."""
     shards = work.shards()
     held = shards[::HELD_OUT]
     train = [shard for shard in shards if shard not in held]

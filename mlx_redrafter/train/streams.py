@@ -36,7 +36,7 @@ class Workers:
         self._jobs: list[SimpleQueue[Any]] = []
         for _ in range(self.count if self.count > 1 else 0):
             jobs: SimpleQueue[Any] = SimpleQueue()
-            # Threads of daemons are not joined at exit, when MLX could not end their streams.
+            # Daemon threads are not joined at exit, when MLX could not end their streams.
             Thread(target=_serve, args=(jobs,), daemon=True).start()
             self._jobs.append(jobs)
 

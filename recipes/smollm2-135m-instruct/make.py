@@ -126,7 +126,7 @@ def bf16(x: mx.array) -> np.ndarray[Any, Any]:
 
 
 class Fast(Target):
-    """A target whose forward pass is ``forward.c``: all rows of a batch behind as many tokens."""
+    """A target whose forward pass is ``forward.c``: all rows of a batch after as many tokens."""
 
     def __init__(self, target: Target, batch: int, longest: int) -> None:
         super().__init__(target.model, LAYERS)
