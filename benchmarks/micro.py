@@ -89,29 +89,29 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     if shape.lookup:
         yield (
             "lookup.find",
-            lambda: vars(lookup.find(state.history, state.length, min(shape.lookup, shape.depth))),
+            lambda: vars(lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))),
         )
     tree = propose(target, drafter, shape, state).tree
     mx.eval(parts(tree))
     yield "propose (draft to tree)", lambda: parts(propose(target, drafter, shape, state).tree)
-    yield "visible (mask)", lambda: visible(tree, state.length, shown.columns)
+    yield "visible (mask)", lambda: visible(tree, state.rows, shown.columns)
     picks = mx.zeros(tree.tokens.shape, mx.int32)
     yield "accept", lambda: vars(accept(tree, picks, shape.depth))
     box = [commit(state.layers)]  # the only reference, so that buffers are written in place
 
     def verify() -> Any:
-        seen = target.verify(tree, box.pop(), state.length, shown)
+        seen = target.verify(tree, box.pop(), state.rows, shown)
         box.append(Layers(seen.rows))
         return vars(seen)
 
     yield "verify", verify
-    seen = target.verify(tree, box[0], state.length, shown)
+    seen = target.verify(tree, box[0], state.rows, shown)
     mx.eval(seen.logits, seen.nodes)
     nodes, path = seen.nodes, accept(tree, picks, shape.depth).path
     del seen
 
     def write_path() -> Any:
-        layers = commit(leave_path(box.pop(), nodes, path, state.length))
+        layers = commit(leave_path(box.pop(), nodes, path, state.rows))
         box.append(layers)
         return layers.rows
 
@@ -133,7 +133,7 @@ def whole_step(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
 
     def step() -> Any:
         state, output = run(shape, box.pop(), shown)
-        state.length = mx.array([rows], mx.int32)  # stay where there is room
+        state.rows = mx.array([rows], mx.int32)  # stay where there is room
         box.append(state)
         enqueue(state, output)
         return output.tokens, vars(state.layers)

@@ -501,7 +501,7 @@ def test_absurd_times_are_usable() -> None:
 
 def test_a_made_up_text_fills_the_buffers() -> None:
     state = after_text(speculative().prepare(), 700)
-    assert state.length.item() == 700 and state.capacity >= 701
+    assert state.rows.item() == 700 and state.capacity >= 701
     assert (state.history[0, :700] >= 0).all().item()
 
 

@@ -215,7 +215,7 @@ def test_after_every_step_the_cache_equals_a_fresh_prefill(name, values):
     for number in range(8):
         state, output = step(target, bad if number % 3 else good, pick, shape, state, everything(state))
         tokens += output.tokens[0, : output.count.item()].tolist()
-        assert state.length.item() == len(tokens) - 1  # every token except the last
+        assert state.rows.item() == len(tokens) - 1  # every token except the last
         assert tokens[-1] == state.token.item()
         layers = commit(state.layers)
         caches = target.make_cache()

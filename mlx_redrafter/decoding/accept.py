@@ -11,9 +11,9 @@ from .tree import Tree
 class Accepted:
     """The accepted path from the root, and what is emitted along it."""
 
-    path: mx.array  # [B, D+1] node at each depth; 0 beyond the last accepted node
+    path: mx.array  # [B, L+1] node at each depth; 0 beyond the last accepted node
     count: mx.array  # [B] nodes on the path (the root included) = tokens emitted
-    tokens: mx.array  # [B, D+1] the target's pick at each node of the path; ``count`` of them are valid
+    tokens: mx.array  # [B, L+1] the target's pick at each node of the path; ``count`` of them are valid
 
 
 def accept(tree: Tree, picks: mx.array, depth: int) -> Accepted:
@@ -34,7 +34,7 @@ def accept(tree: Tree, picks: mx.array, depth: int) -> Accepted:
     match = mx.take_along_axis(picks, tree.parents, axis=1) == tree.tokens  # [B, N]
     match = match | (tree.depths == 0)
     accepted = (match[:, None, :] | ~tree.ancestors).all(axis=-1)  # [B, N]: every ancestor matches
-    level = mx.arange(depth + 1)[:, None]  # [D+1, 1]
-    path = mx.argmax(accepted[:, None] & (tree.depths[:, None] == level), axis=-1)  # [B, D+1]
+    level = mx.arange(depth + 1)[:, None]  # [L+1, 1]
+    path = mx.argmax(accepted[:, None] & (tree.depths[:, None] == level), axis=-1)  # [B, L+1]
     tokens = mx.take_along_axis(picks, path, axis=1)
     return Accepted(path.astype(mx.int32), accepted.sum(axis=-1).astype(mx.int32), tokens)

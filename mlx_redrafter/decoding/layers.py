@@ -168,12 +168,12 @@ def _fitted(buffer: mx.array, capacity: int) -> mx.array:
     return mx.pad(buffer, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
 
-def visible(tree: Tree, length: mx.array, columns: int, window: int | None = None) -> mx.array:
+def visible(tree: Tree, start: mx.array, columns: int, window: int | None = None) -> mx.array:
     """Which rows of the buffers each node attends to: the text so far and the node's ancestors.
 
     Args:
-        tree: N nodes, whose rows are at ``length`` and after.
-        length: [B], rows of the text so far.
+        tree: N nodes, whose rows are at ``start`` and after.
+        start: [B], where the root's row belongs: rows of the text so far.
         columns: C, rows of the buffers that are shown.
         window: attend only to this many last positions, the node's own included.
 
@@ -182,13 +182,13 @@ def visible(tree: Tree, length: mx.array, columns: int, window: int | None = Non
     """
     nodes = tree.tokens.shape[1]
     column = mx.arange(columns)
-    node = column - length[:, None]  # [B, C]: the node whose row it is; negative: the text
+    node = column - start[:, None]  # [B, C]: the node whose row it is; negative: the text
     inside = mx.clip(node, 0, nodes - 1)
     index = mx.broadcast_to(inside[:, None], (*tree.tokens.shape, columns))
     above = mx.take_along_axis(tree.ancestors, index, axis=2)  # [B, N, C]
     mask = (node < 0)[:, None] | (above & ((node >= 0) & (node < nodes))[:, None])
     if window is None:
         return mask
-    position = mx.where(node < 0, column, length[:, None] + mx.take_along_axis(tree.depths, inside, axis=1))
-    own = length[:, None] + tree.depths  # [B, N]
+    position = mx.where(node < 0, column, start[:, None] + mx.take_along_axis(tree.depths, inside, axis=1))
+    own = start[:, None] + tree.depths  # [B, N]
     return mask & (own[..., None] - position[:, None] < window)

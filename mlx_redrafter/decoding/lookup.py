@@ -31,14 +31,14 @@ def first_record(batch: int) -> mx.array:
     return mx.broadcast_to(mx.array(PRIOR), (batch, len(PRIOR), 2))
 
 
-def find(history: mx.array, length: mx.array, count: int) -> Found:
+def find(history: mx.array, end: mx.array, count: int) -> Found:
     """Look the end of the text up in the text before it: the longest match, of these the latest.
 
     A copy that reaches the end of the text starts over from its beginning, so that loops are predicted.
 
     Args:
         history: [B, C] the text; unknown tokens are negative.
-        length: [B] place of the last token.
+        end: [B] place of the last token.
         count: K, tokens wanted.
     """
     columns = history.shape[1]
@@ -47,13 +47,13 @@ def find(history: mx.array, length: mx.array, count: int) -> Found:
     match = mx.zeros(history.shape, mx.int32)  # [B, C] tokens that agree, if the copy's end is here
     for back in range(LONGEST):
         start = LONGEST - 1 - back
-        wanted = mx.take_along_axis(padded, (length + start)[:, None], axis=1)  # [B, 1]
+        wanted = mx.take_along_axis(padded, (end + start)[:, None], axis=1)  # [B, 1]
         agree = agree & (padded[:, start : start + columns] == wanted) & (wanted >= 0)
         match = match + agree
     place = mx.arange(columns)
-    match = mx.where((place < length[:, None]) & (match >= SHORTEST), match, 0)
+    match = mx.where((place < end[:, None]) & (match >= SHORTEST), match, 0)
     best = mx.argmax(match * columns + place, axis=1, keepdims=True)  # [B, 1]
-    period = mx.maximum(length[:, None] - best, 1)
+    period = mx.maximum(end[:, None] - best, 1)
     places = mx.minimum(best + 1 + mx.arange(count) % period, columns - 1)
     tokens = mx.take_along_axis(history, places, axis=1)
     return Found(tokens, mx.take_along_axis(match, best, axis=1)[:, 0])
@@ -74,7 +74,7 @@ def learn(record: mx.array, found: Found, tokens: mx.array, count: mx.array) -> 
     Args:
         record: [B, 4, 2].
         found: what was looked up before the step.
-        tokens: [B, D+1] what the step emitted; the first ``count`` [B] are valid.
+        tokens: [B, L+1] what the step emitted; the first ``count`` [B] are valid.
     """
     seen = min(found.tokens.shape[1], tokens.shape[1])
     valid = mx.arange(seen) < count[:, None]

@@ -38,7 +38,7 @@ def penalty_settings(samplings: Sequence[Sampling]) -> dict[str, mx.array]:
 
 
 def penalise(
-    logits: mx.array, tree: Tree, history: mx.array, length: mx.array, settings: Settings
+    logits: mx.array, tree: Tree, history: mx.array, start: mx.array, settings: Settings
 ) -> mx.array:
     """Logits [B, N, V] after biases and penalties; arguments as the step has them."""
     if "bias" in settings:
@@ -46,7 +46,7 @@ def penalise(
         logits = _add(logits, tokens[:, None], bias[:, None])
     if "ages" not in settings:
         return logits
-    recent = recent_tokens(tree, history, length, settings["ages"])  # [B, N, R]
+    recent = recent_tokens(tree, history, start, settings["ages"])  # [B, N, R]
     for name in NAMES:
         if name not in settings:
             continue
@@ -64,20 +64,20 @@ def penalise(
     return logits
 
 
-def recent_tokens(tree: Tree, history: mx.array, length: mx.array, ages: mx.array) -> mx.array:
+def recent_tokens(tree: Tree, history: mx.array, start: mx.array, ages: mx.array) -> mx.array:
     """The last tokens before what each node decides, itself included: [B, N, R]; negative: unknown.
 
     Args:
-        tree: N nodes, the root at the place ``length`` of the text.
+        tree: N nodes, the root at the place ``start`` of the text.
         history: [B, C] the text up to the root.
-        length: [B].
+        start: [B].
         ages: [R] how many tokens before the node's own.
     """
     depth = tree.depths[..., None] - ages  # [B, N, R] where the token is: below the root, or before it
-    place = mx.clip(length[:, None, None] + mx.minimum(depth, 0), 0, history.shape[1] - 1)
+    place = mx.clip(start[:, None, None] + mx.minimum(depth, 0), 0, history.shape[1] - 1)
     batch, nodes, count = depth.shape
     before = mx.take_along_axis(history, place.reshape(batch, -1), axis=1).reshape(batch, nodes, count)
-    before = mx.where(length[:, None, None] + depth >= 0, before, -1)
+    before = mx.where(start[:, None, None] + depth >= 0, before, -1)
     is_there = tree.ancestors[:, :, None] & (tree.depths[:, None, None] == depth[..., None])  # [B, N, R, N]
     node = mx.argmax(is_there, axis=-1).reshape(batch, -1)  # [B, N * R]
     drafted = mx.take_along_axis(tree.tokens, node, axis=1).reshape(batch, nodes, count)

@@ -76,7 +76,7 @@ class DraftShape:
 PLAIN = DraftShape(0, 0)
 
 
-PER_TEXT = ("token", "context", "length", "record", "seeds")  # of a state, arrays [B, ...]
+PER_TEXT = ("token", "context", "rows", "record", "seeds")  # of a state, arrays [B, ...]
 
 
 @dataclass
@@ -85,9 +85,9 @@ class State:
 
     token: mx.array  # [B] the last token
     context: mx.array  # [B, F] what the drafter reads of the target: the hidden state that gave `token`
-    length: mx.array  # [B] tokens that the layers hold
+    rows: mx.array  # [B] tokens that the layers hold
     layers: Layers
-    history: mx.array  # [B, C] the text, `token` at the place `length`; negative where it is not known
+    history: mx.array  # [B, C] the text, `token` at the place `rows`; negative where it is not known
     record: mx.array  # [B, 4, 2] how often copies were right (lookup.py)
     seeds: mx.array  # [B, 2] of each text's random numbers; those of a place in it derive from them
     # What sampling.py and penalties.py need to know of the texts. ``take`` and ``join`` leave it out.

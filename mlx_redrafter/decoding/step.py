@@ -42,7 +42,7 @@ def step(
     """
     layers = commit(state.layers)
     proposed = propose(target, drafter, shape, state)
-    seen = target.verify(proposed.tree, layers, state.length, view)
+    seen = target.verify(proposed.tree, layers, state.rows, view)
     return conclude(pick, shape, state, proposed, seen)
 
 
@@ -56,7 +56,7 @@ def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, sta
         length = min(shape.length, shape.depth)
         drafted = from_beam(draft(drafter, target.embed, state.token, state.context, shape.width, length))
     if shape.lookup:  # what followed the last occurrence of the text's end
-        found = lookup.find(state.history, state.length, min(shape.lookup, shape.depth))
+        found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
@@ -74,27 +74,27 @@ def conclude(
     accepted = accept(tree, picks, shape.depth)
     layers = Layers(seen.rows)
     if not shape.is_chain:  # a chain's accepted rows are where they belong already
-        layers = leave_path(layers, seen.nodes, accepted.path, state.length)
+        layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
 
     end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
     last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
     token = mx.take_along_axis(accepted.tokens, end, axis=1)[:, 0]  # [B]
     context = mx.take_along_axis(seen.context, last[..., None], axis=1)[:, 0]  # [B, F]
     logits = mx.take_along_axis(all_logits, accepted.path[..., None], axis=1)  # [B, L+1, V]
-    history = write_tokens(state.history, accepted.tokens, state.length + 1)
+    history = write_tokens(state.history, accepted.tokens, state.rows + 1)
     record = state.record
     if proposed.found is not None:
         record = lookup.learn(record, proposed.found, accepted.tokens, accepted.count)
     ranks = mx.take_along_axis(tree.ranks, accepted.path, axis=1)
-    after = replace(state, token=token, context=context, length=state.length + accepted.count)
+    after = replace(state, token=token, context=context, rows=state.rows + accepted.count)
     after = replace(after, layers=layers, history=history, record=record)
     return after, Output(accepted.tokens, accepted.count, ranks, logits, tree.tokens, seen.logits)
 
 
 def pick(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
     """The usual ``Pick``: penalties and filters by each text's settings, random numbers by its seeds."""
-    logits = penalise(logits, tree, state.history, state.length, state.sampling)
-    seeds = seeds_at(state.seeds, state.length[:, None] + tree.depths)  # [B, N, 2]
+    logits = penalise(logits, tree, state.history, state.rows, state.sampling)
+    seeds = seeds_at(state.seeds, state.rows[:, None] + tree.depths)  # [B, N, 2]
     return logits, draw(logits, seeds, state.sampling)
 
 
@@ -127,6 +127,6 @@ class Verifier(Protocol):
         """[...] -> [..., H]."""
         ...
 
-    def verify(self, tree: Tree, layers: Layers, length: mx.array, view: View) -> Verified:
-        """One forward pass over the tree, after ``length`` [B] committed rows."""
+    def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View) -> Verified:
+        """One forward pass over the tree, whose root comes after ``start`` [B] committed rows."""
         ...

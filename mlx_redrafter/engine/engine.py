@@ -67,8 +67,8 @@ class Request:
         if self.seed is not None and not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed {self.seed} is not usable: give 0 to {(1 << 64) - 1}.")
         # Now, since each thread has a random state of its own.
-        key = None if self.seed is None else mx.random.key(self.seed)
-        self.seeds = mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32, key=key)
+        seed = None if self.seed is None else mx.random.key(self.seed)
+        self.seeds = mx.random.randint(0, 1 << 32, shape=(2,), dtype=mx.uint32, key=seed)
         mx.eval(self.seeds)
 
 

@@ -64,14 +64,14 @@ def _sampled(text: Text, tokens: mx.array, logits: mx.array) -> mx.array:
 
 def _paths(tree: Tree, state: State) -> list[list[list[int]]]:
     """For every text and node, the text's known tokens and those that lead to the node, its own included."""
-    mx.eval(tree.tokens, tree.ancestors, state.history, state.length)
+    mx.eval(tree.tokens, tree.ancestors, state.history, state.rows)
     found = []
     histories: Any = state.history.tolist()
-    lengths: Any = state.length.tolist()
+    rows: Any = state.rows.tolist()
     tokens: Any = tree.tokens.tolist()
     ancestors: Any = tree.ancestors.tolist()
-    for history, length, said, above in zip(histories, lengths, tokens, ancestors, strict=True):
-        known = [token for token in history[:length] if token >= 0]
+    for history, held, said, above in zip(histories, rows, tokens, ancestors, strict=True):
+        known = [token for token in history[:held] if token >= 0]
         found.append(
             [known + [t for t, is_there in zip(said, row, strict=True) if is_there] for row in above]
         )

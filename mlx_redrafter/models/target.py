@@ -123,12 +123,12 @@ class Target:
         rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
         return rows
 
-    def verify(self, tree: Tree, layers: Layers, length: mx.array, view: View | None = None) -> Verified:
-        """One forward pass over the tree's nodes, each at the position ``length`` + its depth."""
+    def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View | None = None) -> Verified:
+        """One forward pass over the tree's nodes, each at the position ``start`` + its depth."""
         masks: dict[int | None, mx.array] = {}
         view = view or View(layers.capacity)
         caches = [
-            TreeCache(tree, length, view, masks, rows, window)
+            TreeCache(tree, start, view, masks, rows, window)
             for rows, window in zip(layers.rows, self.windows, strict=True)
         ]
         logits, hidden = self.forward(tree.tokens, caches)
@@ -220,34 +220,34 @@ class TreeCache:
     """What one attention layer sees of its memory while a tree of N nodes is verified.
 
     After the layer ran, ``rows`` [B, Hkv, C, ...] (keys and values, or three parts of each) hold the nodes'
-    rows at ``length`` and after, and ``nodes`` [B, Hkv, N, ...] are these alone. If they are quantized,
+    rows at ``start`` and after, and ``nodes`` [B, Hkv, N, ...] are these alone. If they are quantized,
     mlx-lm's attention finds ``bits`` and ``group_size``.
     """
 
     def __init__(
         self,
         tree: Tree,
-        length: mx.array,
+        start: mx.array,
         view: View,
         masks: dict[int | None, mx.array],
         rows: Rows,
         window: int | None,
     ) -> None:
-        self.tree, self.length, self.window = tree, length, window
+        self.tree, self.start, self.window = tree, start, window
         self.view = view
         self.masks = masks  # by window, shared by all layers
         self.rows, self.nodes = rows, [mx.array(0)] * len(rows)
         # positions: [B] of the root, from which a chain counts up, else [B, N] of each node
-        self.offset = length if tree.is_chain else length[:, None] + tree.depths
+        self.offset = start if tree.is_chain else start[:, None] + tree.depths
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
         window = window_size or self.window
-        if n == 1 and self.view.exact and window is None and self.length.size == 1:
+        if n == 1 and self.view.exact and window is None and self.start.size == 1:
             return None
         if window not in self.masks:
-            mask = visible(self.tree, self.length, self.view.columns, window)  # [B, N, C]
+            mask = visible(self.tree, self.start, self.view.columns, window)  # [B, N, C]
             self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
         return self.masks[window]
 
@@ -258,7 +258,7 @@ class TreeCache:
             self.bits, self.group_size = how.bits, how.group_size
             self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
         pairs = zip(self.rows, self.nodes, strict=True)
-        self.rows = [write_rows(buffer, rows, self.length) for buffer, rows in pairs]
+        self.rows = [write_rows(buffer, rows, self.start) for buffer, rows in pairs]
         shown = [buffer[:, :, : self.view.columns] for buffer in self.rows]
         return (shown[0], shown[1]) if len(shown) == 2 else (tuple(shown[:3]), tuple(shown[3:]))
 
@@ -275,7 +275,7 @@ class _WindowedCache(KVCache):  # type: ignore[misc]
 
 
 class _NodeRope:
-    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, H, N, D]."""
+    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, Hq or Hkv, N, Dh]."""
 
     def __init__(self, inner: Callable[..., mx.array]) -> None:
         self.inner = inner
@@ -287,7 +287,7 @@ class _NodeRope:
         batch, heads, nodes, size = x.shape
         x = x.transpose(0, 2, 1, 3).reshape(batch * nodes, heads, 1, size)
         x = self.inner(x, offset=offset.reshape(-1), **kwargs)
-        return x.reshape(batch, nodes, heads, size).transpose(0, 2, 1, 3)  # [B, H, N, D]
+        return x.reshape(batch, nodes, heads, size).transpose(0, 2, 1, 3)  # [B, Hq or Hkv, N, Dh]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)

@@ -309,7 +309,7 @@ class _Part:
         ends = sorted(frozenset[int]().union(*(row.forbidden for row in self.rows))) or [-1]
         forbidden = mx.array([[end in row.forbidden for end in ends] for row in self.rows])  # [b, E]
         scores, index = _candidates(logits[:, 0], self.recipe, mx.array(ends, mx.int32), forbidden)
-        seeds = seeds_at(state.seeds, state.length[:, None])[:, 0]  # [b, 2]
+        seeds = seeds_at(state.seeds, state.rows[:, None])[:, 0]  # [b, 2]
         noise = mx.vmap(lambda seed: mx.random.gumbel(scores.shape[1:], key=seed))(seeds)  # [b, K]
         sampled = _pick(scores, index, mx.array([[row.temperature] for row in self.rows]), noise)
         dictated = mx.array([row.queue[0] if row.queue else -1 for row in self.rows])
