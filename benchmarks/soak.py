@@ -27,6 +27,7 @@ from mlx_redrafter.train.evaluate import parse_shape
 import mlx.core as mx  # isort: skip
 
 PROMPT = 48  # tokens
+LAST = 12  # steps, among them some of each shape
 FRESH = 400  # tokens of the generation that the end is compared with
 MEMORY, SLOWER = 1.05, 1.15  # what the end may have, in multiples of the fresh one's
 
@@ -39,7 +40,7 @@ class Window:
     steps: int
     seconds_per_step: float  # median
     waited: float  # milliseconds per step that the device waited for the host
-    active_mb: float
+    active_mb: float  # the least in its last steps, as what a running step holds depends on its shape
     cache_mb: float  # that MLX keeps for reuse
     resident_mb: float
 
@@ -100,13 +101,13 @@ def generate(model: SpeculativeModel, chosen: Chooser, prompt: int, tokens: int,
     """Decode ``tokens`` after a text of ``prompt`` tokens; what each ``window`` of them was like."""
     steps = harness.decode(model, chosen, after_text(model.prepare(), prompt), prompt)
     windows: list[Window] = []
-    seen: list[tuple[float, Emitted]] = []
+    seen: list[tuple[float, Emitted, int]] = []
     start, emitted = time.perf_counter(), 0
     with tqdm(total=tokens, unit="tok", desc=f"after {prompt} tokens") as bar:
         for step in steps:
             now = time.perf_counter()
             step.logits = None  # nobody asks for them, and they are large
-            seen.append((now - start, step))
+            seen.append((now - start, step, mx.get_active_memory()))
             start = now
             emitted += len(step.tokens)
             bar.update(len(step.tokens))
@@ -119,14 +120,14 @@ def generate(model: SpeculativeModel, chosen: Chooser, prompt: int, tokens: int,
     return windows
 
 
-def summary(emitted: int, seen: list[tuple[float, Any]]) -> Window:
+def summary(emitted: int, seen: list[tuple[float, Any, int]]) -> Window:
     """The window that ends here."""
     return Window(
         emitted,
         len(seen),
-        round(median(seconds for seconds, _ in seen), 6),
-        round(1000 * sum(step.waited for _, step in seen) / len(seen), 4),
-        round(mx.get_active_memory() / 1e6, 2),
+        round(median(seconds for seconds, *_ in seen), 6),
+        round(1000 * sum(step.waited for _, step, _ in seen) / len(seen), 4),
+        round(min(active for *_, active in seen[-LAST:]) / 1e6, 2),
         round(mx.get_cache_memory() / 1e6, 2),
         round(
             resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3), 1
