@@ -14,7 +14,7 @@ import mlx_redrafter as r
 from mlx_redrafter.benchmark.machine import describe
 from mlx_redrafter.decoding.state import State, begin
 from mlx_redrafter.engine.loop import Chooser, Emitted
-from mlx_redrafter.engine.step_times import made_up_text
+from mlx_redrafter.engine.stopwatch import made_up_text
 from mlx_redrafter.loading.files import atomic_file
 from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig

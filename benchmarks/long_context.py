@@ -18,7 +18,8 @@ from mlx_lm.generate import generate_step
 
 from mlx_redrafter.decoding.state import DraftShape, with_capacity
 from mlx_redrafter.engine.loop import Fixed, bucket
-from mlx_redrafter.engine.step_times import after_text, candidates, measure
+from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.engine.stopwatch import after_text, measure
 from mlx_redrafter.model import SpeculativeModel
 
 import mlx.core as mx  # isort: skip

@@ -20,7 +20,8 @@ from mlx_redrafter.decoding.step import propose
 from mlx_redrafter.decoding.topk import top_k
 from mlx_redrafter.decoding.tree import build_tree, from_beam
 from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
-from mlx_redrafter.engine.step_times import after_text, candidates
+from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.engine.stopwatch import after_text
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.fused import FusedDrafter
 from mlx_redrafter.train.evaluate import parse_shape

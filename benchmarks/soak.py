@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.loop import Chooser, Emitted, Fixed
-from mlx_redrafter.engine.step_times import after_text, candidates
+from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.engine.stopwatch import after_text
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.train.evaluate import parse_shape
 

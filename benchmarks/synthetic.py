@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_redrafter.benchmark.sweep import SIZES, cost_curve
-from mlx_redrafter.engine.step_times import candidates, measure
+from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.engine.stopwatch import measure
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 

@@ -21,24 +21,13 @@ from mlx_redrafter.commands import tune as tune_command
 from mlx_redrafter.commands.main import build_parser
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine import backend, loop
-from mlx_redrafter.engine import step_times as calibrate
+from mlx_redrafter.engine import step_times as kept
+from mlx_redrafter.engine import stopwatch as calibrate
 from mlx_redrafter.engine.loop import Fixed
-from mlx_redrafter.engine.policy import Policy
+from mlx_redrafter.engine.policy import Policy, StepTimes, policy_for
 from mlx_redrafter.engine.runner import TRIALS
-from mlx_redrafter.engine.step_times import (
-    LONG,
-    SHORT,
-    Measured,
-    StepTimes,
-    _Stopwatch,
-    after_text,
-    between,
-    candidates,
-    make_policy,
-    measure,
-    policy_for,
-    step_times,
-)
+from mlx_redrafter.engine.step_times import candidates, make_policy, step_times
+from mlx_redrafter.engine.stopwatch import LONG, SHORT, Measured, _Stopwatch, after_text, between, measure
 from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
@@ -224,7 +213,7 @@ def test_every_condition_has_a_file_of_its_own(folder: Path, monkeypatch: pytest
     nn.quantize(quantized, 32, 4)
     step_times(wide.prepare(), THREE[:2])
     step_times(SpeculativeModel(quantized, None).prepare(), THREE[:2])
-    monkeypatch.setattr(calibrate, "load_blas", lambda: "another.so")
+    monkeypatch.setattr(kept, "load_blas", lambda: "another.so")
     step_times(speculative().prepare(), THREE)
     assert len(list(folder.iterdir())) == 6
 
@@ -487,7 +476,7 @@ def test_works_with_standard_error_closed(monkeypatch: pytest.MonkeyPatch, close
 def test_threads_of_the_blas_are_a_condition(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However they are set: OMP_NUM_THREADS, OPENBLAS_NUM_THREADS, fewer processors."""
     for threads in (1, 2, None):
-        monkeypatch.setattr(calibrate, "blas_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(kept, "blas_threads", lambda threads=threads: threads)
         step_times(speculative().prepare(), THREE)
     assert len(list(folder.iterdir())) == 3
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_redrafter.decoding.state import DraftShape
-from mlx_redrafter.engine import step_times as calibrate
+from mlx_redrafter.engine import stopwatch as calibrate
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))

@@ -8,18 +8,9 @@ from typing import Any
 
 from ..conversations import Prompt, encode, read_prompts, usable
 from ..decoding.state import DraftShape
-from ..engine.policy import Policy
-from ..engine.step_times import (
-    LONG,
-    PATIENCE,
-    SHORT,
-    StepTimes,
-    calibrate,
-    candidates,
-    conditions,
-    keep,
-    policy_for,
-)
+from ..engine.policy import Policy, StepTimes, policy_for
+from ..engine.step_times import candidates, conditions, keep
+from ..engine.stopwatch import LONG, PATIENCE, SHORT, calibrate
 from ..model import DEFAULT_MODEL, DTYPES, load
 from ..options import check_range, describe_shape
 from ..text import stream_generate

@@ -14,8 +14,19 @@ from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
 from ..models.target import kept_as, quantize
 from . import backend
-from .foreign import foreign_pick, without_frames
-from .loop import Batch, Chooser, Emitted, HandOver, Processor, Sampler, Step, Text, begin_step, bucket
+from .loop import (
+    Batch,
+    Chooser,
+    Emitted,
+    HandOver,
+    Processor,
+    Sampler,
+    Step,
+    Text,
+    begin_step,
+    bucket,
+    without_frames,
+)
 from .runner import Runner
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
@@ -299,4 +310,6 @@ def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:
     """What runs the texts' steps: the usual runner, unless functions of users' have a say in them."""
     if not any(text.is_foreign for text in texts):
         return usual
+    from .foreign import foreign_pick
+
     return Runner(usual.target, usual.drafter, foreign_pick(texts))

@@ -1,6 +1,5 @@
 """Users' own samplers and logits processors, which see the tokens on the host."""
 
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import mlx.core as mx
 from ..decoding.state import State
 from ..decoding.step import Pick, pick
 from ..decoding.tree import Tree
-from .loop import Text
+from .loop import Text, without_frames
 
 
 def foreign_pick(texts: Sequence[Text]) -> Pick:
@@ -76,14 +75,3 @@ def _paths(tree: Tree, state: State) -> list[list[list[int]]]:
             [known + [t for t, is_there in zip(said, row, strict=True) if is_there] for row in above]
         )
     return found
-
-
-class Origin(Exception):
-    """Where an error was raised, in words."""
-
-
-def without_frames(error: Exception) -> Exception:
-    """The error with its traceback in words: the frames that led to it hold arrays of all texts."""
-    origin = Origin("\n" + "".join(traceback.format_exception(error)))
-    error.__cause__, error.__context__ = origin, None
-    return error.with_traceback(None)

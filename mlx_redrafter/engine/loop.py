@@ -7,6 +7,7 @@ the next step has been built.
 """
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -363,3 +364,14 @@ def until_end(tokens: list[int], limit: int, stop: frozenset[int]) -> list[int]:
     tokens = tokens[:limit]
     end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[:end]
+
+
+class Origin(Exception):
+    """Where an error was raised, in words."""
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error with its traceback in words: the frames that led to it hold arrays of all texts."""
+    origin = Origin("\n" + "".join(traceback.format_exception(error)))
+    error.__cause__, error.__context__ = origin, None
+    return error.with_traceback(None)

@@ -48,6 +48,7 @@ NOISE, FAR = 0.1, math.log(32)  # steps differ by as much anyway; are not believ
 KIN = 0.8  # of what one shape's steps take longer, others' are assumed to take longer too
 FADE = 64.0  # steps of one shape in which others, if not seen, are assumed to have become as slow
 SLEPT = 600.0  # seconds that no step takes on a machine that is awake
+MEASURED = (1, 4, 16)  # texts that share steps
 LOOKUP = -1  # stands for the rank of a token that was copied from the text only
 
 
@@ -277,6 +278,38 @@ class Policy:
 def reason(error: Exception) -> str:
     """Why there is no policy."""
     return f"step times cannot be measured ({type(error).__name__}: {error})"
+
+
+@dataclass
+class StepTimes:
+    """What a step takes with each of some shapes.
+
+    Attributes:
+        seconds: after an empty text; infinite for a shape that can never pay.
+        per_row: seconds more for each token of the text before.
+    """
+
+    seconds: list[float]
+    per_row: list[float]
+
+
+def policy_for(shapes: Sequence[DraftShape], times: StepTimes, beliefs: Beliefs | None = None) -> Policy:
+    """The policy that chooses from those shapes that may pay."""
+    pays = [i for i, seconds in enumerate(times.seconds) if seconds < math.inf]
+    seconds, per_row = ([values[i] for i in pays] for values in (times.seconds, times.per_row))
+    return Policy([shapes[i] for i in pays], seconds, per_row, beliefs)
+
+
+def times_for(measured: Callable[[int], StepTimes], texts: int) -> StepTimes:
+    """What a step of so many texts takes: measured for ``MEASURED`` numbers, interpolated between them."""
+    below = max(number for number in MEASURED if number <= texts)
+    above = min((number for number in MEASURED if number >= texts), default=below)
+    first, last = measured(below), measured(above)
+    if above == below:  # beyond the largest, in proportion
+        return StepTimes(*([x * texts / below for x in values] for values in (first.seconds, first.per_row)))
+    part = (texts - below) / (above - below)
+    pairs = ((first.seconds, last.seconds), (first.per_row, last.per_row))
+    return StepTimes(*([a + part * (b - a) for a, b in zip(*pair, strict=True)] for pair in pairs))
 
 
 class Policies:
