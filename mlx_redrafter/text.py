@@ -321,7 +321,7 @@ def _can_draft(
     model: SpeculativeModel, request: Request, max_kv_size: int | None, options: Mapping[str, Any]
 ) -> bool:
     """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
-    if model.prepare() is None:
+    if (runner := model.prepare()) is None:
         if model.drafter is not None:
             warnings.warn(f"decoding without the drafter: {model.refusal}", stacklevel=3)
         return False
@@ -337,7 +337,7 @@ def _can_draft(
         reasons.append("a prompt cache of several kinds")
     try:
         for how in filter(None, {request.kv, *kept}):
-            model.target.check_quantized(how)
+            runner.target.check_quantized(how)
     except ValueError:
         reasons.append("kv_bits")
     if reasons and model.drafter is not None:

@@ -203,7 +203,7 @@ def test_a_prompt_that_fills_its_buffers(model, length):
     target = Target(model)
     prompt = [i % 101 for i in range(length)]
     for shape in SHAPES[:3]:
-        engine = Engine(target, Runner(target, RandomDrafter(target)), Fixed(shape))
+        engine = Engine(Runner(target, RandomDrafter(target)), Fixed(shape))
         number = engine.submit(Request(prompt, 9))
         assert finish(engine) == {number: plain(model, prompt, 9)}
 

@@ -152,7 +152,7 @@ def alone(model, request):
 def test_texts_of_different_settings_are_as_alone(model, shape, compiled):
     target = Target(model)
     run = Runner(target, RandomDrafter(target), compiled=compiled)
-    engine = Engine(target, run, Fixed(shape), 16, grain=256 if compiled else 1)
+    engine = Engine(run, Fixed(shape), 16, grain=256 if compiled else 1)
     wanted, found = {}, {}
     for i, kv in enumerate(SETTINGS * 2):
         request = Request([(7 * i + j) % 101 for j in range(1 + 9 * i % 41)], 10 + 7 * i % 43, kv=kv)
@@ -172,10 +172,10 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_company(model, compiled):
     asks = [([3 + i] * 5, 30, Sampling(0.8), i) for i in range(7)]
     wanted = {}
     for number, (ask, kv) in enumerate(zip(asks, SETTINGS, strict=True), 1):
-        engine = Engine(target, run, Fixed(SHAPES[0]))
+        engine = Engine(run, Fixed(SHAPES[0]))
         engine.submit(Request(*ask, kv=kv))
         [wanted[number]] = finish(engine).values()
-    engine = Engine(target, run, Fixed(SHAPES[4]))
+    engine = Engine(run, Fixed(SHAPES[4]))
     for ask, kv in zip(asks, SETTINGS, strict=True):
         engine.submit(Request(*ask, kv=kv))
     assert finish(engine) == wanted
@@ -194,7 +194,7 @@ def test_sampling_is_plain_decodings(model):
 
 def test_texts_share_a_batch_once_they_are_kept_alike(model):
     target = Target(model)
-    engine = Engine(target, Runner(target, None), Fixed(SHAPES[0]))
+    engine = Engine(Runner(target, None), Fixed(SHAPES[0]))
     for start in (12, 18, 999):
         engine.submit(Request([5] * 9, 60, kv=Quantization(4, 32, start)))
     sizes = []
@@ -212,7 +212,7 @@ def test_they_take_less_memory(model):
     assert sum(part.nbytes for rows in small.rows for part in rows) == size * (8 + 2) // 32  # and 2 x 32 / 32
     target, sizes = Target(model), []
     for kv in (None, Quantization(4, 32, 20)):
-        engine = Engine(target, Runner(target, None), Fixed(SHAPES[3]))
+        engine = Engine(Runner(target, None), Fixed(SHAPES[3]))
         engine.submit(Request(PROMPT, 99, kv=kv))
         for _ in range(19):
             engine.step()
@@ -285,7 +285,7 @@ def test_a_text_that_is_left_leaves_its_cache_in_order(model):
 )
 def test_what_mlx_lm_cannot_quantize_is_refused_in_one_line(name, size, reason):
     target = Target(make_model(name, head_dim=32))
-    engine = Engine(target, Runner(target, None), Fixed(SHAPES[0]))
+    engine = Engine(Runner(target, None), Fixed(SHAPES[0]))
     with pytest.raises(ValueError, match=f"cannot be decoded with.*{reason}"):
         engine.submit(Request(PROMPT, 9, kv=Quantization(8, size, 5000)))
     assert not engine.is_busy
