@@ -24,7 +24,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import numpy as np
 
@@ -73,7 +72,11 @@ class Belief:
 
     def optimistic(self) -> float:
         """What the share may be for all we know."""
-        return self.share + max(self.hope - self.share, 0) * LEAST_STEPS / self.steps
+        return self.hoped(self.share)
+
+    def hoped(self, share: float) -> float:
+        """As much above ``share`` as the evidence leaves room for."""
+        return share + max(self.hope - share, 0) * LEAST_STEPS / self.steps
 
 
 class Beliefs:
@@ -95,6 +98,21 @@ class Beliefs:
         new = Beliefs()
         new.drafts, new.copies = replace(self.drafts), replace(self.copies)
         return new
+
+    def shares(self, general: Beliefs) -> tuple[float, float]:
+        """How often drafts and copies are right; the more this text has said, the less the others count."""
+        pairs = (self.drafts, general.drafts), (self.copies, general.copies)
+        drafts, copies = (
+            own.share + (all_.share - own.share) * LEAST_STEPS / own.steps for own, all_ in pairs
+        )
+        return drafts, copies
+
+    def hopes(self, general: Beliefs) -> tuple[float, float]:
+        """What ``shares`` may be for all we know; all texts have the drafter in common."""
+        drafts, copies = self.shares(general)
+        return min(self.drafts, general.drafts, key=lambda x: x.hoped(drafts)).hoped(
+            drafts
+        ), self.copies.hoped(copies)
 
     def learn(
         self, shape: DraftShape, accepted: tuple[int, int], tables: tuple[np.ndarray, np.ndarray]
@@ -175,8 +193,14 @@ class Policy:
         self.cost = self._costs(0)  # of a step with each shape, in plain steps
         self.beliefs = beliefs or Beliefs()
         self._present = [self.beliefs]  # of the texts that share a step
-        self._drafted = {shape: np.array([drafted_tokens(shape, x) for x in SHARES]) for shape in shapes}
-        self._copied = {shape: np.array([copied_tokens(shape, x) for x in SHARES]) for shape in shapes}
+        tables = [
+            [[count(shape, x) for x in SHARES] for shape in shapes]
+            for count in (drafted_tokens, copied_tokens)
+        ]
+        self._tables = np.array(tables)  # [2, shapes, SHARES]: drafted and copied tokens of a step
+        self._depths = np.array([[shape.depth] for shape in shapes])
+        self._shares = list[tuple[float, float]]()  # for which this is ``expected`` of each shape:
+        self._expected = dict[DraftShape, float]()
         self.purse, self.debt = START, 0.0
         self.steps, self.tried = 0, dict.fromkeys(shapes, 0)  # when each shape was last chosen
 
@@ -221,9 +245,10 @@ class Policy:
                 self.purse = max(self.purse - more, -2 * MOST)
             elif sure > ODD_PLAIN:
                 self.purse = max(self.purse, 0.0)  # all steps take longer: nothing was lost
+        tables = self._tables[:, list(self._times).index(shape)]
         for own, each in zip(self.beliefs.of(list(ranks)), ranks.values(), strict=True):
             copied = sum(rank == LOOKUP for rank in each)
-            found = (len(each) - copied, copied), (self._drafted[shape], self._copied[shape])
+            found = (len(each) - copied, copied), (tables[0], tables[1])
             for beliefs in {own, self.beliefs}:
                 beliefs.learn(shape, *found)
         accepted = sum(map(len, ranks.values())) / max(len(ranks), 1)
@@ -235,8 +260,10 @@ class Policy:
 
     def expected(self, shape: DraftShape) -> float:
         """Tokens that a step with ``shape`` is expected to emit for each text."""
-        shares = [(each.drafts.share, each.copies.share) for each in self._present]
-        return fmean(self._expected(shape, *each) for each in shares)
+        shares = [each.shares(self.beliefs) for each in self._present]
+        if shares != self._shares:
+            self._shares, self._expected = shares, self._tokens(shares)
+        return self._expected[shape]
 
     def rate(self, shape: DraftShape) -> float:
         """Expected tokens per plain step of time."""
@@ -260,19 +287,24 @@ class Policy:
         """The shape that may beat the current one by the most for what it risks and since it was tried."""
         if self.debt > 0:
             return None
-        gains = {shape: self._hoped_rate(shape) - MARGIN * self.rate(self.current) for shape in self.cost}
+        hoped = self._tokens([each.hopes(self.beliefs) for each in self._present])
+        least = MARGIN * self.rate(self.current)
+        gains = {shape: hoped[shape] / cost - least for shape, cost in self.cost.items()}
         may = [s for s in self.cost if s != self.current and gains[s] > 0 and self.cost[s] - 1 <= MOST]
         worth = {s: gains[s] / max(self.loss(s), SHARE) * (self.steps - self.tried[s]) for s in may}
         best = max(worth, key=worth.__getitem__, default=None)
         return best if best is None or self.cost[best] - 1 <= self.purse else None
 
-    def _hoped_rate(self, shape: DraftShape) -> float:
-        hopes = [(each.drafts.optimistic(), each.copies.optimistic()) for each in self._present]
-        return fmean(self._expected(shape, *each) for each in hopes) / self.cost[shape]
-
-    def _expected(self, shape: DraftShape, drafts: float, copies: float) -> float:
-        drafted = np.interp(drafts, SHARES, self._drafted[shape])
-        return float(1 + min(drafted + np.interp(copies, SHARES, self._copied[shape]), shape.depth))
+    def _tokens(self, shares: Sequence[tuple[float, float]]) -> dict[DraftShape, float]:
+        """Expected tokens of a step with each shape, the mean over texts with these ``shares``."""
+        place = np.array(shares).T * (len(SHARES) - 1)  # [2, B]
+        below = np.minimum(place.astype(int), len(SHARES) - 2)
+        kinds = zip(self._tables, below, place - below, strict=True)
+        drafted, copied = (
+            table[:, i] * (1 - part) + table[:, i + 1] * part for table, i, part in kinds
+        )  # [shapes, B]
+        tokens = 1 + np.minimum(drafted + copied, self._depths)
+        return dict(zip(self._times, tokens.mean(axis=1).tolist(), strict=True))
 
 
 def reason(error: Exception) -> str:
