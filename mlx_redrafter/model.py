@@ -25,7 +25,7 @@ from .engine.engine import CHUNK, Engine, engine_here
 from .engine.loop import Chooser
 from .engine.runner import Runner
 from .loading.base import LOAD_ERRORS, cast_model, find_gguf, load_base
-from .loading.files import atomic_folder, cache_folder
+from .loading.files import atomic_folder, cache_folder, gguf_parts
 from .loading.tokenizers import load_tokenizer
 from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
 from .models.drafter import Drafter
@@ -259,7 +259,14 @@ def _converted(gguf: Path) -> Path:
     source = gguf.resolve()
     key = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
     folder = cache_folder() / "models" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', gguf.stem)[:100]}-{key}"
-    made_from = [version("mlx-redrafter"), source.stat().st_mtime_ns, _digest(source)]
+    parts = gguf_parts(source)
+    quant = "keep" if backend.current().dtype else "nearest"  # a CPU dequantizes all to float32 anyway
+    made_from = [
+        version("mlx-redrafter"),
+        quant,
+        *(part.stat().st_mtime_ns for part in parts),
+        *map(_digest, parts),
+    ]
 
     def usable() -> bool:
         try:
@@ -272,7 +279,7 @@ def _converted(gguf: Path) -> Path:
 
         try:
             with atomic_folder(folder, usable) as new:
-                convert_gguf(gguf, new)
+                convert_gguf(source, new, quant=quant)
                 (new / RECORD).write_text(json.dumps([made_from, _digests(new)]), "utf-8")
         except OSError as error:
             raise OSError(f"{str(error)[:-1]}, with MLX_REDRAFTER_CACHE set to another folder.") from error

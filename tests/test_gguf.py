@@ -17,11 +17,23 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.utils import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from mlx_redrafter.loading.gguf import convert_gguf, read_gguf, unpack_blocks
+from mlx_redrafter.loading.gguf import convert_gguf, read_gguf
+from mlx_redrafter.loading.gguf.quants import error_of, quantized
 from mlx_redrafter.loading.tokenizers import PRE_TOKENIZERS
 
-TYPES = [Type.F32, Type.F16, Type.BF16, Type.Q4_0, Type.Q4_1, Type.Q8_0]
-QUANTIZED = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q8_0: 8}
+QUANTIZED = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8}
+TYPES = [Type.F32, Type.F16, Type.BF16, *QUANTIZED, Type.MXFP4]
+# Which gguf cannot write: their bits in MLX, the bytes of their float16 factors, and the largest relative
+# error (root mean square) of MLX's form with factors in float32 and in float16.
+SUPER = {
+    Type.IQ4_NL: (8, (0,), 0, 0),
+    Type.IQ4_XS: (8, (0,), 0, 3e-4),
+    Type.Q4_K: (4, (0, 2), 0, 1e-3),
+    Type.Q5_K: (5, (0, 2), 0, 1e-3),
+    Type.Q6_K: (8, (208,), 5e-3, 5e-3),
+    Type.Q3_K: (4, (108,), 6e-2, 6e-2),
+    Type.Q2_K: (4, (80, 82), 6e-2, 6e-2),
+}
 HIDDEN, WIDE, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 96, 4, 2, 32, 2
 TEXTS = [
     "Hello world, it's 2024!",
@@ -203,7 +215,8 @@ def test_logits_of_every_type(tmp_path, kind):
     model, config = converted(tmp_path / "m.gguf", tmp_path / "out")
     np.testing.assert_allclose(logits(model), logits(reference("llama", weights)), atol=2e-4)
     assert config["torch_dtype"] == {Type.F32: "float32", Type.BF16: "bfloat16"}.get(kind, "float16")
-    assert config.get("quantization", {}).get("bits") == QUANTIZED.get(kind)
+    bits = 4 if kind == Type.MXFP4 else QUANTIZED.get(kind)
+    assert config.get("quantization", {}).get("bits") == bits
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
@@ -282,14 +295,112 @@ def test_rope_scaling(tmp_path, kind, original):
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("scale", [1.0, 1e-7, 4e5])  # the last: -8 or -128 scales overflow float16
 def test_blocks_keep_their_values_exactly(kind, scale):
-    scale = min(scale, 6e4) if kind == Type.Q4_1 else scale  # its bias is stored in float16
+    scale = min(scale, 6e4) if kind in (Type.Q4_1, Type.Q5_1) else scale  # its bias is stored in float16
     values = np.random.default_rng(1).uniform(-scale, scale, (24, 128)).astype(np.float32)
     rows = gguf.quants.quantize(values, kind)
-    weight, scales, biases = (mx.array(part) for part in unpack_blocks(rows, kind))
+    weight, scales, biases = quantized(rows, kind, mx.float16).values()
     values = mx.dequantize(
         weight, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=QUANTIZED[kind]
     )
     np.testing.assert_array_equal(np.array(values), gguf.quants.dequantize(rows, kind))
+
+
+def random_blocks(kind: Type, rows: int, width: int, scale=0.01) -> np.ndarray:
+    """Return blocks of random codes: every pattern of bits is a value."""
+    rng = np.random.default_rng(3)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    data = rng.integers(0, 256, (rows * width // block, size), np.uint8)
+    for start in SUPER[kind][1]:
+        factors = rng.uniform(scale / 2, scale, len(data)).astype(np.float16)
+        data[:, start : start + 2] = factors[:, None].view(np.uint8)
+    return data.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", SUPER, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_blocks_of_blocks_keep_their_values_within_the_error_told(kind, dtype):
+    bits, _, exact, rounded = SUPER[kind]
+    rows = random_blocks(kind, 24, 512)
+    weight, scales, biases = quantized(rows, kind, dtype).values()
+    assert scales.dtype == biases.dtype == dtype
+    values = mx.dequantize(
+        weight, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=bits
+    )
+    meant = gguf.quants.dequantize(rows, kind)
+    error, total = ((np.array(values) - meant) ** 2).sum(), (meant**2).sum()
+    assert (error / total) ** 0.5 <= (exact if dtype == mx.float32 else rounded)
+    if kind != Type.IQ4_NL:
+        told_error, told_total = error_of(rows, kind, dtype)
+        assert (told_error / told_total) ** 0.5 == pytest.approx((error / total) ** 0.5, rel=0.2)
+
+
+def test_q6_k_is_exact_in_the_half_with_the_larger_scale():
+    rows = random_blocks(Type.Q6_K, 24, 512)
+    weight, scales, biases = quantized(rows, Type.Q6_K, mx.float32).values()
+    values = np.array(mx.dequantize(weight, scales, biases, group_size=32, bits=8))
+    same = values == gguf.quants.dequantize(rows, Type.Q6_K)
+    assert same.reshape(-1, 2, 16).all(-1).any(-1).all()
+
+
+def test_tiny_scales_are_not_rounded_to_nothing():
+    rows = random_blocks(Type.Q6_K, 4, 512, scale=3e-7)
+    _, scales, _ = quantized(rows, Type.Q6_K, mx.float16).values()
+    assert scales.dtype == mx.float32  # denormals of float16 would be off by percents
+
+
+def write_mixed(path: Path) -> dict[str, np.ndarray]:
+    """Write a model of Q4_K, Q6_K, Q5_0 and Q8_0 matrices, as people have them; return its values."""
+    kinds = {"ffn_down": Type.Q6_K, "attn_v": Type.Q6_K, "attn_output": Type.Q5_0, "token_embd": Type.Q8_0}
+    values = {}
+
+    def requantize(writer):
+        for name, info in writer.tensors[0].items():
+            if len(info.shape) == 1:
+                continue
+            kind = next((kind for part, kind in kinds.items() if part in name), Type.Q4_K)
+            shape = info.tensor.shape
+            if kind in SUPER:
+                data = random_blocks(kind, *shape, scale=1e-3)
+            else:
+                data = gguf.quants.quantize(np.random.default_rng(4).normal(0, 0.1, shape), kind)
+            writer.tensors[0][name] = replace(info, dtype=kind, nbytes=data.nbytes, tensor=data)
+            values[name] = gguf.quants.dequantize(data, kind)
+
+    names = {}
+    weights = write_model(path, "qwen3", Type.F32, change=requantize)
+    for number in range(LAYERS):
+        for name, own in (("attn_q", "self_attn.q_proj"), ("attn_k", "self_attn.k_proj")):
+            names[f"blk.{number}.{name}.weight"] = f"model.layers.{number}.{own}.weight"
+        for name, own in (("attn_v", "self_attn.v_proj"), ("attn_output", "self_attn.o_proj")):
+            names[f"blk.{number}.{name}.weight"] = f"model.layers.{number}.{own}.weight"
+        for name in ("gate", "up", "down"):
+            names[f"blk.{number}.ffn_{name}.weight"] = f"model.layers.{number}.mlp.{name}_proj.weight"
+    names |= {"token_embd.weight": "model.embed_tokens.weight", "output.weight": "lm_head.weight"}
+    return weights | {names[name]: array for name, array in values.items()}
+
+
+@pytest.mark.parametrize("quant", ["nearest", "keep", "float"])
+def test_a_mixed_file(tmp_path, quant, capsys, monkeypatch):
+    for name, size in (("HIDDEN", 256), ("WIDE", 512), ("HEAD_DIM", 64)):
+        monkeypatch.setattr(f"{__name__}.{name}", size)
+    weights = write_mixed(tmp_path / "m.gguf")
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out", quant=quant)
+    note = capsys.readouterr().err
+    model, config = load_model(tmp_path / "out")
+    model.set_dtype(mx.float32)
+    expected = logits(reference("qwen3", weights))
+    bound = {"nearest": 5e-2, "keep": 2e-4, "float": 2e-4}[quant]
+    np.testing.assert_allclose(logits(model), expected, atol=bound * np.abs(expected).max())
+    entry = config.get("quantization", {})
+    down = entry.get("model.layers.0.mlp.down_proj", {}).get("bits")
+    output = entry.get("model.layers.0.self_attn.o_proj", {}).get("bits")
+    assert (entry.get("bits"), output, down) == {
+        "nearest": (4, 5, 8),
+        "keep": (4, 5, None),
+        "float": (None, None, None),
+    }[quant]
+    assert config["torch_dtype"] == ("float16" if quant == "nearest" else "float32")
+    assert ("error of" in note and "Q6_K 0." in note) == (quant == "nearest")
 
 
 # --- Tokenizers --------------------------------------------------------------------------------------
@@ -455,7 +566,7 @@ def test_flipped_bytes_never_crash(tmp_path):
     ("change", "message"),
     [
         (lambda w: w.add_tensor("extra.weight", np.zeros((2, 32), np.float32)), "extra.weight has no place"),
-        (lambda w: w.add_uint16("split.count", 3), "m.gguf is one of the 3 parts of a model: join them"),
+        (lambda w: w.add_uint16("split.count", 3), "m.gguf is one of the 3 parts of a model, but not named"),
         (lambda w: w.add_uint32("llama.rope.dimension_count", 8), "dimension_count is 8"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "longrope"),
         (lambda w: w.tensors[0].pop("blk.1.ffn_up.weight"), "lacks the tensor blk.1.ffn_up.weight"),
@@ -480,15 +591,57 @@ def test_unsuitable_models_are_refused(tmp_path, change, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_later_part_names_the_first(tmp_path):
-    def later(writer):
-        writer.kv_data[0].clear()
-        writer.add_uint16("split.no", 1)
-        writer.add_uint16("split.count", 3)
+def split_model(folder: Path, parts=3) -> list[Path]:
+    """Write a model in parts as llama-gguf-split does: the metadata in the first, tensors in all."""
+    write_model(folder / "whole.gguf", kind=Type.Q8_0)
+    whole = read_gguf(folder / "whole.gguf")
+    names = list(whole.tensors)
+    paths = [folder / f"m-{number:05d}-of-{parts:05d}.gguf" for number in range(1, parts + 1)]
+    for number, path in enumerate(paths):
+        writer = gguf.GGUFWriter(path, "llama")
+        if number == 0:
+            add_byte_level(writer)
+            for name in ("block_count", "context_length", "embedding_length", "feed_forward_length"):
+                getattr(writer, f"add_{name}")(whole.metadata[f"llama.{name}"])
+            for name in ("head_count", "head_count_kv", "key_length", "value_length"):
+                getattr(writer, f"add_{name}")(whole.metadata[f"llama.attention.{name}"])
+            writer.add_layer_norm_rms_eps(1e-5)
+            writer.add_rope_freq_base(20000.0)
+        else:
+            writer.kv_data[0].clear()
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", len(names))
+        for name in names[number::parts]:
+            tensor = whole.tensors[name]
+            rows = tensor.rows if len(tensor.shape) > 1 else tensor.rows[0]
+            writer.add_tensor(name, np.array(rows), raw_dtype=tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return paths
 
-    write_model(tmp_path / "m-00002-of-00003.gguf", change=later)
-    with pytest.raises(ValueError, match=r"--merge .*/m-00001-of-00003\.gguf joined\.gguf`"):
-        convert_gguf(tmp_path / "m-00002-of-00003.gguf", tmp_path / "out")
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_split_model_loads_by_any_part(tmp_path, given):
+    paths = split_model(tmp_path)
+    model, _ = converted(paths[given], tmp_path / "out")
+    expected, _ = converted(tmp_path / "whole.gguf", tmp_path / "whole")
+    np.testing.assert_array_equal(logits(model), logits(expected))
+
+
+def test_a_missing_or_foreign_part_is_named(tmp_path):
+    paths = split_model(tmp_path)
+    second = paths[1].read_bytes()
+    paths[1].write_bytes(paths[2].read_bytes())
+    with pytest.raises(ValueError, match="do not belong together"):
+        convert_gguf(paths[0], tmp_path / "out")
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"m-00002-of-00003\.gguf cannot be read"):
+        convert_gguf(paths[0], tmp_path / "out")
+    paths[1].write_bytes(second)
+    convert_gguf(paths[0], tmp_path / "out")
 
 
 def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
@@ -500,14 +653,13 @@ def test_a_byte_level_tokenizer_without_merges_is_refused(tmp_path):
 def test_other_quantizations_are_refused_by_name(tmp_path):
     def tensor(writer):
         info = writer.tensors[0]["blk.0.ffn_up.weight"]
-        size = gguf.quant_shape_to_byte_shape((WIDE, 256), Type.Q6_K)
-        data = np.zeros(size, np.uint8)
+        data = np.zeros((WIDE, HIDDEN), np.int8)
         writer.tensors[0]["blk.0.ffn_up.weight"] = replace(
-            info, shape=(WIDE, 256), dtype=Type.Q6_K, nbytes=data.nbytes, tensor=data
+            info, dtype=Type.I8, nbytes=data.nbytes, tensor=data
         )
 
     write_model(tmp_path / "m.gguf", change=tensor)
-    with pytest.raises(ValueError, match="has type Q6_K; supported are F32"):
+    with pytest.raises(ValueError, match="has type I8; supported are F32, F16, .*Q4_K.*MXFP4: use"):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -148,3 +149,11 @@ def check_writable(path: str | Path) -> None:
 def shell_word(path: str | Path) -> str:
     """A file or folder as a word of a command line, which is not taken for a flag."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
+
+
+def gguf_parts(path: Path) -> list[Path]:
+    """Return the files of a split model, ``name-00001-of-00003.gguf`` and so on, or just ``path``."""
+    if not (split := re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)):
+        return [path]
+    start, count, end = split.groups()
+    return [path.with_name(f"{start}{number:05d}-of-{count}{end}") for number in range(1, int(count) + 1)]

@@ -1,0 +1,515 @@
+"""What llama.cpp calls each architecture's numbers and tensors, and what mlx-lm calls them."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gguf import GGMLQuantizationType
+from mlx_lm.models.rope_utils import Llama3RoPE
+
+from .reader import GGUFFile
+
+Config = dict[str, Any]
+Key = tuple[str, type, float | None]  # GGUF's name after "<architecture>.", its type, the default
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of llama.cpp's architectures as mlx-lm's model.
+
+    Args:
+        model_type: mlx-lm's name.
+        layer: GGUF's tensor names in a layer (``blk.0.<name>.weight``) and mlx-lm's.
+        top: the same outside of layers.
+        keys: entries of config.json and the metadata they come from.
+        constants: entries of config.json that every such model has.
+        interleaved: the rows of q and k are interleaved, as llama.cpp does where its rotation is of pairs.
+        plus_one: norms are stored with 1 added, which mlx-lm adds itself.
+        scalings: the scalings of rotary positions that mlx-lm's model computes.
+        dtype: in which it runs unless the file has floats; bfloat16 where activations overflow float16.
+        more: returns further entries of config.json.
+    """
+
+    model_type: str
+    layer: Mapping[str, str]
+    top: Mapping[str, str]
+    keys: Mapping[str, Key]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+    plus_one: bool = False
+    scalings: tuple[str, ...] = ()
+    dtype: mx.Dtype = mx.float16
+    more: Callable[[GGUFFile, str, Config], Config] = lambda *_: {}
+
+
+# --- Tensors -----------------------------------------------------------------------------------------
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
+_QK_NORMS = {f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
+_MLP = {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_LAYER = _NORMS | _ATTENTION | _MLP
+_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA = (
+    {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"} | _AFTER | _ATTENTION | _MLP
+)
+_AFTER_ONLY = _AFTER | _ATTENTION | _QK_NORMS | _MLP
+
+
+def _experts(block: str, gate: str = "gate", experts: str = "switch_mlp") -> dict[str, str]:
+    names = {f"ffn_{x}_exps": f"{block}.{experts}.{x}_proj" for x in ("gate", "up", "down")}
+    return names | {"ffn_gate_inp": f"{block}.{gate}"}
+
+
+# --- Metadata ----------------------------------------------------------------------------------------
+
+_RMS: dict[str, Key] = {"rms_norm_eps": ("attention.layer_norm_rms_epsilon", float, None)}
+_EXPERTS: dict[str, Key] = {
+    "num_experts": ("expert_count", int, None),
+    "num_experts_per_tok": ("expert_used_count", int, None),
+    "moe_intermediate_size": ("expert_feed_forward_length", int, None),
+}
+_LOCAL_EXPERTS = {
+    "num_local_experts": _EXPERTS["num_experts"],
+    "num_experts_per_tok": _EXPERTS["num_experts_per_tok"],
+}
+_GRANITE: dict[str, Key] = {
+    "attention_multiplier": ("attention.scale", float, None),
+    "embedding_multiplier": ("embedding_scale", float, None),
+    "residual_multiplier": ("residual_scale", float, None),
+    "logits_scaling": ("logit_scale", float, None),
+}
+_COHERE: dict[str, Key] = {
+    "layer_norm_eps": ("attention.layer_norm_epsilon", float, None),
+    "logit_scale": ("logit_scale", float, None),
+}
+_WINDOW = "attention.sliding_window"
+_ALL_SCALINGS = ("linear", "yarn", "llama3", "longrope")
+
+
+def positive(kind: type, metadata: Mapping[str, Any], key: str, default: float | None = None) -> Any:
+    """Return a positive finite number of the metadata as ``kind``; ValueError if it is missing or not one."""
+    value = metadata.get(key, default)
+    if type(value) in (int, kind) and 0 < value < math.inf:
+        return kind(value)
+    wanted = "integer" if kind is int else "number"
+    raise ValueError(f"GGUF metadata {key} is {value!r}, not a positive {wanted}: use another file.")
+
+
+def _pattern(file: GGUFFile, arch: str, default: int, layers: int) -> list[bool]:
+    """Return which layers see a window only: by default all but each ``default``-th."""
+    key = f"{arch}.{_WINDOW}_pattern"
+    value = file.metadata.get(key, default)
+    if type(value) is int and value > 0:
+        return [(i + 1) % value != 0 for i in range(layers)]
+    if isinstance(value, list) and len(value) == layers and all(isinstance(local, bool) for local in value):
+        return value
+    raise ValueError(f"GGUF metadata {key} is {value!r}, not one truth for each layer: use another file.")
+
+
+def _period(file: GGUFFile, arch: str, default: int, layers: int) -> int:
+    """Return p where each p-th layer sees all tokens and the others a window."""
+    pattern = _pattern(file, arch, default, layers)
+    period = [*pattern, False].index(False) + 1
+    if pattern != [(i + 1) % period != 0 for i in range(layers)]:
+        raise ValueError(f"GGUF {arch}: its layers with a window are in no order that mlx-lm's model has.")
+    return period
+
+
+def _gemma(file: GGUFFile, arch: str, config: Config) -> Config:
+    big = config["num_hidden_layers"] == (46 if arch == "gemma2" else 62)  # 27B, as llama.cpp tells it
+    scale = config["hidden_size"] // config["num_attention_heads"] if big else config["head_dim"]
+    return {"query_pre_attn_scalar": scale}
+
+
+def _gemma3(file: GGUFFile, arch: str, config: Config) -> Config:
+    if cap := file.metadata.get("gemma3.final_logit_softcapping"):
+        raise ValueError(f"GGUF gemma3 with logits capped at {cap!r}: mlx-lm's model has no such thing.")
+    layers, window = config["num_hidden_layers"], file.metadata.get(f"gemma3.{_WINDOW}")
+    windows: Config = {"sliding_window_pattern": 1}
+    if window:
+        windows = {
+            "sliding_window": positive(int, file.metadata, f"gemma3.{_WINDOW}"),
+            "sliding_window_pattern": _period(file, arch, 6, layers),
+        }
+    return _gemma(file, arch, config) | windows
+
+
+def _gpt_oss(file: GGUFFile, arch: str, config: Config) -> Config:
+    kinds = ("full_attention", "sliding_attention")
+    return {"layer_types": [kinds[x] for x in _pattern(file, arch, 2, config["num_hidden_layers"])]}
+
+
+def _exaone4(file: GGUFFile, arch: str, config: Config) -> Config:
+    layers = config["num_hidden_layers"]
+    if not (file.metadata.get(f"{arch}.{_WINDOW}") or layers == 64):  # the 32B of llama.cpp's first files
+        return {"sliding_window": None, "sliding_window_pattern": None}
+    pattern = "".join("GL"[local] for local in _pattern(file, arch, 4, layers))
+    return {
+        "sliding_window": positive(int, file.metadata, f"{arch}.{_WINDOW}", 4096),
+        "sliding_window_pattern": pattern,
+    }
+
+
+def _cohere2(file: GGUFFile, arch: str, config: Config) -> Config:
+    return {"sliding_window_pattern": _period(file, arch, 4, config["num_hidden_layers"])}
+
+
+def _phi3(file: GGUFFile, arch: str, config: Config) -> Config:
+    if "rope_factors_long.weight" not in file.tensors:
+        return {}
+    long, short = (_factors(file, f"rope_factors_{x}.weight", config).tolist() for x in ("long", "short"))
+    scaling = {"type": "longrope", "rope_type": "longrope", "long_factor": long, "short_factor": short}
+    key = f"{arch}.rope.scaling.original_context_length"
+    return {
+        "rope_scaling": scaling,
+        "original_max_position_embeddings": positive(int, file.metadata, key, 4096),
+    }
+
+
+def _lfm2(file: GGUFFile, arch: str, config: Config) -> Config:
+    heads = file.metadata[f"{arch}.attention.head_count_kv"]
+    listed = heads if isinstance(heads, list) else [heads] * config["num_hidden_layers"]
+    return {
+        "full_attn_idxs": [i for i, count in enumerate(listed) if count],
+        "block_dim": config["hidden_size"],
+        "block_ff_dim": config["intermediate_size"],
+    }
+
+
+_LLAMA = Architecture("llama", _LAYER, _TOP, _RMS, interleaved=True, scalings=_ALL_SCALINGS)
+_UNMIXED = replace(_LLAMA, interleaved=False)
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "llama with experts": replace(
+        _LLAMA,
+        model_type="mixtral",
+        layer=_NORMS | _ATTENTION | _experts("block_sparse_moe"),
+        keys=_RMS | _LOCAL_EXPERTS,
+        scalings=(),
+    ),
+    "qwen2": replace(_UNMIXED, model_type="qwen2"),
+    "qwen3": replace(_UNMIXED, model_type="qwen3", layer=_LAYER | _QK_NORMS),
+    "qwen2moe": Architecture(
+        "qwen2_moe",
+        _NORMS
+        | _ATTENTION
+        | _experts("mlp")
+        | {f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")}
+        | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+        _TOP,
+        _RMS
+        | _EXPERTS
+        | {"shared_expert_intermediate_size": ("expert_shared_feed_forward_length", int, None)},
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        _NORMS | _ATTENTION | _QK_NORMS | _experts("mlp"),
+        _TOP,
+        _RMS | _EXPERTS,
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        scalings=_ALL_SCALINGS,
+    ),
+    "gemma2": Architecture(
+        "gemma2",
+        _GEMMA,
+        _TOP,
+        _RMS
+        | {
+            "attn_logit_softcapping": ("attn_logit_softcapping", float, 50.0),
+            "final_logit_softcapping": ("final_logit_softcapping", float, 30.0),
+        },
+        plus_one=True,
+        dtype=mx.bfloat16,
+        more=_gemma,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        _GEMMA | _QK_NORMS,
+        _TOP,
+        _RMS | {"rope_local_base_freq": ("rope.freq_base_swa", float, 10000.0)},
+        plus_one=True,
+        scalings=_ALL_SCALINGS,
+        dtype=mx.bfloat16,
+        more=_gemma3,
+    ),
+    "phi3": Architecture(
+        "phi3",
+        _NORMS
+        | {
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        _TOP,
+        _RMS,
+        {"partial_rotary_factor": 1.0},
+        scalings=("linear",),
+        more=_phi3,
+    ),
+    "granite": replace(_LLAMA, model_type="granite", keys=_RMS | _GRANITE),
+    "granitemoe": replace(
+        _LLAMA,
+        model_type="granitemoe",
+        layer=_NORMS | _ATTENTION | _experts("block_sparse_moe", "router.layer"),
+        keys=_RMS | _GRANITE | _LOCAL_EXPERTS,
+    ),
+    "olmo2": replace(_UNMIXED, model_type="olmo2", layer=_AFTER_ONLY),
+    "olmoe": replace(
+        _UNMIXED,
+        model_type="olmoe",
+        layer=_NORMS | _ATTENTION | _QK_NORMS | _experts("mlp"),
+        keys=_RMS | {name: _EXPERTS[name] for name in ("num_experts", "num_experts_per_tok")},
+    ),
+    "smollm3": replace(_LLAMA, model_type="smollm3"),
+    "glm4": Architecture(
+        "glm4",
+        {
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_self_attn_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        }
+        | _ATTENTION,
+        _TOP,
+        _RMS,
+        {"partial_rotary_factor": 1.0},
+    ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        {
+            "attn_norm": "input_layernorm",
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_sinks.weight": "self_attn.sinks",
+        }
+        | _ATTENTION
+        | _experts("mlp", "router", "experts"),
+        _TOP,
+        _RMS
+        | _LOCAL_EXPERTS
+        | {
+            "intermediate_size": ("expert_feed_forward_length", int, None),
+            "sliding_window": (_WINDOW, int, None),
+        },
+        scalings=_ALL_SCALINGS,
+        dtype=mx.bfloat16,
+        more=_gpt_oss,
+    ),
+    "exaone4": replace(
+        _UNMIXED,
+        model_type="exaone4",
+        layer=_AFTER_ONLY,
+        constants={"rope_scaling": None},
+        more=_exaone4,
+    ),
+    "command-r": Architecture(
+        "cohere",
+        {"attn_norm": "input_layernorm"} | _ATTENTION | _QK_NORMS | _MLP,
+        _TOP,
+        _COHERE,
+        more=lambda file, _, __: {"use_qk_norm": "blk.0.attn_q_norm.weight" in file.tensors},
+    ),
+    "cohere2": Architecture(
+        "cohere2",
+        {"attn_norm": "input_layernorm"} | _ATTENTION | _MLP,
+        _TOP,
+        _COHERE | {"sliding_window": (_WINDOW, int, None)},
+        more=_cohere2,
+    ),
+    "starcoder2": Architecture(
+        "starcoder2",
+        _NORMS | _ATTENTION | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        _TOP,
+        {"norm_epsilon": ("attention.layer_norm_epsilon", float, None)},
+    ),
+    "lfm2": Architecture(
+        "lfm2",
+        {
+            "attn_norm": "operator_norm",
+            "ffn_norm": "ffn_norm",
+            "attn_q_norm": "self_attn.q_layernorm",
+            "attn_k_norm": "self_attn.k_layernorm",
+            "shortconv.conv": "conv.conv",
+            "shortconv.in_proj": "conv.in_proj",
+            "shortconv.out_proj": "conv.out_proj",
+            "ffn_gate": "feed_forward.w1",
+            "ffn_up": "feed_forward.w3",
+            "ffn_down": "feed_forward.w2",
+        }
+        | _ATTENTION
+        | {"attn_output": "self_attn.out_proj"},
+        {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm"},
+        {
+            "norm_eps": ("attention.layer_norm_rms_epsilon", float, None),
+            "conv_L_cache": ("shortconv.l_cache", int, None),
+        },
+        {
+            "conv_bias": False,
+            "block_multiple_of": 1,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": False,
+        },
+        more=_lfm2,
+    ),
+}
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """Return the architecture of a file; a ValueError names one that is not supported."""
+    name = file.metadata.get("general.architecture")
+    experts = f"{name} with experts"
+    if (
+        experts in ARCHITECTURES
+        and f"{name}.expert_count" in file.metadata
+        and file.metadata[f"{name}.expert_count"]
+    ):
+        return ARCHITECTURES[experts]
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"GGUF architecture {name!r} is not supported ({known} are): convert the HF repo.")
+    return ARCHITECTURES[name]
+
+
+def config_of(file: GGUFFile, architecture: Architecture) -> Config:
+    """Return the config.json that the metadata and the tensors describe.
+
+    Raises:
+        ValueError: a feature of it that mlx-lm's model would not compute.
+    """
+    metadata, arch = file.metadata, str(file.metadata["general.architecture"])
+    heads = positive(int, metadata, f"{arch}.attention.head_count")
+    hidden = positive(int, metadata, f"{arch}.embedding_length")
+    head_dim = positive(int, metadata, f"{arch}.attention.key_length", hidden // heads)
+    if "token_embd.weight" not in file.tensors:
+        raise ValueError("The GGUF has no tensor token_embd.weight: it is not a whole language model.")
+    config: Config = {
+        "model_type": architecture.model_type,
+        "architectures": [f"{architecture.model_type.title().replace('_', '')}ForCausalLM"],
+        "hidden_size": hidden,
+        "num_hidden_layers": positive(int, metadata, f"{arch}.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": _key_heads(metadata, arch, heads),
+        "head_dim": head_dim,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": positive(int, metadata, f"{arch}.context_length"),
+        "rope_theta": positive(float, metadata, f"{arch}.rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        **architecture.constants,
+    }
+    for name, (key, kind, default) in architecture.keys.items():
+        config[name] = positive(kind, metadata, f"{arch}.{key}", default)
+    if "intermediate_size" not in config:
+        wide = config.get("moe_intermediate_size")  # such a file may have no dense layer
+        config["intermediate_size"] = positive(int, metadata, f"{arch}.feed_forward_length", wide)
+    _check_heads(metadata, arch, config)
+    if scaling := _rope_scaling(file, arch, config):
+        if (kind := scaling["rope_type"]) not in architecture.scalings:
+            raise ValueError(
+                f"GGUF {arch} with rope scaling {kind!r}: mlx-lm's {config['model_type']} has none."
+            )
+        config["rope_scaling"] = scaling
+    config |= architecture.more(file, arch, config)
+    window = metadata.get(f"{arch}.{_WINDOW}")
+    if window and "sliding_window" not in config:
+        print(f"warning: sliding window of {window} ignored, mlx-lm attends to all tokens.", file=sys.stderr)
+    return config
+
+
+def _key_heads(metadata: Mapping[str, Any], arch: str, heads: int) -> int:
+    """Return the number of key and value heads; some list it for each layer, 0 for those without."""
+    key = f"{arch}.attention.head_count_kv"
+    value = metadata.get(key)
+    if isinstance(value, list):
+        if arch == "lfm2" and len(value) == metadata[f"{arch}.block_count"] and len(set(value) - {0}) == 1:
+            value = max(value)
+        elif len(set(value)) == 1:
+            value = value[0]
+    return int(positive(int, {key: heads if value is None else value}, key))
+
+
+def _check_heads(metadata: Mapping[str, Any], arch: str, config: Config) -> None:
+    """Refuse heads that mlx-lm has no form for; note the part of each that is rotated."""
+    head_dim = config["head_dim"]
+    if metadata.get(f"{arch}.rope.dimension_sections") or metadata.get(f"{arch}.attention.causal") is False:
+        raise ValueError(f"GGUF {arch} of images or for embeddings: only text generators are supported.")
+    for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
+        dim = metadata.get(key, head_dim)
+        if "partial_rotary_factor" in config and key.endswith("dimension_count"):
+            config["partial_rotary_factor"] = positive(int, metadata, key, head_dim) / head_dim
+            dim = min(head_dim, int(dim))
+        if dim != head_dim and "partial_rotary_factor" not in config:
+            raise ValueError(f"GGUF {key} is {dim!r} but heads have {head_dim}: convert the HF repo instead.")
+
+
+def _rope_scaling(file: GGUFFile, arch: str, config: Config) -> Config | None:
+    metadata, prefix = file.metadata, f"{arch}.rope.scaling"
+    original, context = f"{prefix}.original_context_length", config["max_position_embeddings"]
+    if "rope_freqs.weight" in file.tensors:
+        return _scaling_of_factors(file, config, positive(int, metadata, original, 8192))
+    old = f"{arch}.rope.scale_linear"
+    kind = metadata.get(f"{prefix}.type", "linear" if old in metadata else "none")
+    if kind == "none" or (kind == "longrope" and "rope_factors_long.weight" in file.tensors):
+        return None
+    if kind not in ("linear", "yarn"):
+        raise ValueError(f"GGUF rope scaling {kind!r} is not supported: convert the HF repo instead.")
+    factor = positive(float, metadata, old if old in metadata else f"{prefix}.factor")
+    scaling = {"type": kind, "rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = positive(int, metadata, original, context)
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            scaling[name] = positive(float, metadata, f"{prefix}.yarn_{name}", default)
+    return scaling
+
+
+def _factors(file: GGUFFile, name: str, config: Config) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return what the rotary frequencies are divided by, one factor for each: [rotated / 2]."""
+    half = int(config["head_dim"] * config.get("partial_rotary_factor", 1)) // 2
+    tensor = file.tensors.get(name)
+    if tensor is None or tensor.type != GGMLQuantizationType.F32 or tensor.shape != (half,):
+        found = "missing" if tensor is None else f"{tensor.type.name} {tensor.shape}"
+        raise ValueError(f"GGUF {name} is {found}, not F32 ({half},): use another file.")
+    factors: np.ndarray[Any, np.dtype[np.float64]] = tensor.rows.view(np.float32)[0].astype(np.float64)
+    if not (np.isfinite(factors).all() and (factors > 0).all()):
+        raise ValueError(f"GGUF {name} holds {factors.min()}, not positive numbers only: get the file again.")
+    return factors
+
+
+def _scaling_of_factors(file: GGUFFile, config: Config, original: int) -> Config:
+    """Return the rope scaling that divides the frequencies by ``rope_freqs.weight`` [head_dim / 2].
+
+    GGUF stores Llama 3's scaling as these factors only. Its parameters are recovered by comparing;
+    factors that are not Llama 3's are kept as they are, which mlx-lm calls longrope.
+    """
+    factors = _factors(file, "rope_freqs.weight", config)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+    dims, base = config["head_dim"], config["rope_theta"]
+    llama3 = Llama3RoPE(dims, base=base, scaling_config=scaling)
+    unscaled = base ** (np.arange(0, dims, 2) / dims)
+    if np.allclose(factors, np.array(llama3._freqs) / unscaled, rtol=1e-4):
+        return scaling
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors.tolist(),
+        "long_factor": factors.tolist(),
+        "original_max_position_embeddings": config["max_position_embeddings"],  # equal: no magnitude scale
+    }
