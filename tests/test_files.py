@@ -298,8 +298,8 @@ def test_two_conversions_at_once_are_one(cache, gguf, monkeypatch):
 
     convert, both = room.convert_gguf, threading.Barrier(2)
 
-    def together(source, folder):
-        convert(source, folder)
+    def together(source, folder, **options):
+        convert(source, folder, **options)
         both.wait(30)
 
     monkeypatch.setattr(room, "convert_gguf", together)

@@ -277,6 +277,15 @@ def test_rope_factors(tmp_path, high):
     assert config["rope_scaling"]["rope_type"] == ("llama3" if high == 4.0 else "longrope")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_rope_factors_that_are_no_factors_are_refused(tmp_path, value):
+    factors = np.ones(HEAD_DIM // 2, np.float32)
+    factors[3] = value
+    write_model(tmp_path / "m.gguf", change=lambda w: w.add_tensor("rope_freqs.weight", factors))
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight holds .*, not positive numbers only"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
 @pytest.mark.parametrize(("kind", "original"), [("linear", 64), ("yarn", 64), ("yarn", None)])
 def test_rope_scaling(tmp_path, kind, original):
     def add(writer):
@@ -342,10 +351,10 @@ def test_q6_k_is_exact_in_the_half_with_the_larger_scale():
     assert same.reshape(-1, 2, 16).all(-1).any(-1).all()
 
 
-def test_tiny_scales_are_not_rounded_to_nothing():
-    rows = random_blocks(Type.Q6_K, 4, 512, scale=3e-7)
-    _, scales, _ = quantized(rows, Type.Q6_K, mx.float16).values()
-    assert scales.dtype == mx.float32  # denormals of float16 would be off by percents
+@pytest.mark.parametrize("kind", [Type.Q4_K, Type.Q6_K])
+def test_tiny_scales_are_not_rounded_to_nothing(kind):
+    error, total = error_of(random_blocks(kind, 16, 512, scale=3e-7), kind, mx.float16)  # float16's denormals
+    assert (error / total) ** 0.5 < 1e-2
 
 
 def write_mixed(path: Path) -> dict[str, np.ndarray]:

@@ -484,7 +484,8 @@ def _factors(file: GGUFFile, name: str, config: Config) -> np.ndarray[Any, np.dt
         raise ValueError(f"GGUF {name} is {found}, not F32 ({half},): use another file.")
     factors: np.ndarray[Any, np.dtype[np.float64]] = tensor.rows.view(np.float32)[0].astype(np.float64)
     if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise ValueError(f"GGUF {name} holds {factors.min()}, not positive numbers only: get the file again.")
+        wrong = next(x for x in factors if not 0 < x < math.inf)
+        raise ValueError(f"GGUF {name} holds {wrong}, not positive numbers only: get the file again.")
     return factors
 
 

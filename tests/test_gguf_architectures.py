@@ -1,0 +1,284 @@
+"""Each architecture: a tiny mlx-lm model written as llama.cpp writes it, converted, with equal logits."""
+
+import importlib
+import re
+from pathlib import Path
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import load_model
+from test_gguf import add_byte_level, permute
+
+from mlx_redrafter.loading.gguf import convert_gguf
+from mlx_redrafter.loading.gguf.architectures import ARCHITECTURES
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+    "rope_theta": 20000.0,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+GRANITE = {
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.125,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.5,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+SCALE_KEYS = {  # GraniteModel.set_gguf_parameters
+    "attention.scale": 0.125,
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "logit_scale": 2.0,
+}
+EXPERT_KEYS = {"expert_count": 4, "expert_used_count": 2}
+WINDOW = {"attention.sliding_window": 4}
+# GGUF's architecture: mlx-lm's, entries of its config, metadata besides the usual. Both are written from
+# llama.cpp's converter (its conversion/*.py), not from the table under test.
+CASES = {
+    "llama": ("llama", {"attention_bias": True}, {"rope.dimension_count": 16}),
+    "mixtral": ("mixtral", LOCAL, EXPERT_KEYS),
+    "qwen2": ("qwen2", {}, {}),
+    "qwen3": ("qwen3", {"head_dim": 32}, {"attention.key_length": 32, "attention.value_length": 32}),
+    "qwen2moe": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 64},
+        EXPERT_KEYS | {"expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 64},
+    ),
+    "qwen3moe": (
+        "qwen3_moe",
+        EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "head_dim": 32},
+        EXPERT_KEYS | {"expert_feed_forward_length": 32, "attention.key_length": 32},
+    ),
+    "gemma2": (
+        "gemma2",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0}
+        | {"final_logit_softcapping": 2.0},
+        {"attention.key_length": 32, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0} | WINDOW,
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4, "rope_local_base_freq": 10000.0}
+        | {"num_hidden_layers": 7, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"attention.key_length": 32, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0} | WINDOW,
+    ),
+    "phi3": (
+        "phi3",
+        {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64, "head_dim": 16}
+        | {"rope_scaling": {"type": "longrope", "long_factor": [1.0, 2, 3, 4], "short_factor": [1.0] * 4}},
+        {"rope.dimension_count": 8, "rope.scaling.original_context_length": 64, "attention.sliding_window": 0}
+        | {"rope.scaling.type": "longrope"},
+    ),
+    "granite": ("granite", GRANITE, SCALE_KEYS | {"rope.dimension_count": 16}),
+    "granitemoe": ("granitemoe", GRANITE | LOCAL, SCALE_KEYS | EXPERT_KEYS),
+    "olmo2": ("olmo2", {}, {}),
+    "olmoe": ("olmoe", EXPERTS, EXPERT_KEYS),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}, {"rope.dimension_count": 16}),
+    "glm4": (
+        "glm4",
+        {"attention_bias": True, "head_dim": 16, "partial_rotary_factor": 0.5},
+        {"rope.dimension_count": 8},
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        LOCAL | {"head_dim": 32, "intermediate_size": 32, "sliding_window": 4},
+        EXPERT_KEYS | WINDOW | {"attention.key_length": 32, "expert_feed_forward_length": 32},
+    ),
+    "exaone4": (
+        "exaone4",
+        {"head_dim": 16, "rope_scaling": None, "sliding_window": 4, "sliding_window_pattern": "LLG"}
+        | {"num_hidden_layers": 4},
+        WINDOW | {"attention.sliding_window_pattern": [True, True, False, True]},
+    ),
+    "command-r": (
+        "cohere",
+        {"logit_scale": 0.25, "layer_norm_eps": 1e-5, "use_qk_norm": True},
+        {"logit_scale": 0.25, "rope.scaling.type": "none"},
+    ),
+    "cohere2": (
+        "cohere2",
+        {"logit_scale": 0.25, "layer_norm_eps": 1e-5, "head_dim": 16, "sliding_window": 4}
+        | {"num_hidden_layers": 5},
+        {"logit_scale": 0.25, "rope.dimension_count": 16} | WINDOW,
+    ),
+    "starcoder2": ("starcoder2", {"norm_epsilon": 1e-5, "tie_word_embeddings": True}, {}),
+    "lfm2": (
+        "lfm2",
+        {"norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "full_attn_idxs": [1], "block_dim": 64}
+        | {"block_ff_dim": 96, "block_multiple_of": 1, "block_ffn_dim_multiplier": 1.0}
+        | {"block_auto_adjust_ff_dim": False},
+        {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]},
+    ),
+}
+INTERLEAVED = {"llama", "mixtral", "granite", "granitemoe", "smollm3"}  # LlamaModel's and those derived
+
+
+def build(case: str, vocab: int):
+    """Return mlx-lm's model with random weights in which nothing is alike, and its config."""
+    model_type, entries, _ = CASES[case]
+    config = COMMON | {"model_type": model_type, "vocab_size": vocab} | entries
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    mx.random.seed(1)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    model.update(
+        tree_map(lambda x: mx.random.normal(x.shape) * 0.2 + (x if x.ndim == 1 else 0), model.parameters())
+    )
+    return model, config
+
+
+def huggingface(name: str) -> str:
+    """The name in the original checkpoint of a tensor that mlx-lm's ``sanitize`` renamed, for gguf's map."""
+    for own, theirs in (
+        ("mlp.switch_mlp.", "mlp.experts."),
+        ("block_sparse_moe.switch_mlp.gate_proj", "block_sparse_moe.experts.w1"),
+        ("block_sparse_moe.switch_mlp.down_proj", "block_sparse_moe.experts.w2"),
+        ("block_sparse_moe.switch_mlp.up_proj", "block_sparse_moe.experts.w3"),
+    ):
+        name = name.replace(own, theirs)
+    return name
+
+
+def write(path: Path, case: str, kind=Type.F32, fused=False):
+    """Write the model as llama.cpp's converter does, ``fused`` as with its --fuse-qkv; return it."""
+    arch = "llama" if case == "mixtral" else case
+    writer = gguf.GGUFWriter(path, arch)
+    _, vocab = add_byte_level(writer)
+    model, config = build(case, vocab)
+    layers = config["num_hidden_layers"]
+    metadata = {
+        "block_count": layers,
+        "context_length": 256,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.layer_norm_epsilon": 1e-5,
+        "rope.freq_base": 20000.0,
+    } | CASES[case][2]
+    for key, value in metadata.items():
+        types = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            bool: writer.add_bool,
+        }
+        types.get(type(value), writer.add_array)(f"{arch}.{key}", value)
+    if case == "phi3":
+        writer.add_tensor("rope_factors_long.weight", np.array([1, 2, 3, 4], np.float32))
+        writer.add_tensor("rope_factors_short.weight", np.ones(4, np.float32))
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), layers
+    )
+    fusing: dict[str, list[np.ndarray]] = {".weight": [], ".bias": []}
+    for name, array in tree_flatten(model.parameters()):
+        if name == "lm_head.weight" and case in ("gemma3", "starcoder2"):
+            continue
+        values = np.array(array)
+        original = huggingface(name) + (".weight" if name.endswith("sinks") else "")
+        gguf_name = names.get_name(original, (".weight", ".bias"))
+        assert gguf_name, original
+        if case in INTERLEAVED and (match := re.search(r"\.([qk])_proj\.", name)):
+            values = permute(values, 4 if match[1] == "q" else 2)
+        if case.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
+        if name.endswith("conv.conv.weight"):
+            values = values.squeeze(-1)
+        if name.endswith("shared_expert_gate.weight"):
+            values = values.squeeze(0)  # as the writer drops no dimension, but llama.cpp's tensors are 1-D
+        matrix = values.ndim > 1 and not re.search(r"norm|conv\.conv|bias|mlp\.(gate|router)\.", name)
+        kinds = kind if matrix else Type.F32
+        data = gguf.quants.quantize(values, kinds)
+        if fused and re.search(r"attn_[qkv]\.", gguf_name):
+            part = fusing[gguf_name[gguf_name.rindex(".") :]]
+            part.append(data)
+            if ".attn_v." not in gguf_name:
+                continue
+            gguf_name, data = gguf_name.replace("attn_v", "attn_qkv"), np.concatenate(part)
+            part.clear()
+        writer.add_tensor(gguf_name, data, raw_dtype=kinds)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def logits(model) -> np.ndarray:
+    if hasattr(model, "tie_word_embeddings") and "lm_head" not in model:
+        model.tie_word_embeddings = True
+    return np.array(model(mx.array([[5, 7, 300, 20, 11, 12, 200, 3, 9]])).astype(mx.float32))
+
+
+def test_every_architecture_has_a_case():
+    assert {"llama" if case == "mixtral" else case for case in CASES} == set(ARCHITECTURES) - {
+        "mistral",
+        "llama with experts",
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(tmp_path, case):
+    model = write(tmp_path / "m.gguf", case)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    loaded, config = load_model(tmp_path / "out")
+    assert config["torch_dtype"] == "float32"
+    if case == "gemma3":
+        model.pop("lm_head")
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_loads_in_one_dtype(tmp_path, case):
+    write(tmp_path / "m.gguf", case, Type.Q8_0)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    model, config = load_model(tmp_path / "out")
+    expected = "bfloat16" if case in ("gemma2", "gemma3", "gpt-oss") else "float16"
+    assert config["torch_dtype"] == expected
+    assert model(mx.array([[5, 7]])).dtype == getattr(mx, expected)
+    assert config["quantization"]["bits"] == 8
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", [Type.F32, Type.Q8_0])
+def test_a_fused_projection_is_cut(tmp_path, case, kind):
+    for fused in (False, True):
+        write(tmp_path / f"{fused}.gguf", case, kind, fused)
+        convert_gguf(tmp_path / f"{fused}.gguf", tmp_path / f"{fused}")
+    plain, cut = (load_model(tmp_path / f"{fused}")[0] for fused in (False, True))
+    np.testing.assert_array_equal(logits(cut), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("case", "metadata", "message"),
+    [
+        ("gemma2", {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}, "scaling 'linear'"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "capped at 30.0"),
+        ("gemma3", {"attention.sliding_window_pattern": [True, False] + [True] * 5}, "in no order"),
+        ("glm4", {"rope.dimension_sections": [8, 12, 12, 0]}, "images"),
+        ("qwen3", {"attention.causal": False}, "embeddings"),
+        ("qwen2moe", {"expert_used_count": 0}, "expert_used_count is 0"),
+        ("granite", {"logit_scale": "two"}, "logit_scale is 'two', not a positive number"),
+        ("gpt-oss", {"attention.sliding_window_pattern": [True]}, "not one truth for each layer"),
+        ("llama", {"attention.head_count_kv": [1, 2]}, r"head_count_kv is \[1, 2\]"),
+        ("mixtral", {"expert_count": 8}, "ffn_gate_inp.weight has shape"),
+    ],
+)
+def test_what_mlx_lm_would_not_compute_is_refused(tmp_path, monkeypatch, case, metadata, message):
+    monkeypatch.setitem(CASES, case, (*CASES[case][:2], CASES[case][2] | metadata))
+    write(tmp_path / "m.gguf", case)
+    with pytest.raises(ValueError, match=message):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
