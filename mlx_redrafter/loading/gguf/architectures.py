@@ -406,7 +406,7 @@ def config_of(file: GGUFFile, architecture: Architecture) -> Config:
         "max_position_embeddings": positive(int, metadata, f"{arch}.context_length"),
         "rope_theta": positive(float, metadata, f"{arch}.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         **architecture.constants,
     }
