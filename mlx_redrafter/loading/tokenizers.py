@@ -374,6 +374,10 @@ _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|%s| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_REST}"  # % digits
 )
+_WORDS_AND_MARKS = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+    rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_REST}"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s|%s"
@@ -406,17 +410,33 @@ _GPT4O = Pre((_CASED % (_CONTRACTION + "?", _CONTRACTION + "?", r"\p{N}{1,3}"),)
 
 PRE_TOKENIZERS: dict[str, Pre] = {
     **dict.fromkeys(("default", "gpt-2", "jais", "phi-2", "trillion", "exaone4"), Pre(gpt2=True)),
+    **dict.fromkeys(("gigachat", "a.x-4.0", "mellum", "granite-docling"), Pre(gpt2=True)),
     **dict.fromkeys(("olmo", "mpt"), Pre(gpt2=True, nfc=True)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell", "minerva-7b", "mellum2"), _DIGITS),
     **dict.fromkeys(("command-r", "exaone"), Pre((r"\p{N}",), gpt2=True, nfc=True)),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe"), Pre((_WORDS % r"\p{N}{1,3}",))),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez"), _QWEN2),
-    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
+    **dict.fromkeys(("falcon-h1", "midm-2.0", "lfm2"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Pre((_WORDS % r"\p{N}{1,3}",))),
+    **dict.fromkeys(("glm4", "glm5"), Pre((_WORDS % r"\p{N}{1,3}",), ignore_merges=True)),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo"), _QWEN2),
+    **dict.fromkeys(("hunyuan", "solar-open", "grok-2"), Pre((_WORDS % r"\p{N}",))),
+    "qwen35": Pre((_WORDS_AND_MARKS,), nfc=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _GPT4O),
+    **dict.fromkeys(
+        ("tiny_aya", "cohere2moe"), Pre((r"\d{1,3}(?=(?:\d{3})*\b)", *_GPT4O.patterns), nfc=True)
+    ),
     "tekken": Pre((_CASED % ("", "", r"\p{N}"),), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("hunyuan-dense", "joyai-llm"), Pre(_DEEPSEEK_V3)),
+    "seed-coder": Pre((_WORDS.replace(r"]+[\r\n]*|", r"\r\n]+|") % r"\p{N}",)),
+    "superbpe": Pre((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "deepseek-llm": Pre(_DEEPSEEK_LLM),
     "deepseek-coder": Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
     "deepseek-v3": Pre(_DEEPSEEK_V3),
+}
+_PRE_OF_ARCHITECTURE = {
+    **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
+    **{"starcoder2": "starcoder", "command-r": "command-r", "cohere2": "command-r", "gpt-oss": "gpt-4o"},
+    **{"glm4": "glm4", "exaone4": "exaone4", "olmo2": "dbrx", "smollm3": "smaug-bpe", "lfm2": "lfm2"},
 }
 _GGUF_TYPES: dict[str, type] = {
     **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"), str),
@@ -480,8 +500,8 @@ def _pre_of(metadata: Mapping[str, Any]) -> Pre:
 
 def _guess_pre(metadata: Mapping[str, Any]) -> str:
     """Name the pattern that the architecture has, or the vocabulary shows: no token spans two words."""
-    if metadata.get("general.architecture") in ("qwen2", "qwen3"):
-        return "qwen2"
+    if known := _PRE_OF_ARCHITECTURE.get(str(metadata.get("general.architecture"))):
+        return known
     words = "\n".join(_of_type(*_gguf_tokens(metadata), TokenType.NORMAL).values())
     digits = max(map(len, re.findall("[0-9]+", words)), default=1)
     joined = re.search(r"^[!-&(-/:-@\[-`{-~][A-Za-z]+$", words, re.MULTILINE)  # such as "(self"
