@@ -210,7 +210,9 @@ def load(
     if (wanted := backend.current().dtype if dtype == "auto" else dtype) is not None:
         cast_model(model, wanted)
         dequantize_model(model)
-        mx.eval(model.parameters())
+        weights: Any = tree_flatten(model.parameters())
+        for _, weight in weights:
+            mx.eval(weight)  # one at a time: dequantizing takes several times its memory
     _try_out(model, folder)
     loaded = _load_drafter(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)

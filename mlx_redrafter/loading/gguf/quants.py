@@ -191,7 +191,7 @@ def _fits(values: Reals, dtype: mx.Dtype) -> bool:
     """Whether the largest of the values keeps the dtype's precision: no overflow, no denormals."""
     with np.errstate(invalid="ignore"):  # a NaN is reported later
         error = np.abs(np.array(mx.array(values).astype(dtype).astype(mx.float32)) - values).max()
-    return bool(error <= mx.finfo(dtype).eps * np.abs(values).max())
+        return bool(error <= mx.finfo(dtype).eps * np.abs(values).max())
 
 
 def _chunks(rows: Bytes, kind: Type) -> list[Bytes]:
