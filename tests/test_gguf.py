@@ -17,6 +17,8 @@ from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.utils import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from mlx_redrafter.loading.base import find_gguf
+from mlx_redrafter.loading.convert_base import convert_base
 from mlx_redrafter.loading.gguf import convert_gguf, read_gguf
 from mlx_redrafter.loading.gguf.quants import error_of, quantized
 from mlx_redrafter.loading.tokenizers import PRE_TOKENIZERS
@@ -638,6 +640,22 @@ def test_a_split_model_loads_by_any_part(tmp_path, given):
     model, _ = converted(paths[given], tmp_path / "out")
     expected, _ = converted(tmp_path / "whole.gguf", tmp_path / "whole")
     np.testing.assert_array_equal(logits(model), logits(expected))
+
+
+def test_a_folder_with_the_parts_of_one_model_is_that_model(tmp_path):
+    paths = split_model(tmp_path)
+    with pytest.raises(ValueError, match="holds 4 GGUF files"):
+        find_gguf(tmp_path)
+    (tmp_path / "whole.gguf").unlink()
+    assert find_gguf(tmp_path) == paths[0]
+
+
+def test_the_quantization_is_an_option_of_convert(tmp_path):
+    write_model(tmp_path / "m.gguf", kind=Type.Q4_0)
+    convert_base(tmp_path / "m.gguf", tmp_path / "float", gguf_quant="float")
+    assert "quantization" not in json.loads((tmp_path / "float" / "config.json").read_text())
+    with pytest.raises(ValueError, match="--gguf-quant is for GGUF files"):
+        convert_base(tmp_path / "float", tmp_path / "again", gguf_quant="keep")
 
 
 def test_a_missing_or_foreign_part_is_named(tmp_path):

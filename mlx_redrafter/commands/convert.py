@@ -12,6 +12,7 @@ from mlx_lm.convert import QUANT_RECIPES
 from ..loading.base import DTYPES
 from ..loading.convert import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter, upload
 from ..loading.convert_base import MODES, convert_base
+from ..loading.gguf import QUANTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--upload-repo", help="upload the result to this Hugging Face repository")
     add("--revision", help="branch, tag or commit of the source repository")
     add("--trust-remote-code", action="store_true", help="allow Python code in the source")
+    add("--gguf-quant", choices=QUANTS, help="a GGUF's weights in MLX's nearest form (default), or exact")
     add = parser.add_argument_group("drafters").add_argument
     add("--drafter", help="convert this drafter; --model then names the base it belongs to")
     add("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
@@ -61,7 +63,7 @@ def _run_base(args: argparse.Namespace) -> str:
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
     names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
-    names += ["dtype", "revision", "trust_remote_code"]
+    names += ["dtype", "revision", "trust_remote_code", "gguf_quant"]
     options: Any = {name: getattr(args, name) for name in names}
     say = partial(print, file=sys.stderr) if sys.stderr.isatty() else None
     convert_base(args.hf_path, Path(args.mlx_path), **options, progress=say)

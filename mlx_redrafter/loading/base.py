@@ -14,6 +14,7 @@ from mlx_lm.utils import MODEL_REMAPPING, load_model
 from safetensors import SafetensorError, safe_open
 
 from ..models.bundle import PICKLES, cast
+from .files import gguf_parts
 
 DTYPES = ("float16", "bfloat16", "float32")  # that weights are cast to
 # What mlx-lm's code raises on a config.json that is not right.
@@ -42,7 +43,7 @@ def find_gguf(source: str | Path) -> Path | None:
     if not path.is_dir() or (path / "config.json").exists():
         return None
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
-    if len(files) > 1:
+    if len(files) > 1 and files != gguf_parts(files[0]):
         raise ValueError(f"{source} holds {len(files)} GGUF files: name one, such as {files[0]}.")
     return files[0] if files else None
 

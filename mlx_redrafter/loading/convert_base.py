@@ -47,13 +47,14 @@ def convert_base(
     dequantize: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gguf_quant: str | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Convert a base model to a folder that ``mlx_lm.load`` loads. The options are ``mlx_lm.convert``'s.
 
     Args:
         source: a Hugging Face repository id, a folder, a ``.gguf`` file, or a folder with just that. A
-            GGUF file keeps its quantization exactly unless ``quantize`` asks for another.
+            GGUF file keeps its quantization as ``gguf_quant`` says unless ``quantize`` asks for another.
         quantize: what is quantized in the affine mode already is dequantized first.
         output: a folder that does not exist yet; appears whole or not at all.
         q_bits: bits per weight, None for the mode's usual number.
@@ -63,6 +64,7 @@ def convert_base(
         dtype: "float16", "bfloat16" or "float32" for what is not quantized; None keeps the config's.
         revision: branch, tag or commit of the repository.
         trust_remote_code: run Python files that come with the model.
+        gguf_quant: of a GGUF file's matrices: "nearest" (None too), "keep" or "float"; see ``convert_gguf``.
         progress: called with one line per stage.
 
     Raises:
@@ -72,10 +74,12 @@ def convert_base(
     _check_options(quantize, dequantize, dtype=dtype, quant_predicate=quant_predicate, **options)
     say = progress or (lambda _: None)
     gguf = find_gguf(source)
+    if gguf_quant and not gguf:
+        raise ValueError(f"--gguf-quant is for GGUF files, and {source} is none: leave it out.")
     as_it_is = gguf is not None and not (quantize or dequantize or dtype)
     with atomic_folder(output) as result, unfinished(result.parent) as unpacked:
         if gguf:
-            convert_gguf(gguf, result if as_it_is else unpacked, say)
+            convert_gguf(gguf, result if as_it_is else unpacked, say, quant=gguf_quant or "nearest")
         if not as_it_is:
             folder = unpacked if gguf else base_folder(source, revision)
             say(f"loading {source}")
