@@ -1,6 +1,7 @@
 """Each architecture: a tiny mlx-lm model written as llama.cpp writes it, converted, with equal logits."""
 
 import importlib
+import math
 import re
 from pathlib import Path
 
@@ -60,26 +61,42 @@ CASES = {
     "qwen3moe": (
         "qwen3_moe",
         EXPERTS | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "head_dim": 32},
-        EXPERT_KEYS | {"expert_feed_forward_length": 32, "attention.key_length": 32},
+        EXPERT_KEYS
+        | {"expert_feed_forward_length": 32, "attention.key_length": 32, "attention.value_length": 32},
     ),
     "gemma2": (
         "gemma2",
         {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0}
         | {"final_logit_softcapping": 2.0},
-        {"attention.key_length": 32, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0} | WINDOW,
+        {
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        }
+        | WINDOW,
     ),
     "gemma3": (
         "gemma3_text",
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4, "rope_local_base_freq": 10000.0}
         | {"num_hidden_layers": 7, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-        {"attention.key_length": 32, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0} | WINDOW,
+        {
+            "attention.key_length": 32,
+            "attention.value_length": 32,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        }
+        | WINDOW,
     ),
     "phi3": (
         "phi3",
         {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64, "head_dim": 16}
         | {"rope_scaling": {"type": "longrope", "long_factor": [1.0, 2, 3, 4], "short_factor": [1.0] * 4}},
         {"rope.dimension_count": 8, "rope.scaling.original_context_length": 64, "attention.sliding_window": 0}
-        | {"rope.scaling.type": "longrope"},
+        | {
+            "rope.scaling.type": "longrope",
+            "rope.scaling.attn_factor": (1 + math.log(4) / math.log(64)) ** 0.5,
+        },
     ),
     "granite": ("granite", GRANITE, SCALE_KEYS | {"rope.dimension_count": 16}),
     "granitemoe": ("granitemoe", GRANITE | LOCAL, SCALE_KEYS | EXPERT_KEYS),
@@ -94,7 +111,9 @@ CASES = {
     "gpt-oss": (
         "gpt_oss",
         LOCAL | {"head_dim": 32, "intermediate_size": 32, "sliding_window": 4},
-        EXPERT_KEYS | WINDOW | {"attention.key_length": 32, "expert_feed_forward_length": 32},
+        EXPERT_KEYS
+        | WINDOW
+        | {"attention.key_length": 32, "attention.value_length": 32, "expert_feed_forward_length": 32},
     ),
     "exaone4": (
         "exaone4",
