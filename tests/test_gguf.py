@@ -699,6 +699,15 @@ def test_nan_is_refused(tmp_path):
         convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
 
 
+def test_nan_of_mxfp4_is_refused(tmp_path):
+    def spoil(writer):
+        writer.tensors[0]["blk.1.ffn_up.weight"].tensor[3, 0] = 255
+
+    write_model(tmp_path / "m.gguf", kind=Type.MXFP4, change=spoil)
+    with pytest.raises(ValueError, match=r"ffn_up\.weight holds NaN"):
+        convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+
+
 def test_metadata_of_wrong_types_never_crashes(tmp_path, monkeypatch):
     write_model(tmp_path / "m.gguf", pre="llama-bpe", eot_token_id=2)
     file = read_gguf(tmp_path / "m.gguf")

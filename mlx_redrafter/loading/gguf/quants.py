@@ -13,7 +13,7 @@ from gguf.quants import IQ4_NL, Q4_K, dequantize
 
 GROUP = 32
 FLOATS = {Type.F32: mx.float32, Type.F16: mx.float16, Type.BF16: mx.bfloat16}
-_CHUNK = 1 << 24  # values unpacked at a time
+_CHUNK = 1 << 22  # values unpacked at a time
 
 Bytes = npt.NDArray[np.uint8]
 Reals = npt.NDArray[np.float32]
@@ -145,13 +145,9 @@ def quantized(rows: Bytes, kind: Type, dtype: mx.Dtype) -> dict[str, mx.array]:
         weight: [N, M * bits / 32] uint32, the first value in the lowest bits. scales, biases: [N, M / 32].
     """
     if kind == Type.MXFP4:
-        blocks = rows.reshape(-1, 17)
-        weight = _pack(_fields(blocks[:, 1:], 4, 16).reshape(len(rows), -1), 4)
-        return {"weight": mx.array(weight), "scales": mx.array(blocks[:, 0].reshape(len(rows), -1))}
-    parts = [_affine(chunk, FORMS[kind], kind, dtype) for chunk in _chunks(rows, kind)]
-    weight, scales, biases = (
-        np.concatenate(part) if len(parts) > 1 else part[0] for part in zip(*parts, strict=True)
-    )
+        weight, scales = _by_chunks(rows, kind, _mxfp4)
+        return {"weight": mx.array(weight), "scales": mx.array(scales)}
+    weight, scales, biases = _by_chunks(rows, kind, lambda chunk: _affine(chunk, kind, dtype))
     if not (_fits(scales, dtype) and _fits(biases, dtype)):
         dtype = mx.float32
     return {
@@ -165,13 +161,7 @@ def floats(rows: Bytes, kind: Type) -> mx.array:
     """Return the values of rows of any supported type: float32, or the float type they have."""
     if kind in FLOATS:
         return mx.array(rows).view(FLOATS[kind])
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    values = np.empty((len(rows), rows.shape[1] // block_bytes * block), np.float32)
-    start = 0
-    for chunk in _chunks(rows, kind):
-        values[start : start + len(chunk)] = dequantize(chunk, kind)
-        start += len(chunk)
-    return mx.array(values)
+    return mx.array(_by_chunks(rows, kind, lambda chunk: (dequantize(chunk, kind),))[0])
 
 
 def error_of(rows: Bytes, kind: Type, dtype: mx.Dtype) -> tuple[float, float]:
@@ -194,16 +184,31 @@ def _fits(values: Reals, dtype: mx.Dtype) -> bool:
         return bool(error <= mx.finfo(dtype).eps * np.abs(values).max())
 
 
-def _chunks(rows: Bytes, kind: Type) -> list[Bytes]:
+def _by_chunks(
+    rows: Bytes, kind: Type, unpack: Callable[[Bytes], tuple[npt.NDArray[Any], ...]]
+) -> list[npt.NDArray[Any]]:
+    """Return what ``unpack`` makes of all rows; what it needs besides is for some of them at a time."""
     block, block_bytes = GGML_QUANT_SIZES[kind]
     step = max(1, _CHUNK * block_bytes // block // rows.shape[1])
-    return [rows[start : start + step] for start in range(0, len(rows), step)]
+    whole: list[npt.NDArray[Any]] = []
+    for start in range(0, len(rows), step):
+        parts = unpack(rows[start : start + step])
+        whole = whole or [np.empty((len(rows), part.shape[1]), part.dtype) for part in parts]
+        for array, part in zip(whole, parts, strict=True):
+            array[start : start + step] = part
+    return whole
 
 
-def _affine(
-    rows: Bytes, form: Form, kind: Type, dtype: mx.Dtype
-) -> tuple[npt.NDArray[np.uint32], Reals, Reals]:
+def _mxfp4(rows: Bytes) -> tuple[npt.NDArray[np.uint32], Bytes]:
+    """Return codes packed and exponents of some rows; MLX's codes mean the same values."""
+    blocks = rows.reshape(-1, 17)
+    codes = _fields(blocks[:, 1:], 4, 16)
+    return _pack(codes.reshape(len(rows), -1), 4), blocks[:, 0].reshape(len(rows), -1)
+
+
+def _affine(rows: Bytes, kind: Type, dtype: mx.Dtype) -> tuple[npt.NDArray[np.uint32], Reals, Reals]:
     """Return codes packed, scales and biases of some rows."""
+    form = FORMS[kind]
     blocks = rows.reshape(-1, GGML_QUANT_SIZES[kind][1])
     with np.errstate(invalid="ignore"):  # a NaN is reported later
         scales = form.scales(blocks)
