@@ -414,6 +414,23 @@ def test_a_mixed_file(tmp_path, quant, capsys, monkeypatch):
     assert ("error of" in note and "Q6_K 0." in note) == (quant == "nearest")
 
 
+@pytest.mark.parametrize(("quant", "dtype"), [("nearest", "bfloat16"), ("keep", "float32")])
+def test_a_quantized_model_with_an_embedding_in_bfloat16(tmp_path, quant, dtype):
+    def embed(writer):
+        info = writer.tensors[0]["token_embd.weight"]
+        data = gguf.quants.quantize(np.ones((info.shape[0], HIDDEN), np.float32), Type.BF16)
+        writer.tensors[0]["token_embd.weight"] = replace(
+            info, dtype=Type.BF16, nbytes=data.nbytes, tensor=data
+        )
+
+    write_model(tmp_path / "m.gguf", kind=Type.Q8_0, change=embed)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out", quant=quant)
+    model, config = load_model(tmp_path / "out")
+    assert config["torch_dtype"] == dtype
+    expected = getattr(mx, dtype)
+    assert model(mx.array([[5, 7]])).dtype == model.layers[0].mlp.up_proj.scales.dtype == expected
+
+
 # --- Tokenizers --------------------------------------------------------------------------------------
 
 

@@ -36,9 +36,9 @@ def convert_gguf(
     Of quantized tensors Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and MXFP4 keep their exact values in MLX's
     groups of 32. Q4_K, Q5_K and IQ4_XS do with scales in float32; otherwise these are rounded. Q6_K,
     Q3_K and Q2_K have groups of 16, which MLX has not: "nearest" fits groups of 32. Matrices in F32, F16
-    and BF16 stay as they are. So that the model computes in one dtype, norms and biases (F32 in every
-    GGUF) take that of the matrices, float32 where F32 is among them or the others are mixed; that of
-    quantized ones is float16, or bfloat16 for architectures whose activations overflow float16.
+    and BF16 stay as they are. So that the model computes in one dtype, scales, norms and biases (F32 in
+    every GGUF) take that of these matrices, float32 where they are of several; without such matrices it
+    is float16, or bfloat16 for architectures whose activations overflow float16.
 
     Args:
         path: the ``.gguf`` file.
@@ -196,11 +196,12 @@ def _wanted(config: Config, tensors: Tensors) -> tuple[dict[str, tuple[int, ...]
 def _dtype(tensors: Tensors, linear: list[str], architecture: Architecture, quant: str) -> mx.Dtype:
     """Return what the model computes in: the dtype of its matrices but for the small ones of routers."""
     kinds = {tensors[f"{name}.weight"].type for name in linear if not _is_router(tensors[f"{name}.weight"])}
-    if not all(
-        kind in FLOATS or (quant != "float" and (quant == "nearest" or is_exact(kind))) for kind in kinds
-    ):
+    blocks = kinds - set(FLOATS)
+    if blocks and (quant == "float" or (quant == "keep" and not all(map(is_exact, blocks)))):
         return mx.float32
-    dtypes = {FLOATS.get(kind, architecture.dtype) for kind in kinds - {Type.MXFP4}}
+    dtypes = {FLOATS[kind] for kind in kinds if kind in FLOATS}
+    if quant == "keep" and dtypes and blocks - {Type.MXFP4}:
+        dtypes.add(mx.float16)  # in which the scales are exact
     return dtypes.pop() if len(dtypes) == 1 else mx.float32 if dtypes else architecture.dtype
 
 
