@@ -4,7 +4,7 @@
 
 The file is a tiny one made on the spot. A field is whatever the reader reads at once: a count, a length, a
 type, a number, a text. It is given small, huge and random values. Any error but a ValueError of one line,
-a conversion of over 10 seconds, or over 2 GiB of memory ends this with the bytes that did it.
+a conversion that computes for over 10 seconds, or over 2 GiB of memory ends this with the bytes that did it.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, refused, reasons = np.random.default_rng(args.seed), 0, set()
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("it takes too long")))
+    signal.signal(signal.SIGPROF, lambda *_: (_ for _ in ()).throw(TimeoutError("it takes too long")))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_model(folder / "m.gguf", kind=Type.Q4_0)
@@ -70,7 +70,7 @@ def main() -> None:
         for case in range(args.cases):
             damaged = changed(whole, places[rng.integers(len(places))], rng)
             (folder / "bad.gguf").write_bytes(damaged)
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 convert_gguf(folder / "bad.gguf", folder / "out")
             except ValueError as error:
@@ -81,7 +81,7 @@ def main() -> None:
                 Path("hostile.gguf").write_bytes(damaged)
                 print(f"case {case}: the file is kept as hostile.gguf", file=sys.stderr)
                 raise
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             shutil.rmtree(folder / "out", ignore_errors=True)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(

@@ -562,6 +562,48 @@ def test_sentencepiece_ids(tmp_path):
     assert type(rebuilt.detokenizer).__name__ == "SPMStreamingDetokenizer"
 
 
+def test_sentencepiece_with_pieces_of_spaces_and_newlines(tmp_path):
+    """As Gemma's: no space in front, runs of spaces and newlines that the user defined."""
+    own = ["\n", "\n\n", "▁▁", "▁▁▁", "<table>"]
+    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "sp"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        user_defined_symbols=own,
+        minloglevel=2,
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
+
+    def tokenizer(writer):
+        texts = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+        types = [6 if pieces.is_byte(i) else 1 for i in range(len(texts))]
+        for i, text in enumerate(texts):  # llama.cpp's converter writes their spaces as such
+            if text in own:
+                texts[i], types[i] = text.replace("▁", " "), 4
+        types[:3] = [2, 3, 3]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(texts)
+        writer.add_token_scores([pieces.get_score(i) for i in range(len(texts))])
+        writer.add_token_types(types)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_add_space_prefix(False)
+        return None, len(texts)
+
+    write_model(tmp_path / "m.gguf", tokenizer=tokenizer)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    _, rebuilt = mlx_lm.load(tmp_path / "out")
+    for text in [*TEXTS, "the the\n\n\n      the", "<table>a  b</table>", " x", "☃"]:
+        assert rebuilt.encode(text) == [1, *pieces.encode(text)]
+        assert rebuilt.decode(pieces.encode(text)) == text
+
+
 # --- Bad input ---------------------------------------------------------------------------------------
 
 
