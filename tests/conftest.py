@@ -8,6 +8,7 @@ import tempfile
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the tests share the cores: one process each
 if "MLX_REDRAFTER_CACHE" not in os.environ:
     folder = tempfile.TemporaryDirectory()  # converted models and step times, for this run of the tests only
     os.environ["MLX_REDRAFTER_CACHE"] = folder.name
