@@ -20,7 +20,7 @@ import mlx_redrafter as r
 from mlx_redrafter.blas import set_blas_threads
 from mlx_redrafter.commands.main import one_line
 from mlx_redrafter.conversations import Prompt, read_prompts
-from mlx_redrafter.model import DEFAULT_MODEL
+from mlx_redrafter.loading.find import DEFAULT_MODEL
 from mlx_redrafter.train.card import category_table, environment, evaluation_table
 from mlx_redrafter.train.evaluate import Measured, evaluate, parse_shape
 from mlx_redrafter.train.streams import Workers

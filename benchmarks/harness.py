@@ -16,7 +16,8 @@ from mlx_redrafter.decoding.state import State, begin
 from mlx_redrafter.engine.loop import Chooser, Emitted
 from mlx_redrafter.engine.stopwatch import made_up_text
 from mlx_redrafter.loading.files import atomic_file
-from mlx_redrafter.model import DEFAULT_MODEL, SpeculativeModel
+from mlx_redrafter.loading.find import DEFAULT_MODEL
+from mlx_redrafter.model import SpeculativeModel
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 import mlx.core as mx  # isort: skip

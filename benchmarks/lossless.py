@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import mlx_redrafter as r
 from mlx_redrafter.engine import backend
-from mlx_redrafter.model import DEFAULT_MODEL, model_folder
-from mlx_redrafter.models.bundle import identity_of, load_drafter
+from mlx_redrafter.loading.find import DEFAULT_MODEL, drafter_folder, model_folder
+from mlx_redrafter.models.bundle import load_drafter
+from mlx_redrafter.models.identity import identity_of
 
 import mlx.core as mx  # isort: skip
 import mlx_lm  # isort: skip
@@ -83,7 +84,8 @@ def load(name: str, precision: str) -> Any:
     dtype = getattr(mx, precision.removeprefix("quantized-"))
     model, tokenizer = mlx_lm.load(str(model_folder(name)))[:2]
     model.set_dtype(dtype)
-    drafter = load_drafter(None, identity_of(model), dtype)
+    identity = identity_of(model)
+    drafter = load_drafter(drafter_folder(None, identity), identity, dtype)
     return r.SpeculativeModel(model, drafter), tokenizer
 
 

@@ -11,7 +11,7 @@ from lossless import load
 
 from mlx_redrafter.benchmark import session
 from mlx_redrafter.commands.main import main
-from mlx_redrafter.model import DEFAULT_MODEL
+from mlx_redrafter.loading.find import DEFAULT_MODEL
 
 if __name__ == "__main__":
     session.load_model = lambda args, *_: load(args.model or DEFAULT_MODEL, "quantized-float32")

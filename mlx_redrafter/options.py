@@ -19,10 +19,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .chat import Message, encode_messages, refusal, render
 from .decoding.sampling import Sampling
 from .decoding.state import DraftShape
-from .engine.engine import CHUNK
+from .engine.engine import CHUNK, Request
+from .loading.find import drafter_folder
 from .model import SpeculativeModel, load
-from .models.bundle import parse_config, read_config, resolve_drafter
-from .text import check_numbers, check_shape
+from .models.bundle import parse_config, read_config
+from .text import check_shape
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}  # of a quantized cache
@@ -133,13 +134,18 @@ class DecodingOptions:
         check_range("max_kv_size", self.max_kv_size, 1)
         check_range("quantized_kv_start", self.quantized_kv_start, 0)
         check_range("num_draft_tokens", self.num_draft_tokens, 1)
-        check_range("seed", self.seed, 0, (1 << 64) - 1)
+        check_range("prefill_step_size", self.prefill_step_size, 1)
+        if self.max_tokens < 1 and self.max_tokens != -1:
+            raise ValueError(
+                f"--max-tokens {self.max_tokens} is not usable: give 1 or more, or -1: no limit."
+            )
         for name, usable in CHOICES.items():
             if (value := getattr(self, name)) not in (None, *usable):
                 raise ValueError(f"{flag(name)} {value} is not usable: choose one of {usable}.")
         try:
-            check_numbers(self.max_tokens, self.prefill_step_size)
             _ = self.sampling
+            if self.seed is not None:
+                Request((0,), seed=self.seed)  # knows which can be used
         except ValueError as error:
             raise ValueError(NUMBER.sub(lambda found: flag(found[0]), str(error))) from error
         _ = self.shape
@@ -204,7 +210,7 @@ def choose_drafter(options: ModelOptions, decoding: DecodingOptions) -> str | Pa
     drafter: str | Path | None = None if decoding.no_draft or options.drafter == "none" else options.drafter
     known = None
     if drafter not in (None, "auto"):
-        drafter = resolve_drafter(options.drafter)
+        drafter = drafter_folder(options.drafter)
         known = parse_config(drafter, read_config(drafter)).head_outputs
     if decoding.shape is not None:
         check_shape(decoding.shape, known)

@@ -3,24 +3,20 @@
 import contextlib
 import operator
 import time
-import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import count
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate as mlx_stream_generate
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, GenerationResponse, wired_limit
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
-from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding.layers import Layers, Quantization
-from .decoding.sampling import Sampling, draw, filter_settings, seeds_at
+from .decoding.sampling import Sampling
 from .decoding.state import DraftShape
 from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Chooser, Emitted, Fixed, Sampler
@@ -33,8 +29,6 @@ QUANTIZATION = {"bits": "kv_bits", "group_size": "kv_group_size", "start": "quan
 # Options that do nothing without another one.
 DETAILS = {"kv_group_size": "kv_bits", "quantized_kv_start": "kv_bits", "num_draft_tokens": "draft_model"}
 MOST_DRAFTED = 1024  # tokens per step; the mask of so many nodes is as large as usual caches
-
-UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
 # By device, streams of generations that have ended, to be used again: a stream keeps a thread for good.
 _idle_streams: defaultdict[str, list[mx.Stream]] = defaultdict(list)
@@ -126,14 +120,15 @@ def stream_generate(
     if not isinstance(model, SpeculativeModel):
         model, draft = SpeculativeModel(model, None), False
     stop = check_stop(stop)
-    check_numbers(max_tokens, prefill_step_size)
+    if prefill_step_size < 1:
+        raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
     ids = _encode(model, tokenizer, prompt, prompt_cache)
     options = _effective(options)
     if sampling is not None and sampler is not None:
         raise ValueError("sampling and sampler are both given: give one of them.")
     request = Request(
         ids,
-        UNLIMITED if max_tokens < 0 else max_tokens,
+        UNLIMITED if max_tokens == -1 else max_tokens,
         sampling or Sampling(),
         seed,
         frozenset(tokenizer.eos_token_ids),
@@ -149,20 +144,20 @@ def stream_generate(
         policy = model.make_policy(lookup) if shape is None else Fixed(_usable(shape, model))
         responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
     else:
-        responses = _plain(
-            mlx_stream_generate(
-                model.model,
-                tokenizer,
-                ids,
-                max_tokens,
-                prefill_step_size=prefill_step_size,
-                prompt_progress_callback=prompt_progress_callback,
-                prompt_cache=prompt_cache,
-                max_kv_size=max_kv_size,
-                **_mlx_options(request, model.vocabulary or 1 << 30),
-                **options,
-            )
+        from .plain import decode
+
+        plain = decode(
+            model.model,
+            tokenizer,
+            request,
+            model.vocabulary or 1 << 30,
+            max_tokens=max_tokens,
+            prefill_step_size=prefill_step_size,
+            prompt_progress_callback=prompt_progress_callback,
+            max_kv_size=max_kv_size,
+            **options,
         )
+        responses = (Response(**vars(response)) for response in plain)
     return until(responses, stop)
 
 
@@ -247,19 +242,7 @@ def _encode(
         ids = list(tokenizer.encode(prompt, add_special_tokens=special))
     else:
         ids = _flat(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
-    if not ids:
-        raise ValueError("the prompt is empty: give some text.")
-    known = model.vocabulary
-    if bad := [i for i in ids if i < 0 or (known is not None and i >= known)]:
-        raise ValueError(
-            f"the prompt has token {bad[0]}, but the model knows {known} tokens: use its own tokenizer."
-        )
-    held = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0
-    if model.context_length is not None and held + len(ids) > model.context_length:
-        raise ValueError(
-            f"the prompt has {held + len(ids)} tokens, more than the model's context of "
-            f"{model.context_length}: shorten it, or set --context-length."
-        )
+    model.check_prompts([ids], getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0)
     return ids
 
 
@@ -285,14 +268,6 @@ def _quantization(options: Mapping[str, Any]) -> Quantization | None:
         return None
     given = {field: options[name] for field, name in QUANTIZATION.items() if name in options}
     return Quantization(**{"start": DEFAULT_QUANTIZED_KV_START, **given})
-
-
-def check_numbers(max_tokens: int, prefill_step_size: int) -> None:
-    """Raise ``ValueError`` if one of ``stream_generate``'s numbers is out of range."""
-    if max_tokens < 1 and max_tokens != -1:
-        raise ValueError(f"max tokens {max_tokens} is not usable: give 1 or more, or -1 for no limit.")
-    if prefill_step_size < 1:
-        raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
 
 
 def check_shape(shape: DraftShape, known: int | None = None) -> None:
@@ -345,26 +320,6 @@ def _can_draft(
     return not reasons
 
 
-def _mlx_options(request: Request, vocabulary: int) -> dict[str, Any]:
-    """The same sampling for mlx-lm's decoding loop, with the same random numbers."""
-    sampling, places = request.sampling, count(len(request.prompt) - 1)
-    filters = filter_settings([sampling], vocabulary)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        rows = logprobs.reshape(1, -1, logprobs.shape[-1])
-        here = mx.array([[next(places) for _ in range(rows.shape[1])]])
-        return draw(rows, seeds_at(request.seeds[None], here), filters).reshape(logprobs.shape[:-1])
-
-    given = {name: value for name, value in vars(sampling).items() if "penalty" in name or "context" in name}
-    if sampling.repetition_penalty == 1:
-        del given["repetition_penalty"]
-    own = make_logits_processors(dict(sampling.logit_bias), **given)
-    return {
-        "sampler": request.sampler or (sample if filters else None),
-        "logits_processors": [*own, *request.processors] or None,
-    }
-
-
 def _logprobs(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -413,16 +368,6 @@ def _speculative(
                 mx.eval([cache.state for cache in kept])
 
 
-def _plain(responses: Iterator[GenerationResponse]) -> Iterator[Response]:
-    try:
-        for response in responses:
-            yield Response(**{f.name: getattr(response, f.name) for f in fields(GenerationResponse)})
-    except (IndexError, TypeError) as error:
-        if not any(frame.name == "add_token" for frame in traceback.extract_tb(error.__traceback__)):
-            raise
-        raise ValueError(UNKNOWN_TOKEN) from error
-
-
 class Writer:
     """Turns emitted tokens into responses, and keeps the statistics."""
 
@@ -455,6 +400,8 @@ class Writer:
         try:
             self.detokenizer.add_token(token)
         except (IndexError, TypeError) as error:
+            from .plain import UNKNOWN_TOKEN
+
             raise ValueError(UNKNOWN_TOKEN) from error
 
     def write(self, emitted: Emitted) -> Iterator[Response]:

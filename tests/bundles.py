@@ -18,9 +18,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_redrafter.loading.tokenizers import load_tokenizer
-from mlx_redrafter.models import bundle
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.models.drafter import DrafterConfig
+from mlx_redrafter.models.identity import identity_of
+from mlx_redrafter.models.save import write_drafter
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, and naïve cafés serve tea",
@@ -126,8 +127,8 @@ def make_drafter(folder: Path, base: Path, record: bool = True, **changes) -> Pa
         "rnn_u.weight": mx.zeros((width, width)),
         "rnn_u.bias": mx.zeros(width),
     }
-    identity = bundle.identity_of(_Embeddings(rows), "tiny") if record else None
-    bundle.write_drafter(folder, config, {**drafter, **changes}, identity)
+    identity = identity_of(_Embeddings(rows), "tiny") if record else None
+    write_drafter(folder, config, {**drafter, **changes}, identity)
     return folder
 
 

@@ -12,8 +12,8 @@ from mlx_lm.models import llama
 from test_gguf import CORPUS, TEXTS, byte_level, write_model
 from transformers import PreTrainedTokenizerFast
 
-from mlx_redrafter.loading.convert_base import convert_base
-from mlx_redrafter.loading.tokenizers import load_tokenizer
+from mlx_redrafter.convert.base import convert_base
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 
 CONFIG = {
     "model_type": "llama",

@@ -9,16 +9,13 @@ import numpy as np
 import pytest
 from mlx import nn
 
+from mlx_redrafter.loading import find
+from mlx_redrafter.loading.find import drafter_folder, find_drafter
 from mlx_redrafter.models import bundle
-from mlx_redrafter.models.bundle import (
-    digest_rows,
-    embedding_digest,
-    find_drafter,
-    identity_of,
-    load_drafter,
-    write_drafter,
-)
+from mlx_redrafter.models.bundle import load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.identity import digest_rows, embedding_digest, identity_of
+from mlx_redrafter.models.save import write_drafter
 
 CONFIG = DrafterConfig(hidden_size=32, vocab_size=50, exit_dim=32, num_draft_layers=1, rnn=True)
 TRIMMED = DrafterConfig(hidden_size=32, vocab_size=50, exit_dim=32, num_draft_layers=1, draft_vocab_size=4)
@@ -173,7 +170,7 @@ DAMAGE = [
     (removed("model.safetensors"), "no model.safetensors"),
     (written("config.json", b"{"), "not valid JSON"),
     (written("config.json", b"\xff\xfe"), "not valid JSON"),
-    (written("config.json", b"[]"), "model_type None"),
+    (written("config.json", b"[]"), "holds a list, not an object"),
     (edit(model_type="llama"), "model_type 'llama'"),
     (edit(mlx_redrafter={"format": 2}), "update mlx-redrafter"),
     (edit(mlx_redrafter={"base": {"model_type": "llama"}}), "damaged base"),
@@ -197,7 +194,7 @@ DAMAGE = [
     (pickled, "pickle.*safetensors.torch.save_file"),
     (missing_shard, "model-00002-of-00002.safetensors is missing"),
     (outside_shard, "elsewhere"),
-    (written("model.safetensors.index.json", b"[]"), "not an index"),
+    (written("model.safetensors.index.json", b"[]"), "index.json holds a list, not an object"),
 ]
 
 
@@ -293,24 +290,24 @@ def test_a_model_without_embedding_is_refused():
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
-        ("./nowhere", "does not exist"),
-        ("/no/where", "does not exist"),
-        ("nowhere", "does not exist"),
+        ("./nowhere", "is neither a folder nor a repository"),
+        ("/no/where", "is neither a folder nor a repository"),
+        ("nowhere", "is neither a folder nor a repository"),
         (None, "no drafter ships for tiny-0"),
     ],
 )
 def test_names_that_lead_nowhere(name, complaint):
     with pytest.raises(ValueError, match=complaint):
-        load_drafter(name, identity())
+        drafter_folder(name, identity())
 
 
 def test_a_file_is_no_drafter(tmp_path):
     (tmp_path / "drafter.pt").write_bytes(pickle.dumps({}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="pickle"):
-        load_drafter(tmp_path / "drafter.pt")
+        drafter_folder(tmp_path / "drafter.pt")
     with pytest.raises(ValueError, match="is a file: name the folder"):
-        load_drafter(tmp_path / "model.safetensors")
+        drafter_folder(tmp_path / "model.safetensors")
 
 
 def test_repositories_are_downloaded(tmp_path, monkeypatch):
@@ -321,7 +318,7 @@ def test_repositories_are_downloaded(tmp_path, monkeypatch):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert load_drafter("someone/drafter").config == CONFIG
+    assert load_drafter(drafter_folder("someone/drafter")).config == CONFIG
     assert asked == [("someone/drafter", ["*.json", "*.safetensors"])]
 
 
@@ -331,22 +328,23 @@ def test_a_failed_download_is_one_line(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match="someone/drafter .*no network") as refusal:
-        load_drafter("someone/drafter")
+        load_drafter(drafter_folder("someone/drafter"))
     assert "\n" not in str(refusal.value)
 
 
 def test_shipped_drafters_load_for_their_base(monkeypatch):
-    for folder in bundle.shipped_drafters():
+    for folder in find.shipped_drafters():
         base = bundle.base_of(bundle.read_config(folder))
         assert find_drafter(base) == folder
-        assert load_drafter(None, base, mx.float16).config.vocab_size == base.vocab_size
-        assert load_drafter(folder.name, base, mx.float16).weights()["rnn_u.bias"].dtype == mx.float16
+        assert load_drafter(drafter_folder(None, base), base, mx.float16).config.vocab_size == base.vocab_size
+        named = load_drafter(drafter_folder(folder.name), base, mx.float16)
+        assert named.weights()["rnn_u.bias"].dtype == mx.float16
         assert "apache-2.0" in (folder / "README.md").read_text()
-    assert bundle.shipped_drafters()
+    assert find.shipped_drafters()
 
 
 def test_shipped_drafters_are_found_by_listing(tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle, "SHIPPED", tmp_path)
+    monkeypatch.setattr(find, "SHIPPED", tmp_path)
     for seed in (0, 1):
         write_drafter(tmp_path / f"drafter-{seed}", CONFIG, weights_of(), identity(seed))
     assert find_drafter(identity(1)) == tmp_path / "drafter-1"

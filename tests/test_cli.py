@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 from mlx_redrafter import stream_generate
 from mlx_redrafter.loading.files import check_writable, shell_word
 from mlx_redrafter.loading.prompt_cache import same_model
-from mlx_redrafter.loading.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SAYS = "Hé🙂好w!"

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from mlx_redrafter.commands.main import build_parser
-from mlx_redrafter.loading import convert
-from mlx_redrafter.loading.convert import convert_drafter, count_tokens, export_drafter
+from mlx_redrafter.convert import drafter as convert
+from mlx_redrafter.convert.drafter import convert_drafter, count_tokens, export_drafter
 from mlx_redrafter.models import bundle
-from mlx_redrafter.models.bundle import BaseIdentity, load_drafter
+from mlx_redrafter.models.bundle import load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
+from mlx_redrafter.models.identity import BaseIdentity
 
 H, V = 32, 50
 BASE = BaseIdentity("tiny", H, V, "0" * 64, "someone/tiny")
@@ -312,7 +313,7 @@ def test_text_needs_a_tokenizer(tmp_path):
         ({"frequencies": "counts.npz", "save_frequencies": "x.txt"}, "x.txt"),
         ({"draft_vocab": 5, "frequencies": "nowhere.txt"}, "nowhere.txt does not exist"),
         ({"base": BaseIdentity("tiny", H, V + 1, "0" * 64)}, "vocabulary 51"),
-        ({"base": "nowhere"}, "nowhere does not exist"),
+        ({"base": "nowhere"}, "nowhere is neither a folder nor a repository"),
         ({"base": "counts.npz"}, "counts.npz is no model"),
     ],
 )

@@ -372,7 +372,7 @@ def test_plain_text_is_joined_and_all_trained(tmp_path):
 
 
 def test_plain_text_starts_as_the_tokenizer_starts_it(tmp_path):
-    from mlx_redrafter.loading.tokenizers import load_tokenizer
+    from mlx_redrafter.loading.tokenizer import load_tokenizer
 
     bundles.write_sentencepiece(tmp_path)
     path = tmp_path / "a.txt"

@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 import mlx_redrafter as r
-from mlx_redrafter.loading.convert_base import convert_base
+from mlx_redrafter.convert.base import convert_base
 from mlx_redrafter.loading.gguf import convert_gguf
-from mlx_redrafter.loading.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

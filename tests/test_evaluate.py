@@ -20,7 +20,7 @@ from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, stream_generat
 from mlx_redrafter.conversations import Prompt, encode, read_prompts, usable
 from mlx_redrafter.engine.engine import Request
 from mlx_redrafter.engine.loop import Emitted, until_end
-from mlx_redrafter.loading.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.model import load
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.train.card import Facts, category_table, environment, escape, evaluation_table, model_card

@@ -16,10 +16,12 @@ import pytest
 from bundles import make_drafter, make_folder
 from test_gguf import write_model
 
+from mlx_redrafter.convert.drafter import save_counts
 from mlx_redrafter.loading import files
-from mlx_redrafter.loading.convert import save_counts
-from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, cache_folder, unfinished
-from mlx_redrafter.model import load, model_folder
+from mlx_redrafter.loading.cache import cache_folder
+from mlx_redrafter.loading.files import UNFINISHED, atomic_file, atomic_folder, unfinished
+from mlx_redrafter.loading.find import model_folder
+from mlx_redrafter.model import load
 
 
 def tree(folder):

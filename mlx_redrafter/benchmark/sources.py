@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..conversations import Prompt, read_prompts
-from ..loading.files import atomic_file, cache_folder
+from ..loading.cache import cache_folder
+from ..loading.files import atomic_file
 
 # MT-Bench: the questions that its authors keep on the Hugging Face hub (arXiv 2306.05685).
 MT_BENCH = ("lmsys/mt-bench", "data/mt_bench/question.jsonl")  # a Space and a file of it

@@ -132,6 +132,13 @@ def shape_name(shape: dict[str, Any]) -> str:
     return f"width {width}, length {length}{copying}, {nodes} nodes"
 
 
+def _read_context(target: Target) -> Layers:
+    """The layers after ``CONTEXT`` tokens, whose buffers nothing else holds: so steps need not copy them."""
+    caches = target.make_cache()
+    target.forward(mx.ones((1, CONTEXT), mx.int32), caches)
+    return from_prompt_cache(caches)
+
+
 def cost_curve(
     target: Target, sizes: Sequence[int], rounds: int, tick: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
@@ -140,10 +147,7 @@ def cost_curve(
     Returns:
         ``rows`` of ``tokens``, ``seconds`` (median) and ``relative`` (to one); ``context`` tokens before.
     """
-    caches = target.make_cache()
-    target.forward(mx.ones((1, CONTEXT), mx.int32), caches)
-    layers = fit_rows(from_prompt_cache(caches), CONTEXT + max(sizes))
-    del caches  # or the buffers would be copied
+    layers = fit_rows(_read_context(target), CONTEXT + max(sizes))
     length = mx.array([CONTEXT], mx.int32)
     times: dict[int, list[float]] = {size: [] for size in sizes}
     for number_ in range(rounds + 1):  # the first one warms up

@@ -6,7 +6,8 @@ import sys
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from ..model import DEFAULT_MODEL, DTYPES
+from ..loading.find import DEFAULT_MODEL
+from ..model import DTYPES
 from ..options import CHOICES, DecodingOptions, ModelOptions, PromptOptions
 
 Options = TypeVar("Options")

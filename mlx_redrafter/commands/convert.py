@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_lm.convert import QUANT_RECIPES
 
+from ..convert.base import MODES, convert_base
+from ..convert.drafter import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter, upload
 from ..loading.base import DTYPES
-from ..loading.convert import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter, upload
-from ..loading.convert_base import MODES, convert_base
 from ..loading.gguf import QUANTS
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..loading.convert import export_drafter
+from ..convert.drafter import export_drafter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

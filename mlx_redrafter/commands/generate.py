@@ -3,21 +3,17 @@
 import argparse
 import contextlib
 import io
-import json
 import re
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from ..chat import Continuing
-from ..engine import backend
-from ..model import DEFAULT_MODEL
 from ..options import check_text, choose_drafter, describe_shape, load_draft_model, load_model, warn_of_idle
 from ..text import Response, statistics, stream_generate
 from .arguments import add_decoding_arguments, colours, options_of
@@ -80,37 +76,12 @@ def run(args: argparse.Namespace) -> int:
         settings = vars(args) | vars(asked) | vars(prompting) | vars(decoding)
         settings["drafting"] = model.drafter is not None and not decoding.no_draft
         settings |= describe_shape(decoding.shape) if decoding.shape else {}
-        _print_record(responses, settings)
+        from ..record import print_record
+
+        print_record(responses, settings)
     else:
         _print(responses, args.show_draft, args.verbose)
     return 0
-
-
-def record(received: list[Response], settings: dict[str, Any]) -> dict[str, Any]:
-    """The JSON record of a finished generation, with the ``settings`` in force."""
-    last = received[-1]
-    drafted = last.steps > 0
-    file = settings["prompt_cache_file"]
-    settings = {name: value for name, value in settings.items() if name not in ("run", "command", "json")}
-    settings |= {"model": settings["model"] or DEFAULT_MODEL, "prompt_cache_file": file and str(file)}
-    return {
-        "text": "".join(response.text for response in received),
-        "tokens": [response.token for response in received],
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": last.prompt_tps,
-        "generation_tokens": last.generation_tokens,
-        "generation_tps": last.generation_tps,
-        "steps": last.steps if drafted else last.generation_tokens,
-        "tokens_per_step": last.tokens_per_step if drafted else 1.0,
-        "acceptance": list(last.acceptance),
-        "copied_tokens": last.copied,
-        "shapes": [{**describe_shape(shape), "steps": steps} for shape, steps in last.shapes.items()],
-        "peak_memory_gb": last.peak_memory,
-        "finish_reason": last.finish_reason,
-        "settings": settings,
-        "device": {"backend": backend.current().name, "chip": backend.chip()},
-        "versions": {name: metadata.version(name) for name in ("mlx-redrafter", "mlx", "mlx-lm")},
-    }
 
 
 def _standard_input() -> str:
@@ -150,21 +121,6 @@ def _with_notes(responses: Iterator[Response], notes: list[str]) -> Iterator[Res
             while notes:
                 print(f"warning: {notes.pop(0)}", file=sys.stderr)
             yield response
-
-
-def _print_record(responses: Iterator[Response], settings: dict[str, Any]) -> None:
-    """Print the record, also of a generation that was interrupted."""
-    received: list[Response] = []
-    interrupt = None
-    try:
-        for response in responses:
-            received.append(response)
-    except KeyboardInterrupt as error:
-        interrupt = error
-    if received:
-        print(json.dumps(record(received, settings), allow_nan=False))
-    if interrupt is not None:
-        raise interrupt
 
 
 def _print(responses: Iterator[Response], show_draft: bool, verbose: bool) -> None:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from .. import model as models
 from ..conversations import read_prompts
 from ..loading.files import check_writable, shell_word
+from ..loading.find import DEFAULT_MODEL
 from ..options import check_range
 from ..train import run as training
 from ..train.evaluate import Measured, parse_shape
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files: Any = {"nargs": "+", "default": [], "metavar": "FILE"}
     share: Any = {"type": float, "metavar": "SHARE"}
     add = parser.add_argument
-    add("--model", default=models.DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
+    add("--model", default=DEFAULT_MODEL, help="folder, GGUF file or Hugging Face repository")
     add("--output", required=True, help="folder for the drafter; OUTPUT.train beside it holds the work")
     add("--resume", action="store_true", help="go on with an interrupted run; other flags may be left out")
     add("--time", help="for everything together, such as 30m or 1h30m; decides tokens and epochs")
@@ -120,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
             again = f"mlx-redrafter train --output {shell_word(output)} --resume"
             print(f"\nSaved. Go on with: {again}", file=sys.stderr)
         raise
-    base = "" if args.model == models.DEFAULT_MODEL else f" --model {shell_word(args.model)}"
+    base = "" if args.model == DEFAULT_MODEL else f" --model {shell_word(args.model)}"
     base += " --trust-remote-code" * args.trust_remote_code
     print(f"Wrote {output}. Use it with: mlx-redrafter generate{base} --drafter {shell_word(output)}")
     _report(measured)

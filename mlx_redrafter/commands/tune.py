@@ -11,7 +11,8 @@ from ..decoding.state import DraftShape
 from ..engine.policy import Policy, StepTimes, policy_for
 from ..engine.step_times import candidates, conditions, keep
 from ..engine.stopwatch import LONG, PATIENCE, SHORT, calibrate
-from ..model import DEFAULT_MODEL, DTYPES, load
+from ..loading.find import DEFAULT_MODEL
+from ..model import DTYPES, load
 from ..options import check_range, describe_shape
 from ..text import stream_generate
 

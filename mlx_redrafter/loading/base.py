@@ -2,8 +2,6 @@
 
 import importlib.util
 import inspect
-import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.utils import MODEL_REMAPPING, load_model
-from safetensors import SafetensorError, safe_open
 
-from ..models.bundle import PICKLES, cast
-from .files import gguf_parts
+from ..models.bundle import cast
+from .read import first_line, read_index, read_object, read_tensors, refuse_pickles
 
 DTYPES = ("float16", "bfloat16", "float32")  # that weights are cast to
 # What mlx-lm's code raises on a config.json that is not right.
@@ -23,29 +20,6 @@ LOAD_ERRORS = (
     OSError, MemoryError, ImportError,
 )  # fmt: skip
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # in a config.json
-TO_SAFETENSORS = (
-    ", for example with transformers: AutoModelForCausalLM.from_pretrained(folder)"
-    ".save_pretrained(new_folder, safe_serialization=True)."
-)
-
-
-def find_gguf(source: str | Path) -> Path | None:
-    """Return the GGUF file ``source`` is, or is a folder of; None for any other source.
-
-    Raises:
-        ValueError: the folder holds several, or ``source`` is named like a GGUF file and missing.
-    """
-    path = Path(os.path.expanduser(source))
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ValueError(f"{source} does not exist: check the path.")
-        return path
-    if not path.is_dir() or (path / "config.json").exists():
-        return None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
-    if len(files) > 1 and files != gguf_parts(files[0]):
-        raise ValueError(f"{source} holds {len(files)} GGUF files: name one, such as {files[0]}.")
-    return files[0] if files else None
 
 
 def load_base(
@@ -86,17 +60,14 @@ def check_weight_format(source: str, files: list[str]) -> None:
     """Refuse a model without safetensors, naming the pickle or GGUF file it has instead."""
     if any(name.endswith(".safetensors") for name in files):
         return
-    for name in sorted(files):
-        if name.endswith(PICKLES):
-            danger = f"the pickle file {name}, which can run code"
-            raise ValueError(f"{source} holds only {danger}: convert it to safetensors{TO_SAFETENSORS}")
-        if name.endswith(".gguf"):
-            raise ValueError(f"{source} holds GGUF files: download one, such as {name}, and give its path.")
+    refuse_pickles(Path(source) / name for name in files)
+    if ggufs := sorted(name for name in files if name.endswith(".gguf")):
+        raise ValueError(f"{source} holds GGUF files: download one, such as {ggufs[0]}, and give its path.")
     raise ValueError(f"{source} holds no model*.safetensors: download the weights too.")
 
 
 def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    config = _json_object(folder / "config.json")
+    config = read_object(folder / "config.json")
     name, own_code = str(config.get("model_type")), config.get("model_file")
     if own_code and not trust_remote_code:
         raise ValueError(f"{folder} needs its own code, {own_code!r}: --trust-remote-code runs it.")
@@ -136,13 +107,7 @@ def _check_weights(folder: Path, check_values: bool) -> int:
         raise ValueError(f"{folder} holds no model*.safetensors: get the weights, or give them that name.")
     owners: dict[str, str] = {}
     for shard in shards:
-        try:
-            with safe_open(shard, "numpy"):
-                weights = dict(mx.load(str(shard)))  # type: ignore[arg-type]
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{shard.resolve()} is damaged ({first_line(error)}): delete it and get the model again."
-            ) from error
+        weights = read_tensors(shard)
         if twice := sorted(weights.keys() & owners.keys()):
             files = [owners[twice[0]], shard.name]
             stray = [name for name in files if listed and name not in listed] or files
@@ -161,24 +126,9 @@ def _listed(folder: Path, shards: list[Path]) -> set[str]:
     """The names of all files of weights, by the index, else by names as model-00001-of-00002."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map: get the model again.")
-        return {str(name) for name in weight_map.values()}
+        return read_index(index)
     names = [re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name) for shard in shards]
     return {f"{m[1]}{number:05d}-of-{m[2]}{m[3]}" for m in names if m for number in range(1, int(m[2]) + 1)}
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path.parent} holds no {path.name}: give a folder with a whole model.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)}): get the model again.") from error
-    if isinstance(content, dict):
-        return content
-    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: get the model again.")
 
 
 def cast_model(model: Module, dtype: Any) -> None:
@@ -186,10 +136,3 @@ def cast_model(model: Module, dtype: Any) -> None:
     if dtype in DTYPES:
         allowed = getattr(model, "cast_predicate", lambda _: True)
         model.update(cast(model.parameters(), getattr(mx, dtype), allowed))
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    text = " ".join(str(error).split())
-    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{text[:160]}".rstrip(".")

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import re
 import secrets
 import shlex
 import shutil
@@ -11,22 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .cache import cache_folder as cache_folder  # for engine/step_times.py
+
 UNFINISHED = ".mlx-redrafter-"  # begins the names of temporary folders
-
-
-def cache_folder() -> Path:
-    """Where converted models and step times are kept: ``MLX_REDRAFTER_CACHE``, or the user's cache folder.
-
-    Raises:
-        OSError: nothing says where.
-    """
-    if folder := os.environ.get("MLX_REDRAFTER_CACHE"):
-        return Path(os.path.expanduser(folder))
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    folder = folder if os.path.isabs(folder) else os.path.expanduser("~/.cache")  # as its standard says
-    if not os.path.isabs(folder):
-        raise OSError("there is no home folder to keep converted models in: set MLX_REDRAFTER_CACHE to one.")
-    return Path(folder) / "mlx-redrafter"
 
 
 @contextmanager
@@ -149,11 +135,3 @@ def check_writable(path: str | Path) -> None:
 def shell_word(path: str | Path) -> str:
     """A file or folder as a word of a command line, which is not taken for a flag."""
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
-
-
-def gguf_parts(path: Path) -> list[Path]:
-    """Return the files of a split model, ``name-00001-of-00003.gguf`` and so on, or just ``path``."""
-    if not (split := re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.gguf)", path.name, re.IGNORECASE)):
-        return [path]
-    start, count, end = split.groups()
-    return [path.with_name(f"{start}{number:05d}-of-{count}{end}") for number in range(1, int(count) + 1)]

@@ -1,7 +1,6 @@
 """Tokenizers for models that bring none mlx-lm can read: GGUF metadata and SentencePiece files."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -15,9 +14,12 @@ from typing import Any
 from gguf import TokenType  # SentencePiece numbers its piece types the same way
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer as _mlx_load_tokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from .ends import ENDS as _ENDS
+from .ends import token_text
+from .read import read_object
 
 VICUNA_TEMPLATE = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
@@ -29,12 +31,6 @@ VICUNA_TEMPLATE = (
     "{% else %}{{ 'ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# Special tokens that end a turn or a text, whatever the metadata calls the end.
-_ENDS = re.compile(
-    r"<\|(im_end|eo[tm](_id)?|end|end_?of_?(turn|text)|return)\|>|<end_of_(turn|utterance)>|</s>|<eos>"
-    r"|▁?<EOT>|\[EOT\]|<｜end▁of▁sentence｜>"
-)
-_QUESTION, _ANSWER = {"role": "user", "content": "6 x 9?"}, {"role": "assistant", "content": "Forty-two"}
 _SMALL_FILES = (".json", ".model", ".jinja", ".txt", ".jsonl", ".tiktoken", ".py")
 _OBSOLETE = ("auto_map", "legacy", "sp_model_kwargs", "use_default_system_prompt", "added_tokens_decoder")
 _MARK = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>")
@@ -44,124 +40,27 @@ _LONGEST_MERGED_PIECE = 1024  # characters; bounds the work a hostile vocabulary
 # --- Loading -----------------------------------------------------------------------------------------
 
 
-def load_tokenizer(
-    folder: Path,
-    *,
-    name: str = "",
-    eos_token_ids: int | list[int] | None = None,
-    trust_remote_code: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> TokenizerWrapper:
-    """Load the tokenizer of a model folder as ``mlx_lm.load`` would, and where that is not enough, too.
-
-    A folder with only ``tokenizer.model`` gets the equivalent fast tokenizer, a Vicuna without a chat
-    template gets its template. Nothing is written to ``folder``: that work is done in a copy.
-    Its ends of text are mlx-lm's, all that config.json names, and the end of a turn in the chat template.
-
-    Args:
-        folder: holds the tokenizer's files and, usually, ``config.json``.
-        name: the model's repository id or path if that is not ``folder``; looked at for "vicuna".
-        eos_token_ids: ends of generation besides the tokenizer's own, as ``config.json`` gives them.
-        options: of the tokenizer, such as ``{"eos_token": "</s>"}``.
-
-    Raises:
-        ValueError: there is no tokenizer, it cannot be read, or it lacks the ``eos_token`` of ``options``.
-    """
-    real = folder.resolve()  # of the Hugging Face cache, the repository has the model's name
-    name = name or (real.parents[1] if real.parent.name == "snapshots" else real).name
-    end = str(_content((options or {}).get("eos_token") or ""))
-    if end and end not in load_tokenizer(folder, name=name, trust_remote_code=trust_remote_code).get_vocab():
-        raise ValueError(f"eos_token {end!r} is not a token of {folder}: give one of its vocabulary.")
-    ends = _named_ends(folder, eos_token_ids)
-    extra = {**(options or {}), "trust_remote_code": trust_remote_code}
-    try:
-        if not (_sentencepiece_only(folder) or _needs_vicuna_template(folder, name)):
-            return _load(folder, extra, ends)
-        with tempfile.TemporaryDirectory() as temporary:
-            copy = Path(temporary)
-            for path in folder.iterdir():
-                if path.suffix in _SMALL_FILES:
-                    shutil.copy(path, copy)
-            ensure_fast_tokenizer(copy)
-            if _needs_vicuna_template(copy, name):
-                (copy / "chat_template.jinja").write_text(VICUNA_TEMPLATE, "utf-8")
-            return _load(copy, extra, ends)
-    except BaseException as error:  # the tokenizers library raises nothing more specific, or panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = str(error).strip().split("\n")[0][:300]
-        raise ValueError(f"No usable tokenizer in {folder}: {reason} Add its tokenizer.json.") from error
-
-
-def _load(folder: Path, extra: dict[str, Any], ends: list[int]) -> TokenizerWrapper:
-    with _muted():
-        tokenizer: TokenizerWrapper = _mlx_load_tokenizer(folder, extra, ends or None)
-        tokenizer.encode("a")  # a damaged one may load and then fail
-    largest, size = max(tokenizer.get_vocab().values()), len(tokenizer)
-    if largest > 9 * size:  # the tokenizers library would write a line for each id that is left out
-        raise ValueError(f"it has token {largest}, but {size} tokens.")
-    tokenizer.eos_token_ids |= _ends_of_turn(tokenizer)
-    return tokenizer
-
-
-def _named_ends(folder: Path, given: Any) -> list[int]:
-    """The ids ``given`` and those of config.json, in place of which mlx-lm takes generation_config.json's."""
-    config = _read_json(folder / "config.json")
-    nested = config.get("text_config")
-    values = (given, config.get("eos_token_id"), nested.get("eos_token_id") if type(nested) is dict else None)
-    ids = [i for value in values for i in (value if isinstance(value, list) else [value]) if i is not None]
-    if all(type(i) is int for i in ids):
-        return [i for i in ids if i >= 0]
-    raise ValueError(f"{folder}: eos_token_id is {ids!r} in its configs: give token ids.")
-
-
-def _ends_of_turn(tokenizer: TokenizerWrapper) -> set[int]:
-    """The token that follows an answer in the chat template, and special ones that are known by name.
-
-    A name that the template writes before an answer but not after it ends none: gpt-oss has one between
-    the messages of a single answer. Without a template the ends are mlx-lm's.
-    """
-    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
-    marks = {token.content: i for i, token in added if token.special or _ENDS.fullmatch(token.content)}
-    if not (marks and tokenizer.has_chat_template):
-        return set()
-    longest_first = "|".join(map(re.escape, sorted(marks, key=len, reverse=True)))
-    for turns in (2, 3):  # the last answer may be left open
-        try:
-            text = tokenizer.apply_chat_template([_QUESTION, _ANSWER, _QUESTION][:turns], tokenize=False)
-            before, after = text.split(_ANSWER["content"])
-        except Exception:  # a template is a program; the prompt will show what is wrong
-            before = after = ""
-        if end := re.match(rf"\s*({longest_first})(?=[<\[\s]|$)", after):  # no word follows, such as a role
-            break
-    special = [token.content for _, token in added if token.special and token.content not in before]
-    return {marks[mark] for mark in filter(_ENDS.fullmatch, special)} | ({marks[end[1]]} if end else set())
-
-
 def save_ends(folder: Path, tokenizer: TokenizerWrapper) -> None:
     """Write the ends of text that ``load_tokenizer`` found to where ``mlx_lm.load`` looks for them."""
     for name in ("config.json", "generation_config.json"):
-        content = _read_json(folder / name)
+        content = read_object(folder / name, optional=True)
         if name == "config.json" or content.get("eos_token_id") is not None:
             content["eos_token_id"] = sorted(tokenizer.eos_token_ids)
             (folder / name).write_text(json.dumps(content, indent=4, sort_keys=True), "utf-8")
 
 
 @contextmanager
-def _muted() -> Iterator[None]:
-    """Keep the report of a Rust library that panics off standard error; the exception says it all."""
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+def completed(folder: Path, vicuna: bool) -> Iterator[Path]:
+    """A copy of a folder's tokenizer that mlx-lm can read; with Vicuna's chat template if it lacks that."""
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary)
+        for path in folder.iterdir():
+            if path.suffix in _SMALL_FILES:
+                shutil.copy(path, copy)
+        ensure_fast_tokenizer(copy)
+        if vicuna:
+            (copy / "chat_template.jinja").write_text(VICUNA_TEMPLATE, "utf-8")
+        yield copy
 
 
 def ensure_fast_tokenizer(folder: Path) -> None:
@@ -169,7 +68,7 @@ def ensure_fast_tokenizer(folder: Path) -> None:
 
     Does nothing if ``tokenizer.json`` exists or ``tokenizer.model`` is not SentencePiece's (but tiktoken's).
     """
-    if not _sentencepiece_only(folder):
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
         return
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
@@ -191,9 +90,9 @@ def ensure_fast_tokenizer(folder: Path) -> None:
     tokenizer = _sentencepiece_tokenizer(pieces)
     added = folder / "added_tokens.json"
     if added.exists():
-        tokens = sorted(_read_json(added).items(), key=lambda item: item[1])
+        tokens = sorted(read_object(added).items(), key=lambda item: item[1])
         tokenizer.add_tokens([AddedToken(token, normalized=False) for token, _ in tokens])
-    config = _spm_config(proto) | _read_json(folder / "tokenizer_config.json")
+    config = _spm_config(proto) | read_object(folder / "tokenizer_config.json", optional=True)
     save_tokenizer(folder, tokenizer, {key: config[key] for key in config if key not in _OBSOLETE})
 
 
@@ -204,7 +103,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]
     is set to the one that reads ``tokenizer.json`` as it stands; others rebuild parts of it.
     """
     ends = [
-        config.get(f"add_{name}_token") and _content(config.get(f"{name}_token")) for name in ("bos", "eos")
+        config.get(f"add_{name}_token") and token_text(config.get(f"{name}_token")) for name in ("bos", "eos")
     ]
     bos, eos = ([token] if token else [] for token in ends)
     if bos or eos:
@@ -215,39 +114,9 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, token in config.items():  # transformers takes no other kind of object
         if name.endswith("_token") and isinstance(token, dict) and "__type" not in token:
-            config = {**config, name: _content(token)}
+            config = {**config, name: token_text(token)}
     config = {**config, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
-
-
-def _sentencepiece_only(folder: Path) -> bool:
-    return (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
-
-
-def _needs_vicuna_template(folder: Path, name: str) -> bool:
-    names = f"{Path(name).name} {_read_json(folder / 'config.json').get('_name_or_path')}"
-    if "vicuna" not in names.lower():
-        return False
-    given = any((folder / f"chat_template.{ending}").exists() for ending in ("jinja", "json"))
-    return not (given or _read_json(folder / "tokenizer_config.json").get("chat_template"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object in ``path``, or {} if there is no such file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): download the file again.") from error
-    if isinstance(content, dict):
-        return content
-    raise ValueError(f"{path} holds a {type(content).__name__}, not an object: download it again.")
-
-
-def _content(token: Any) -> str | None:
-    """Return the text of a special token, which configs give as a string or as {"content": ...}."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 # --- SentencePiece -----------------------------------------------------------------------------------

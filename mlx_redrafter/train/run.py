@@ -37,9 +37,12 @@ from ..conversations import Prompt, encode, usable
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape
 from ..loading.files import atomic_file
+from ..loading.find import drafter_folder
 from ..model import SpeculativeModel
-from ..models.bundle import BaseIdentity, cast, identity_of, load_drafter, write_drafter
+from ..models.bundle import cast, load_drafter
 from ..models.drafter import Drafter, DrafterConfig
+from ..models.identity import BaseIdentity, identity_of
+from ..models.save import write_drafter
 from ..models.target import Target
 from .card import Facts, environment, model_card
 from .data import (
@@ -265,7 +268,7 @@ def _start(request: Request, model: SpeculativeModel) -> Drafter | None:
     """The drafter to train on, if one is named."""
     if request.start_from is None:
         return None
-    drafter = load_drafter(request.start_from, identity_of(model.model), mx.float32)
+    drafter = load_drafter(drafter_folder(request.start_from), identity_of(model.model), mx.float32)
     if drafter.config.quantization is not None:
         raise ValueError(f"{request.start_from} is quantized: start from a drafter that is not.")
     return drafter

@@ -82,9 +82,11 @@ class Workers:
 def _serve(jobs: "SimpleQueue[Any]") -> None:
     with mx.stream(mx.new_stream(mx.default_device())):
         while True:
-            function, index, result = jobs.get()
-            try:
-                result.set_result(function(index))
-            except BaseException as error:  # raised again where the result is asked for
-                result.set_exception(error)
-            del function, result
+            _run(*jobs.get())  # of which nothing is held while the next job is waited for
+
+
+def _run(function: Callable[[int], T], index: int, result: "Future[T]") -> None:
+    try:
+        result.set_result(function(index))
+    except BaseException as error:  # raised again where the result is asked for
+        result.set_exception(error)

@@ -15,7 +15,8 @@ from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..tokenizers import gguf_ends, load_tokenizer, write_gguf_tokenizer
+from ..tokenizer import load_tokenizer
+from ..tokenizers import gguf_ends, write_gguf_tokenizer
 from .architectures import Architecture, Config, architecture_of, config_of
 from .quants import FLOATS, SUPPORTED, error_of, floats, is_exact, quantization_of, quantized
 from .reader import GGUFFile, GGUFTensor, read_gguf

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from ..files import gguf_parts
+from ..read import gguf_parts
 
 # By GGUFValueType's numbers; 8 and 9, strings and arrays, are read piece by piece.
 _SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")

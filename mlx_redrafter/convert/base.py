@@ -1,26 +1,23 @@
 """Conversion of base models: a repository, a folder or a GGUF file becomes a folder that mlx-lm loads."""
 
 import io
-import os
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from mlx.nn.layers.base import Module
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model, quantize_model, save
 
-from ..models.bundle import PICKLES
+from ..loading.base import DTYPES, cast_model, load_base
+from ..loading.files import atomic_folder, unfinished
+from ..loading.find import find_model
+from ..loading.gguf import convert_gguf
+from ..loading.tokenizer import load_tokenizer
+from ..loading.tokenizers import save_ends
 from ..models.drafter import Q_BITS, Q_GROUP_SIZES
-from .base import DTYPES, TO_SAFETENSORS, cast_model, check_weight_format, find_gguf, first_line, load_base
-from .files import atomic_folder, unfinished
-from .gguf import convert_gguf
-from .tokenizers import load_tokenizer, save_ends
 
-DOWNLOADED = ["*.json", "model*.safetensors", "*.py", "*.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja"]
 MODES = {  # their numbers of bits and group sizes
     "affine": (Q_BITS, Q_GROUP_SIZES),
     "mxfp4": ((4,), (32,)),
@@ -73,15 +70,16 @@ def convert_base(
     options = {"q_bits": q_bits, "q_group_size": q_group_size, "q_mode": q_mode}
     _check_options(quantize, dequantize, dtype=dtype, quant_predicate=quant_predicate, **options)
     say = progress or (lambda _: None)
-    gguf = find_gguf(source)
-    if gguf_quant and not gguf:
-        raise ValueError(f"--gguf-quant is for GGUF files, and {source} is none: leave it out.")
-    as_it_is = gguf is not None and not (quantize or dequantize or dtype)
     with atomic_folder(output) as result, unfinished(result.parent) as unpacked:
+        folder = find_model(str(source), revision)
+        gguf = folder if folder.is_file() else None
+        if gguf_quant and not gguf:
+            raise ValueError(f"--gguf-quant is for GGUF files, and {source} is none: leave it out.")
+        as_it_is = gguf is not None and not (quantize or dequantize or dtype)
         if gguf:
-            convert_gguf(gguf, result if as_it_is else unpacked, say, quant=gguf_quant or "nearest")
+            folder = result if as_it_is else unpacked
+            convert_gguf(gguf, folder, say, quant=gguf_quant or "nearest")
         if not as_it_is:
-            folder = unpacked if gguf else base_folder(source, revision)
             say(f"loading {source}")
             model, config = load_base(folder, trust_remote_code)
             tokenizer = load_tokenizer(
@@ -102,34 +100,6 @@ def convert_base(
         card = result / "README.md"
         if not card.exists():
             card.write_text(CARD.format(source), "utf-8", "replace")
-
-
-def base_folder(source: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a Hugging Face model, downloading it unless ``source`` is a folder.
-
-    Raises:
-        ValueError: no such folder and no such repository, or it holds no safetensors weights.
-    """
-    path = Path(os.path.expanduser(source))
-    if source and path.is_dir():
-        check_weight_format(str(source), [file.name for file in path.iterdir()])
-        return path
-    if path.is_file():
-        if path.suffix in PICKLES:
-            what = "a pickle file, which can run code"
-            raise ValueError(f"{source} is {what}: convert it to safetensors{TO_SAFETENSORS}")
-        raise ValueError(f"{source} is a file: give the model's folder.")
-    try:
-        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=DOWNLOADED))
-        files = [file.name for file in folder.glob("*.safetensors")]
-        files = files or list_repo_files(str(source), revision=revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} is neither a folder nor a repository that can be downloaded ({first_line(error)}):"
-            " check the name, the connection and the disk, or give a local folder."
-        ) from error
-    check_weight_format(str(source), files)
-    return folder
 
 
 def _check_options(quantize: bool, dequantize: bool, **values: Any) -> None:

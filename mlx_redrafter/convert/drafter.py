@@ -21,13 +21,15 @@ import numpy as np
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..conversations import Row, read_rows
-from ..model import model_folder
+from ..loading.base import DTYPES, load_base
+from ..loading.files import atomic_file, atomic_folder, check_writable, shell_word
+from ..loading.find import drafter_folder, model_folder
+from ..loading.hub import download
+from ..loading.tokenizer import load_tokenizer
 from ..models import bundle
-from ..models.bundle import BaseIdentity
 from ..models.drafter import DrafterConfig, Quantization
-from .base import DTYPES, load_base
-from .files import atomic_file, atomic_folder, check_writable, shell_word
-from .tokenizers import load_tokenizer
+from ..models.identity import BaseIdentity, identity_of
+from ..models.save import write_drafter
 
 DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
 LINES_AT_ONCE = 256
@@ -86,8 +88,7 @@ def convert_drafter(
     _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    remote = revision is not None and not Path(source).exists()
-    folder = bundle.download(str(source), revision) if remote else bundle.resolve_drafter(source)
+    folder = drafter_folder(source, revision=revision)
     raw = bundle.read_config(folder)
     config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
     unused = bundle.check_shapes(config, weights, folder)
@@ -111,7 +112,7 @@ def convert_drafter(
     if quantization is not None:
         config, weights = quantize(config, weights, quantization, progress)
     extra = {"source_config": _source_config(raw, dtype)}
-    bundle.write_drafter(output, config, weights, identity, extra, drafter_card(config, identity))
+    write_drafter(output, config, weights, identity, extra, drafter_card(config, identity))
     return Converted(Path(output), config, identity, unused)
 
 
@@ -123,7 +124,7 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
             layout cannot express.
     """
     check_output(output)
-    folder = bundle.resolve_drafter(source)
+    folder = drafter_folder(source)
     raw = bundle.read_config(folder)
     config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
     bundle.check_shapes(config, weights, folder)
@@ -308,7 +309,7 @@ def is_drafter(source: str, revision: str | None) -> bool:
     """Whether a folder or a repository holds a drafter."""
     path = Path(source)
     try:
-        folder = path if path.exists() else bundle.download(source, revision, ("config.json",))
+        folder = path if path.exists() else download(source, revision, ("config.json",))
         bundle.read_config(folder)
     except ValueError:
         return False  # whatever is wrong with it, the conversion of base models says it better
@@ -327,7 +328,7 @@ def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIden
         raise ValueError(
             f"the base model {base} cannot be loaded ({error}): name the drafter's base."
         ) from error
-    return bundle.identity_of(model, Path(base).resolve().name if Path(base).exists() else str(base))
+    return identity_of(model, Path(base).resolve().name if Path(base).exists() else str(base))
 
 
 def _tokenizer(base: object, frequencies: str | Path, trust_remote_code: bool) -> Tokenizer | None:

@@ -1,0 +1,1 @@
+"""Convert models and drafters; never imported when generating."""
