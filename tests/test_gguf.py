@@ -15,9 +15,9 @@ import sentencepiece
 from gguf import GGMLQuantizationType as Type
 from mlx_lm.models import llama, qwen2, qwen3
 from mlx_lm.utils import load_model
-from mlx_redrafter.loading.convert_base import convert_base
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from mlx_redrafter.convert.base import convert_base
 from mlx_redrafter.loading.find import find_gguf
 from mlx_redrafter.loading.gguf import convert_gguf, read_gguf
 from mlx_redrafter.loading.gguf.quants import error_of, quantized
