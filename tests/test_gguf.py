@@ -18,10 +18,10 @@ from mlx_lm.utils import load_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from mlx_redrafter.convert.base import convert_base
+from mlx_redrafter.loading.build_tokenizers import PRE_TOKENIZERS
 from mlx_redrafter.loading.find import find_gguf
 from mlx_redrafter.loading.gguf import convert_gguf, read_gguf
 from mlx_redrafter.loading.gguf.quants import error_of, quantized
-from mlx_redrafter.loading.tokenizers import PRE_TOKENIZERS
 
 QUANTIZED = {Type.Q4_0: 4, Type.Q4_1: 4, Type.Q5_0: 5, Type.Q5_1: 5, Type.Q8_0: 8}
 TYPES = [Type.F32, Type.F16, Type.BF16, *QUANTIZED, Type.MXFP4]

@@ -11,11 +11,11 @@ from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model, quantize_model, save
 
 from ..loading.base import DTYPES, cast_model, load_base
+from ..loading.build_tokenizers import save_ends
 from ..loading.files import atomic_folder, unfinished
 from ..loading.find import find_model
 from ..loading.gguf import convert_gguf
 from ..loading.tokenizer import load_tokenizer
-from ..loading.tokenizers import save_ends
 from ..models.drafter import Q_BITS, Q_GROUP_SIZES
 
 MODES = {  # their numbers of bits and group sizes

@@ -25,8 +25,8 @@ from mlx.utils import tree_flatten
 
 from ..blas import blas_threads, load_blas
 from ..decoding.state import PLAIN, DraftShape
-from ..loading.files import atomic_file, cache_folder
-from ..models.bundle import identity_of
+from ..loading.cache import cache_folder
+from ..models.identity import identity_of
 from . import backend
 from .loop import Chooser, Fixed
 from .policy import Policies, StepTimes, policy_for, reason, times_for
@@ -107,6 +107,8 @@ def keep(runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: 
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not file.is_file():  # writing to a pipe would wait for its reader
             return None
+        from ..loading.files import atomic_file
+
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         return file

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .cache import cache_folder as cache_folder  # for engine/step_times.py
-
 UNFINISHED = ".mlx-redrafter-"  # begins the names of temporary folders
 
 

@@ -48,7 +48,7 @@ def load_tokenizer(
         only_pieces = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
         if not (vicuna or only_pieces):
             return _load(folder, extra, ends)
-        from .tokenizers import completed
+        from .build_tokenizers import completed
 
         with completed(folder, vicuna) as copy:
             return _load(copy, extra, ends)

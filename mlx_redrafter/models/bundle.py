@@ -18,8 +18,6 @@ from mlx.utils import tree_map_with_path
 from ..loading.read import check_finite, dtype_name, read_index, read_object, read_tensors, refuse_pickles
 from .drafter import Drafter, DrafterConfig
 from .identity import BaseIdentity
-from .identity import identity_of as identity_of  # for engine/step_times.py
-from .identity import token_embedding as token_embedding  # for target.py
 
 MODEL_TYPE = "recurrent_drafting_drafter"
 SECTION = "mlx_redrafter"  # of config.json

@@ -32,7 +32,7 @@ from ..decoding.layers import (
 )
 from ..decoding.step import Verified
 from ..decoding.tree import Tree, make_tree
-from .bundle import token_embedding
+from .identity import token_embedding
 
 ROPE_NAMES = ("rope", "rotary_emb")
 RMS_EPS = 1e-6

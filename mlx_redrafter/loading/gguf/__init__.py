@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..build_tokenizers import gguf_ends, write_gguf_tokenizer
 from ..tokenizer import load_tokenizer
-from ..tokenizers import gguf_ends, write_gguf_tokenizer
 from .architectures import Architecture, Config, architecture_of, config_of
 from .quants import FLOATS, SUPPORTED, error_of, floats, is_exact, quantization_of, quantized
 from .reader import GGUFFile, GGUFTensor, read_gguf
