@@ -46,7 +46,8 @@ def prompts(count, seed=0):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_is_plain_decoding_while_texts_come_and_go(model, shape, compiled):
     target = Target(model)
-    engine = Engine(Runner(target, RandomDrafter(target), compiled=compiled), Fixed(shape), 16, texts=4)
+    run = Runner(target, RandomDrafter(target), compiled=compiled)
+    engine = Engine(run, Fixed(shape), 16, texts=4, eager=compiled)
     wanted, found = {}, {}
     for i, prompt in enumerate(prompts(7)):
         count = 5 + 6 * i % 23
@@ -82,7 +83,9 @@ def test_a_seed_gives_the_same_text_alone_and_in_any_company(model, compiled):
         engine = Engine(run, Fixed(shape))
         engine.submit(ask)
         alone += finish(engine).values()
-    engine = Engine(run, Fixed(SHAPES[2]), 16, texts=5, padded=lambda n: 1 << (n - 1).bit_length())
+    engine = Engine(
+        run, Fixed(SHAPES[2]), 16, texts=5, padded=lambda n: 1 << (n - 1).bit_length(), eager=compiled
+    )
     numbers = [engine.submit(ask) for ask in asks]
     together = finish(engine)
     assert [together[number] for number in numbers] == alone

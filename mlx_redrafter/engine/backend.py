@@ -22,6 +22,8 @@ class Backend:
         grain: rows by which attention's view of the buffers grows, while it is short. 1: always row
             by row, since nothing is compiled, and a plain step that sees only its own rows needs no mask.
         compiled: whether steps are compiled.
+        eager: whether the next step is handed over before the last one's tokens are returned. On a CPU the
+            hand-over waits until most of the step is done, and the tokens would wait with it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Backend:
     shapes: tuple[DraftShape, ...]
     grain: int
     compiled: bool
+    eager: bool
 
     def padded(self, texts: int) -> int:
         """How many texts a step is made for: compiled, the next power of two, so that few are traced."""
@@ -50,6 +53,7 @@ METAL = Backend(
     ),
     grain=256,
     compiled=True,
+    eager=True,
 )
 # Tensor cores take over at 8 rows; up to 64 rows cost about what one does in half precision.
 CUDA = Backend(
@@ -58,6 +62,7 @@ CUDA = Backend(
     _shapes((0, 0, None, 7), (2, 4, 8, 4), (4, 5, 16, 5), (8, 5, 32, 6), (16, 5, 64, 8)),
     grain=256,
     compiled=True,
+    eager=True,
 )
 # Half-precision and quantized products do not use the BLAS on a CPU and cost a multiple of float32. In
 # OpenBLAS, 8 rows cost less than 6 and 16 no more than 12. Compiling would call a C++ compiler.
@@ -67,6 +72,7 @@ CPU = Backend(
     _shapes((0, 0, None, 3), (0, 0, None, 7), (1, 1, 2, 1), (2, 2, 4, 3), (3, 3, 8, 4), (4, 4, 16, 5)),
     grain=1,
     compiled=False,
+    eager=False,
 )
 
 

@@ -113,6 +113,7 @@ class Engine:
         grain: rows by which attention's view grows.
         padded: how many texts a step is made for, given how many there are.
         hand_over: lets the device begin a step.
+        eager: as ``Batch``'s.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class Engine:
         grain: int = 1,
         padded: Callable[[int], int] = int,
         hand_over: HandOver = begin_step,
+        eager: bool = True,
     ) -> None:
         if chunk < 1 or texts < 1:
             raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
@@ -133,7 +135,14 @@ class Engine:
         self.target, self.runner, self._longest = runner.target, runner, longest
         # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
         self._new_batch = partial(
-            Batch, partial(_runner_for, runner), policy, runner.target.vocabulary, grain, padded, hand_over
+            Batch,
+            partial(_runner_for, runner),
+            policy,
+            runner.target.vocabulary,
+            grain,
+            padded,
+            hand_over,
+            eager,
         )
         self._waiting: deque[_Prompt] = deque()
         self._batches: list[Batch] = []
@@ -302,7 +311,8 @@ class Engine:
 def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: Any) -> Engine:
     """An engine as it suits MLX's default device; ``options`` are ``Engine``'s."""
     device = backend.current()
-    usual = {"max_memory": backend.free_memory(), "grain": device.grain, "padded": device.padded}
+    usual: dict[str, Any] = {name: getattr(device, name) for name in ("grain", "padded", "eager")}
+    usual["max_memory"] = backend.free_memory()
     return Engine(runner, policy, chunk, **{**usual, **options})
 
 

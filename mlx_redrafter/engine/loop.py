@@ -138,6 +138,7 @@ class Batch:
         grain: rows by which attention's view of the buffers grows, while it is short; 1: always one by one.
         padded: how many texts a step is made for, given how many there are.
         hand_over: lets the device begin a step.
+        eager: begin the next step before what the last one gave is returned; else with the next call.
     """
 
     def __init__(
@@ -148,14 +149,18 @@ class Batch:
         grain: int = GRAIN,
         padded: Callable[[int], int] = int,
         hand_over: HandOver = begin_step,
+        eager: bool = True,
     ) -> None:
-        self._hand_over = hand_over
+        self._hand_over, self._eager = hand_over, eager
         self.texts: list[Text] = []
         self.policy, self.grain = policy, grain
         self._runner, self._vocabulary, self._padded = runner, vocabulary, padded
         self._run: Step | None = None
         self._state: State | None = None  # after the running step; the only reference to it
         self._running: tuple[DraftShape, Output] | None = None
+        self._next: tuple[DraftShape, tuple[State, Output] | None] | None = (
+            None  # to follow: its shape, if built
+        )
         self._joining: list[tuple[Text, State]] = []
         self._ended: set[Text] = set()
         self.turned: list[tuple[Text, State]] = []  # have left, for their layers are quantized now
@@ -209,11 +214,14 @@ class Batch:
     def step(self) -> list[Emitted]:
         """One step for all texts: what each one got. Those that ended leave, those that wait join."""
         if self._running is None:
-            self._compose()
-            if not self.texts:
-                return []
-            self._busy, self._arrived = 0.0, time.perf_counter()
-            self._start(self._first_shape())
+            is_first = self._changes or self._next is None
+            if is_first:
+                self._compose()
+                if not self.texts:
+                    return []
+                self._next, self._arrived = (self._first_shape(), None), time.perf_counter()
+            self._begin_next()
+            self._busy = 0.0 if is_first else self._busy
         assert self._running is not None and self._state is not None
         shape, output = self._running
         following, ahead = None, None
@@ -235,12 +243,18 @@ class Batch:
             self._compose()
             following = self._first_shape() if self.texts else None
         if following is not None:
-            self._waited = time.perf_counter() - arrived
-            self._start(following, ahead)
-            self._busy = time.perf_counter() - arrived - self._waited
+            self._next = following, ahead
+            if self._eager:
+                self._begin_next()
         if learn:
             self.policy.observe(shape, {each.number: each.ranks for each in emitted}, took, away)
         return emitted
+
+    def _begin_next(self) -> None:
+        assert self._next is not None
+        begun, (shape, ahead), self._next = time.perf_counter(), self._next, None
+        self._start(shape, ahead)
+        self._waited, self._busy = begun - self._arrived, time.perf_counter() - begun
 
     @property
     def _changes(self) -> bool:
@@ -312,6 +326,7 @@ class Batch:
         """Let go of texts that have ended and take in those that wait."""
         if not self._changes:
             return
+        self._next = None  # it was for the texts as they were
         keep = [i for i, text in enumerate(self.texts) if text not in self._ended]
         for number, text in enumerate(self.texts):
             if text.turns(0):
