@@ -39,6 +39,9 @@ class Served:
         return [after - before for times in self.times for before, after in pairwise(times)]
 
 
+WARM_UP = 4  # tokens of each text, before anything is timed
+
+
 @dataclass(frozen=True)
 class Crowd:
     """How texts come: so many, one every so many seconds (0: all at once)."""
@@ -61,10 +64,12 @@ def compare(
     """
     both: Any = import_module("mlx_redrafter.batch_generator")  # here, since older mlx-lm has no such class
     ends = both.StopSequences([[token] for token in stop])
+    makers = [lambda: both.PlainBatchGenerator(model.model), lambda: both.BatchGenerator(model)]
+    for make in makers:  # step times are measured when so many texts are first there, which is done once
+        serve(make(), prompts[: crowd.texts], 0, WARM_UP, ends)
     pairs = []
     for number_, start in enumerate(range(0, len(prompts) - crowd.texts + 1, crowd.texts)):
         some = prompts[start : start + crowd.texts]
-        makers = [lambda: both.PlainBatchGenerator(model.model), lambda: both.BatchGenerator(model)]
         order = [0, 1] if number_ % 2 else [1, 0]  # so that a drift of the machine cancels
         found = {who: serve(makers[who](), some, crowd.every, max_tokens, ends) for who in order}
         pairs.append((found[0], found[1]))
