@@ -27,6 +27,7 @@ from .loop import (
     bucket,
     without_frames,
 )
+from .prefixes import Prefixes, states_of
 from .runner import Runner
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
@@ -52,6 +53,9 @@ class Request:
         release: is given the layers at the end (``Text``).
         progress: called with prompt tokens read and their total.
         pauses: prompt tokens after which reading pauses until the next step.
+        checkpoints: prompt tokens after which what has been read is kept for reuse (``Prefixes``), such as
+            those of a system prompt.
+        cached_tokens: of the prompt that were not read, since they were kept; known once reading begins.
 
     Raises:
         ValueError: an empty prompt, or a number out of range.
@@ -69,6 +73,8 @@ class Request:
     release: Callable[[Layers, int], None] | None = None
     progress: Callable[[int, int], None] = lambda done, total: None
     pauses: Collection[int] = ()
+    checkpoints: Collection[int] = ()
+    cached_tokens: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -114,6 +120,7 @@ class Engine:
         padded: how many texts a step is made for, given how many there are.
         hand_over: lets the device begin a step.
         eager: as ``Batch``'s.
+        prefixes: texts kept for reuse, of this model.
     """
 
     def __init__(
@@ -128,11 +135,13 @@ class Engine:
         padded: Callable[[int], int] = int,
         hand_over: HandOver = begin_step,
         eager: bool = True,
+        prefixes: Prefixes | None = None,
     ) -> None:
         if chunk < 1 or texts < 1:
             raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
         self.chunk, self.texts, self.max_memory = chunk, texts, max_memory
         self.target, self.runner, self._longest = runner.target, runner, longest
+        self.prefixes = prefixes
         # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
         self._new_batch = partial(
             Batch,
@@ -167,6 +176,8 @@ class Engine:
             sampler=request.sampler,
             release=request.release,
         )
+        if (prefixes := self._prefixes_for(request)) is not None:
+            text.release = partial(_keep, prefixes, request, text.said)
         self._waiting.append(_Prompt(text, request))
         return text.number
 
@@ -255,8 +266,11 @@ class Engine:
         if prompt.caches is None:
             prompt.caches = self.target.make_cache() if request.caches is None else request.caches
             self._begun[prompt.text.number] = request
-            request.progress(0, total)
-        count = min(prompt.left, most, *(end - prompt.read for end in request.pauses if end > prompt.read))
+            if (prefixes := self._prefixes_for(request)) is not None:
+                request.cached_tokens = prompt.read = prefixes.restore(request.prompt[:-1], prompt.caches)
+            request.progress(prompt.read, total)
+        ends = [end for end in (*request.pauses, *request.checkpoints) if end > prompt.read]
+        count = min(prompt.left, most, *(end - prompt.read for end in ends))
         if count:
             tokens = mx.array([list(request.prompt[prompt.read : prompt.read + count])])
             self.target.forward(tokens, prompt.caches)
@@ -264,6 +278,8 @@ class Engine:
             mx.eval([cache.state for cache in prompt.caches])
             mx.clear_cache()
             prompt.read += count
+            if prompt.read in request.checkpoints:
+                self._keep_prompt(request, *self.target.layers_of(prompt.caches))
             request.progress(prompt.read, total)
         return count
 
@@ -272,6 +288,7 @@ class Engine:
         text, request = prompt.text, prompt.request
         assert prompt.caches is not None
         text.rows, layers = self.target.layers_of(prompt.caches)
+        self._keep_prompt(request, text.rows, layers)
         text.kept = kept_as(prompt.caches[0])
         if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
             text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
@@ -279,6 +296,14 @@ class Engine:
         state = begin(request.prompt, text.rows, layers, self.target.no_context(), request.seeds)
         del layers
         self._place(text, state)
+
+    def _prefixes_for(self, request: Request) -> Prefixes | None:
+        """Where what is read of the request may be kept; None: nowhere."""
+        return self.prefixes if request.caches is None and request.kv is None else None
+
+    def _keep_prompt(self, request: Request, rows: int, layers: Layers) -> None:
+        if (prefixes := self._prefixes_for(request)) is not None:
+            prefixes.keep(request.prompt[:rows], replace(layers, rows=[[*parts] for parts in layers.rows]))
 
     def _place(self, text: Text, state: State) -> None:
         batch = next((batch for batch in self._batches if self._suits(text, batch)), None)
@@ -311,9 +336,20 @@ class Engine:
 def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: Any) -> Engine:
     """An engine as it suits MLX's default device; ``options`` are ``Engine``'s."""
     device = backend.current()
+    prefixes: Prefixes | None = options.get("prefixes")
+    kept = max(prefixes.limit - prefixes.nbytes, 0) if prefixes else 0  # bytes it may still take
     usual: dict[str, Any] = {name: getattr(device, name) for name in ("grain", "padded", "eager")}
-    usual["max_memory"] = backend.free_memory()
+    usual["max_memory"] = max(backend.free_memory() - kept, 0)
     return Engine(runner, policy, chunk, **{**usual, **options})
+
+
+def _keep(prefixes: Prefixes, request: Request, said: list[int], layers: Layers, rows: int) -> None:
+    """Keep a text that leaves for reuse. Recurrent layers may have seen what a stop has cut off."""
+    if request.release is not None:
+        request.release(layers, rows)
+    if not states_of(layers):
+        copied = replace(layers, rows=[[*parts] for parts in layers.rows]) if request.release else layers
+        prefixes.keep([*request.prompt, *said][:rows], copied)
 
 
 def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:

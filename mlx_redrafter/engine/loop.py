@@ -45,6 +45,7 @@ class Text:
         turn: how they are to be quantized once they hold ``turn.start`` tokens, which they do not yet.
         is_new: whether it has had no step yet, so that the drafter knows nothing of it.
         error: what a function of its raised; it ends with that.
+        said: the tokens that it has emitted.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Text:
     turn: Quantization | None = None
     is_new: bool = True
     error: Exception | None = None
+    said: list[int] = field(default_factory=list)
 
     @property
     def is_foreign(self) -> bool:
@@ -306,6 +308,7 @@ class Batch:
             drafted = min(len(said), counts[i] - 1)
             text.left -= len(said)
             text.rows += len(said)
+            text.said += said
             text.is_new = False
             finish = "stop" if said[-1] in text.stop else None if text.left else "length"
             if text.error is not None:

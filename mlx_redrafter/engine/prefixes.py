@@ -1,0 +1,177 @@
+"""Texts kept for reuse: what the layers remember of them, found by the tokens that a prompt begins with.
+
+    prefixes = Prefixes(2 << 30)  # bytes; one for each model
+    engine = model.engine(policy, prefixes=prefixes)
+    number = engine.submit(request)  # reads only what comes after the longest prefix that is kept
+    request.cached_tokens  # tokens of its prompt that were not read, known once its first token is there
+
+An engine keeps every prompt once it has been read, every text when it ends or is cancelled, and what was
+read at a request's ``checkpoints``. A text's tokens are the same with and without: what the drafter reads
+and what may be copied come from the tokens, which a request has all of.
+
+Texts that begin alike share what they have in common: they are a tree of pieces, and a lookup may end in the
+middle of one. Recurrent layers' states are known at the ends of prompts and at checkpoints only, and with
+these a lookup ends there. What was used longest ago goes first.
+
+Left alone are requests that bring caches of their own, whose tokens are not known, and those whose keys and
+values are quantized: where mlx-lm quantizes depends on how a prompt is read.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..decoding.layers import Layers
+from ..models.target import to_prompt_cache
+from . import backend
+
+SHARE = 0.25  # of the memory that texts may take
+
+Tokens = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Some tokens [T] after those of the piece above, and what the layers remember of them alone."""
+
+    tokens: Tokens
+    layers: Layers  # [1, Hkv, T, ...]; recurrent layers' states after the last token, where they are known
+    above: "_Piece | None" = None
+    below: dict[int, "_Piece"] = field(default_factory=dict)  # by their first token
+    used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for parts in (*self.layers.rows, *states_of(self.layers)) for part in parts)
+
+
+class Prefixes:
+    """Texts kept for reuse by engines of one model, which must not change meanwhile.
+
+    One thread at a time may call it: the one that calls the engine.
+
+    Args:
+        limit: bytes that may be kept; 0 keeps nothing, None is a quarter of the memory that is free now.
+
+    Raises:
+        ValueError: the limit is negative.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = int(SHARE * backend.free_memory()) if limit is None else limit
+        if self.limit < 0:
+            raise ValueError(f"prompt cache bytes {limit} is not usable: give 0 or more.")
+        self._clock = itertools.count(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._root = _Piece(np.zeros(0, np.int32), Layers([]))
+        self._nbytes, self._recurrent = 0, False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self._nbytes
+
+    def restore(self, tokens: Sequence[int], caches: list[Any]) -> int:
+        """Give empty mlx-lm caches the longest usable prefix of the tokens; how many tokens it has."""
+        found = self._walk(np.asarray(tokens, np.int32))
+        while found and self._recurrent and not _ends_with_states(*found[-1]):
+            found.pop()
+        if not found:
+            return 0
+        last, rows = found[-1][0].layers, []
+        for number in range(len(last.rows)):
+            shown = [[part[:, :, :n] for part in piece.layers.rows[number]] for piece, n in found]
+            rows.append([mx.concatenate(list(x), axis=2) for x in zip(*shown, strict=True)])
+        count = sum(n for _, n in found)
+        to_prompt_cache(replace(last, rows=rows), count, caches)
+        return count
+
+    def keep(self, tokens: Sequence[int], layers: Layers) -> None:
+        """Keep what the committed layers of one text remember of the tokens, which are their first rows.
+
+        Only what is not kept yet is copied. The layers' lists are emptied on the way, so that no two copies
+        of all are in memory at once.
+        """
+        ids, states = np.asarray(tokens, np.int32), states_of(layers)
+        found = self._walk(ids)
+        place, held = (found[-1][0] if found else self._root), sum(n for _, n in found)
+        self._recurrent = bool(states)
+        if held == len(ids) and (not states or not held or _ends_with_states(*found[-1])):
+            return
+        new = (len(ids) - held) * sum(part.nbytes // part.shape[2] for rows in layers.rows for part in rows)
+        new += sum(part.nbytes for parts in states for part in parts)
+        if new + sum(piece.nbytes for piece, _ in found) > self.limit:
+            return
+        while self._nbytes + new > self.limit:
+            self._drop(min(self._ends(self._root), key=lambda piece: piece.used))
+        self._nbytes += new
+        if held and found[-1][1] < len(place.tokens):
+            place = self._split(place, found[-1][1])
+        if held == len(ids):
+            place.layers = replace(layers, rows=place.layers.rows)
+            return
+        (part,) = _cut(layers, held, len(ids))
+        kept = replace(layers, rows=part.rows)
+        place.below[int(ids[held])] = _Piece(ids[held:], kept, place, used=next(self._clock))
+
+    def _walk(self, tokens: Tokens) -> list[tuple[_Piece, int]]:
+        """The pieces that the tokens begin with, one after the other, and how many tokens of each."""
+        piece, found = self._root, []
+        while len(tokens) and (following := piece.below.get(int(tokens[0]))) is not None:
+            piece, following.used = following, next(self._clock)
+            both = min(len(tokens), len(piece.tokens))
+            unlike = np.flatnonzero(piece.tokens[:both] != tokens[:both])
+            found.append((piece, int(unlike[0]) if len(unlike) else both))
+            if found[-1][1] < len(piece.tokens):
+                break
+            tokens = tokens[both:]
+        return found
+
+    def _split(self, piece: _Piece, count: int) -> _Piece:
+        """Cut a piece after its first tokens; these, as a piece above it."""
+        assert piece.above is not None
+        first, rest = _cut(piece.layers, 0, count, len(piece.tokens))
+        head = _Piece(piece.tokens[:count], first, piece.above, used=piece.used)
+        piece.above.below[int(head.tokens[0])] = head
+        piece.tokens, piece.above = piece.tokens[count:], head
+        piece.layers = replace(piece.layers, rows=rest.rows)
+        head.below[int(piece.tokens[0])] = piece
+        return head
+
+    def _drop(self, piece: _Piece) -> None:
+        assert piece.above is not None
+        del piece.above.below[int(piece.tokens[0])]
+        self._nbytes -= piece.nbytes
+
+    def _ends(self, piece: _Piece) -> list[_Piece]:
+        """The pieces that nothing comes after."""
+        below = piece.below.values()
+        return [end for each in below for end in self._ends(each)] if below else [piece]
+
+
+def states_of(layers: Layers) -> list[list[mx.array]]:
+    """What layers remember besides rows, and cannot take back: states of recurrent ones."""
+    states: list[list[mx.array]] = getattr(layers, "states", [])
+    return states
+
+
+def _ends_with_states(piece: _Piece, count: int) -> bool:
+    return count == len(piece.tokens) and bool(states_of(piece.layers))
+
+
+def _cut(layers: Layers, *ends: int) -> list[Layers]:
+    """Copies of the rows from each of the ends to the next; the layers' lists are emptied."""
+    found = [Layers([]) for _ in ends[1:]]
+    for parts in layers.rows:
+        for each, (start, end) in zip(found, itertools.pairwise(ends), strict=True):
+            each.rows.append([mx.contiguous(part[:, :, start:end]) for part in parts])
+            mx.eval(each.rows[-1])
+        parts.clear()
+    return found
