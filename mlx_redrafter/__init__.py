@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .decoding.state import DraftShape
     from .engine.engine import Engine, Request
     from .model import SpeculativeModel, load
+    from .session import Session
     from .text import Response, generate, stream_generate
 
 with contextlib.suppress(ValueError):  # raised again by the first use, where the command line reports it
@@ -24,6 +25,7 @@ ROOMS = {
     "Request": ".engine.engine",
     "Response": ".text",
     "Sampling": ".decoding.sampling",
+    "Session": ".session",
     "SpeculativeModel": ".model",
     "generate": ".text",
     "load": ".model",
@@ -36,6 +38,7 @@ __all__ = [
     "Request",
     "Response",
     "Sampling",
+    "Session",
     "SpeculativeModel",
     "generate",
     "load",

@@ -213,7 +213,7 @@ def load(
         for _, weight in weights:
             mx.eval(weight)  # one at a time: dequantizing takes several times its memory
     _try_out(model, folder)
-    loaded = _load_drafter(model, name, drafter)
+    loaded = drafter_for(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
     if loaded is not None and speculative.prepare() is None:
         raise ValueError(speculative.refusal)
@@ -251,7 +251,8 @@ def _try_out(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder} computes NaN: its config.json is damaged, or it needs another --dtype.")
 
 
-def _load_drafter(model: nn.Module, name: str, drafter: str | Path | None) -> Drafter | None:
+def drafter_for(model: nn.Module, name: str, drafter: str | Path | None) -> Drafter | None:
+    """The drafter of a model of this name; ``ValueError`` if it is missing or does not fit."""
     if drafter is None:
         return None
     identity = identity_of(model, name)

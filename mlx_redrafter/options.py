@@ -82,10 +82,11 @@ class PromptOptions:
         Raises:
             ValueError: the chat template refuses the conversation, or nothing is left to say.
         """
-        text = None if self.is_raw(tokenizer) else self._render(messages, tokenizer)
+        text = None if self.is_raw(tokenizer) else self.render(messages, tokenizer)
         return encode_messages(messages, tokenizer, text)
 
-    def _render(self, messages: list[Message], tokenizer: TokenizerWrapper) -> str:
+    def render(self, messages: list[Message], tokenizer: TokenizerWrapper) -> str:
+        """The same as the chat template's text; ``ValueError`` if it refuses the conversation."""
         begun = self.prefill_response is not None
         system = [{"role": "system", "content": self.system_prompt}] * (self.system_prompt is not None)
         answer = [{"role": "assistant", "content": self.prefill_response}] * begun

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,9 @@ from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Chooser, Emitted, Fixed, Sampler
 from .model import SpeculativeModel
 from .models.target import kept_as, quantize, to_prompt_cache
+
+if TYPE_CHECKING:
+    from .engine.prefixes import Prefixes
 
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
 PLAIN_ONLY = ("input_embeddings", "draft_model")
@@ -80,6 +83,7 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     max_kv_size: int | None = None,
     draft: bool = True,
+    prefixes: "Prefixes | None" = None,
     **options: Any,
 ) -> Iterator[Response]:
     """Generate text; stands in for ``mlx_lm.stream_generate``.
@@ -106,6 +110,7 @@ def stream_generate(
         prompt_cache: mlx-lm caches of an earlier part of the text.
         max_kv_size: tokens the cache may hold, as in mlx-lm.
         draft: False decodes with mlx-lm.
+        prefixes: texts kept for reuse; what mlx-lm decodes does without.
         **options: other options of ``mlx_lm.generate_step``. Those of a quantized cache (``kv_bits``,
             ``kv_group_size``, ``quantized_kv_start``) are followed, the others switch drafting off.
 
@@ -142,7 +147,8 @@ def stream_generate(
         mx.random.seed(seed)  # for functions of the caller's
     if draft and _can_draft(model, request, max_kv_size, options):
         policy = model.make_policy(lookup) if shape is None else Fixed(_usable(shape, model))
-        responses = _in_any_thread(_speculative(model, tokenizer, request, policy, prefill_step_size))
+        responses = _speculative(model, tokenizer, request, policy, prefill_step_size, prefixes)
+        responses = _in_any_thread(responses)
     else:
         from .plain import decode
 
@@ -342,9 +348,16 @@ def _in_any_thread(responses: Iterator[Response]) -> Iterator[Response]:
 
 
 def _speculative(
-    model: SpeculativeModel, tokenizer: TokenizerWrapper, request: Request, policy: Chooser, chunk: int
+    model: SpeculativeModel,
+    tokenizer: TokenizerWrapper,
+    request: Request,
+    policy: Chooser,
+    chunk: int,
+    prefixes: "Prefixes | None",
 ) -> Iterator[Response]:
-    engine = model.engine(policy, chunk)  # with the model as it is when the first token is asked for
+    engine = model.engine(
+        policy, chunk, prefixes=prefixes
+    )  # with the model as it is when the first token is asked for
     target, kept = engine.target, request.caches
     rows = len(request.prompt) - 1 + (kept[0].offset if kept else 0)
     left: list[Layers] = []

@@ -18,7 +18,7 @@ LEVELS = (  # from the bottom; a file may import its own level and those below
     ("decoding",),
     ("models", "loading"),
     ("engine",),
-    ("text", "plain", "record", "batch_generator", "model", "options", "chat", "conversations"),
+    ("text", "session", "plain", "record", "batch_generator", "model", "options", "chat", "conversations"),
     ("server", "train", "benchmark", "convert"),
     ("commands",),
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from ..model import DTYPES
 from ..options import CHOICES, DecodingOptions, ModelOptions, PromptOptions
 
 Options = TypeVar("Options")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # what a terminal may obey
 
 
 def taken(kind: type[Options], args: argparse.Namespace, **others: Any) -> Options:
@@ -71,6 +73,11 @@ def colours() -> bool:
     """Whether standard output is to have colours: in a terminal, unless the usual variables differ."""
     force, dumb = os.environ.get("FORCE_COLOR", "0") not in ("", "0"), os.environ.get("TERM") == "dumb"
     return not os.environ.get("NO_COLOR") and (force or (sys.stdout.isatty() and not dumb))
+
+
+def harmless(text: str) -> str:
+    """A model's text as a terminal may be given it."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _beam_width(text: str) -> int | str:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from tqdm import tqdm
 from ..chat import Continuing
 from ..options import check_text, choose_drafter, describe_shape, load_draft_model, load_model, warn_of_idle
 from ..text import Response, statistics, stream_generate
-from .arguments import add_decoding_arguments, colours, options_of
+from .arguments import add_decoding_arguments, colours, harmless, options_of
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # what a terminal may obey
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +130,7 @@ def _print(responses: Iterator[Response], show_draft: bool, verbose: bool) -> No
                 print("=" * 10)
             last, text = response, response.text
             if sys.stdout.isatty():
-                text = CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+                text = harmless(text)
             print(shown.format(text) if response.from_draft and text else text, end="", flush=True)
     finally:
         if last is not None:

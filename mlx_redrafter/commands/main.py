@@ -32,6 +32,7 @@ class Diagnostics(io.TextIOWrapper):
 
 COMMANDS = {  # each in a file of its name
     "generate": "generate text",
+    "chat": "talk with a model",
     "benchmark": "measure speed",
     "tune": "measure which draft shape is fastest here",
     "train": "make a drafter for a model",

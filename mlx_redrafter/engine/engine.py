@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
@@ -27,8 +27,10 @@ from .loop import (
     bucket,
     without_frames,
 )
-from .prefixes import Prefixes, states_of
 from .runner import Runner
+
+if TYPE_CHECKING:
+    from .prefixes import Prefixes
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
 UNLIMITED = 1 << 62  # tokens
@@ -135,7 +137,7 @@ class Engine:
         padded: Callable[[int], int] = int,
         hand_over: HandOver = begin_step,
         eager: bool = True,
-        prefixes: Prefixes | None = None,
+        prefixes: "Prefixes | None" = None,
     ) -> None:
         if chunk < 1 or texts < 1:
             raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
@@ -297,7 +299,7 @@ class Engine:
         del layers
         self._place(text, state)
 
-    def _prefixes_for(self, request: Request) -> Prefixes | None:
+    def _prefixes_for(self, request: Request) -> "Prefixes | None":
         """Where what is read of the request may be kept; None: nowhere."""
         return self.prefixes if request.caches is None and request.kv is None else None
 
@@ -343,13 +345,12 @@ def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: 
     return Engine(runner, policy, chunk, **{**usual, **options})
 
 
-def _keep(prefixes: Prefixes, request: Request, said: list[int], layers: Layers, rows: int) -> None:
-    """Keep a text that leaves for reuse. Recurrent layers may have seen what a stop has cut off."""
+def _keep(prefixes: "Prefixes", request: Request, said: list[int], layers: Layers, rows: int) -> None:
+    """Keep a text that leaves for reuse."""
     if request.release is not None:
         request.release(layers, rows)
-    if not states_of(layers):
-        copied = replace(layers, rows=[[*parts] for parts in layers.rows]) if request.release else layers
-        prefixes.keep([*request.prompt, *said][:rows], copied)
+        layers = replace(layers, rows=[[*parts] for parts in layers.rows])
+    prefixes.keep([*request.prompt, *said][:rows], layers, exact=False)  # a stop may have cut it
 
 
 def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:

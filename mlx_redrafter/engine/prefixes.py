@@ -93,13 +93,16 @@ class Prefixes:
         to_prompt_cache(replace(last, rows=rows), count, caches)
         return count
 
-    def keep(self, tokens: Sequence[int], layers: Layers) -> None:
+    def keep(self, tokens: Sequence[int], layers: Layers, exact: bool = True) -> None:
         """Keep what the committed layers of one text remember of the tokens, which are their first rows.
 
         Only what is not kept yet is copied. The layers' lists are emptied on the way, so that no two copies
-        of all are in memory at once.
+        of all are in memory at once. Recurrent layers' are kept only if ``exact``: their states are those
+        after the last of the tokens.
         """
         ids, states = np.asarray(tokens, np.int32), states_of(layers)
+        if states and not exact:
+            return
         found = self._walk(ids)
         place, held = (found[-1][0] if found else self._root), sum(n for _, n in found)
         self._recurrent = bool(states)
