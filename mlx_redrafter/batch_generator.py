@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
 from .decoding.layers import Layers
 from .engine.engine import Request
@@ -323,10 +323,13 @@ class BatchGenerator:
         ]
 
 
-def _copied(cache: KVCache) -> KVCache:
-    """A cache of the same rows; writing to it leaves the other as it is."""
+def _copied(cache: Any) -> Any:
+    """A cache of the same rows or states; writing to it leaves the other as it is."""
     twin: Any = copy.copy(cache)
-    if twin.offset:
+    if isinstance(twin, CacheList):
+        twin.caches = tuple(map(_copied, twin.caches))
+    elif isinstance(twin, ArraysCache):
+        twin.cache = [*twin.cache]
+    elif twin.offset:
         twin.keys, twin.values = (part[..., : twin.offset, :] for part in (twin.keys, twin.values))
-    copied: KVCache = twin
-    return copied
+    return twin

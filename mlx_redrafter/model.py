@@ -25,8 +25,9 @@ from .loading.tokenizer import load_tokenizer
 from .models.bundle import load_drafter
 from .models.drafter import Drafter
 from .models.fused import FusedDrafter
+from .models.hooks import parts
 from .models.identity import identity_of, token_embedding
-from .models.target import Target, parts
+from .models.target import Target
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -83,6 +84,8 @@ class SpeculativeModel:
             if self.refusal or not same:
                 _check_fit(drafter, target.embed)
                 target.check()
+            elif self._runner is not None:
+                target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
             drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
             self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""
         except ValueError as error:

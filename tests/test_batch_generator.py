@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from models import RandomDrafter, make_model
 
@@ -169,9 +169,8 @@ def test_bad_arguments_take_nothing_in(model, arguments, message):
 
 
 def test_what_cannot_be_drafted_for_is_mlx_lms():
-    from test_lossless import recurrent_model
-
-    base = recurrent_model()
+    base = make_model("llama")
+    base.make_cache = lambda: [RotatingKVCache(99, keep=4) for _ in base.layers]
     assert type(BatchGenerator(base)) is THEIRS
     assert type(BatchGenerator(make_model("llama"), max_kv_size=64)) is THEIRS
     assert make_prompt_cache(base)

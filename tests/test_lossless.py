@@ -281,10 +281,17 @@ def test_the_whole_step_traces_under_compile(values):
     assert len(traces) == 1
 
 
-def test_a_model_whose_positions_are_not_reached_is_refused(monkeypatch):
-    monkeypatch.setattr("mlx_redrafter.models.target.ROPE_NAMES", ())
-    with pytest.raises(ValueError, match="cannot verify a draft tree"):
-        Target(make_model("llama")).check()
+def test_a_model_whose_positions_are_not_reached_drafts_chains_only(monkeypatch):
+    monkeypatch.setattr("mlx_redrafter.models.hooks.ROPE_NAMES", ())
+    model = make_model("llama")
+    target = Target(model)
+    target.check()
+    assert not target.trees and target.batches
+    expected = plain(model, 30)
+    shape = DraftShape(3, 4, 9, 2)
+    tokens, steps = speculative(target, ScriptedDrafter(target, PROMPT + expected), shape, 30)
+    assert tokens == expected
+    assert max(steps) == 5  # a chain of the beam's length
 
 
 def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
@@ -292,24 +299,6 @@ def test_a_model_whose_nodes_see_each_other_is_refused(monkeypatch):
     monkeypatch.setattr("mlx_redrafter.models.target.visible", everything)
     with pytest.raises(ValueError, match="its logits differ"):
         Target(make_model("llama")).check()
-
-
-def recurrent_model():
-    from mlx_lm.models import mamba2
-
-    return mamba2.Model(
-        mamba2.ModelArgs(
-            model_type="mamba2", num_heads=4, head_dim=8, vocab_size=50, hidden_size=16, intermediate_size=32,
-            state_size=8, num_hidden_layers=2, layer_norm_epsilon=1e-5, conv_kernel=4, n_groups=1,
-            use_bias=False, use_conv_bias=True, tie_word_embeddings=True, time_step_limit=(0.0, 1.0),
-            time_step_rank="auto",
-        )
-    )  # fmt: skip
-
-
-def test_a_model_with_recurrent_layers_is_refused():
-    with pytest.raises(ValueError, match="cannot be rolled back"):
-        Target(recurrent_model())
 
 
 def test_the_view_leaves_the_model_as_it_was():

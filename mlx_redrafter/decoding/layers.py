@@ -1,12 +1,15 @@
-"""What the target's layers remember of B texts, in fixed buffers whose length lives on the device.
+"""What the target's layers remember of B texts.
 
-Writing to a buffer is in place only while nothing else reads it, and attention reads the buffers in every
-step. So a step does not move the accepted nodes' rows itself: it leaves them in ``path``, and the next
-step's first act is to ``commit`` them.
+Attention keeps rows, in fixed buffers whose length lives on the device. Writing to a buffer is in place only
+while nothing else reads it, and attention reads the buffers in every step. So a step does not move the
+accepted nodes' rows itself: it leaves them in ``path``, and the next step's first act is to ``commit`` them.
+
+Recurrent layers keep states, whose size does not depend on the text. Nothing is written into these: a step
+replaces them with those after the accepted nodes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -39,11 +42,17 @@ class Layers:
     rows: list[Rows]  # C rows of each text
     path: list[Rows] = field(default_factory=list)  # L + 1 rows of each, or none
     path_start: mx.array | None = None  # [B] where the path's rows belong
+    states: list[list[mx.array]] = field(default_factory=list)  # of each recurrent layer, each [B, ...]
 
     @property
     def capacity(self) -> int:
-        """C, rows of each text that the buffers have room for."""
-        return int(self.rows[0][0].shape[2])
+        """C, rows of each text that the buffers have room for; 0 if no layer keeps rows."""
+        return int(self.rows[0][0].shape[2]) if self.rows else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and the states."""
+        return sum(part.nbytes for parts in (*self.rows, *self.states) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -65,9 +74,8 @@ def commit(layers: Layers) -> Layers:
         return layers
     start = layers.path_start
     pairs = zip(layers.rows, layers.path, strict=True)
-    return Layers(
-        [[write_rows(buffer, rows, start) for buffer, rows in zip(*pair, strict=True)] for pair in pairs]
-    )
+    rows = [[write_rows(buffer, rows, start) for buffer, rows in zip(*pair, strict=True)] for pair in pairs]
+    return Layers(rows, states=layers.states)
 
 
 def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.array) -> Layers:
@@ -80,9 +88,8 @@ def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.
         start: [B], where the root's row belongs.
     """
     index = path[:, None, :, None]  # [B, 1, L+1, 1]
-    return Layers(
-        layers.rows, [[mx.take_along_axis(part, index, axis=2) for part in rows] for rows in nodes], start
-    )
+    left = [[mx.take_along_axis(part, index, axis=2) for part in rows] for rows in nodes]
+    return replace(layers, path=left, path_start=start)
 
 
 def write_rows(buffer: mx.array, rows: mx.array, start: mx.array) -> mx.array:
@@ -109,7 +116,8 @@ def fit_rows(layers: Layers, capacity: int) -> Layers:
 
 def take_rows(layers: Layers, texts: mx.array, capacity: int) -> Layers:
     """The committed layers of the ``texts`` [M], by number, with room for exactly ``capacity`` rows."""
-    return _rebuilt(layers, lambda buffer: _fitted(buffer[:, :, :capacity][texts], capacity))
+    taken = _rebuilt(layers, lambda buffer: _fitted(buffer[:, :, :capacity][texts], capacity))
+    return replace(taken, states=[[state[texts] for state in states] for states in layers.states])
 
 
 def join_rows(parts: Sequence[Layers]) -> Layers:
@@ -121,14 +129,20 @@ def join_rows(parts: Sequence[Layers]) -> Layers:
         joined.append(rows)
         for each in parts:
             each.rows[layer] = []
-    return Layers(joined)
+    states = [
+        [mx.concatenate(list(x)) for x in zip(*of_each, strict=True)]
+        for of_each in zip(*(each.states for each in parts), strict=True)
+    ]
+    return Layers(joined, states=states)
 
 
 def one_text(layers: Layers, number: int) -> Layers:
     """The committed layers of one text."""
-    return Layers(
-        [[part if part.shape[0] == 1 else part[number : number + 1] for part in rows] for rows in layers.rows]
+    rows, states = (
+        [[x if x.shape[0] == 1 else x[number : number + 1] for x in parts] for parts in all_parts]
+        for all_parts in (layers.rows, layers.states)
     )
+    return Layers(rows, states=states)
 
 
 def quantized(layers: Layers, how: Quantization) -> Layers:
@@ -136,7 +150,7 @@ def quantized(layers: Layers, how: Quantization) -> Layers:
     for number, rows in enumerate(layers.rows):
         layers.rows[number] = [part for array in rows for part in quantized_rows(array, how)]
         mx.eval(layers.rows[number])
-    return Layers(layers.rows)
+    return Layers(layers.rows, states=layers.states)
 
 
 def quantized_rows(rows: mx.array, how: Quantization) -> list[mx.array]:
@@ -158,7 +172,7 @@ def _rebuilt(layers: Layers, change: Callable[[mx.array], mx.array]) -> Layers:
                 rows[part] = write_rows(rows[part], layers.path[number][part], layers.path_start)
             rows[part] = change(rows[part])
             mx.eval(rows[part])
-    return Layers(layers.rows)
+    return Layers(layers.rows, states=layers.states)
 
 
 def _fitted(buffer: mx.array, capacity: int) -> mx.array:

@@ -68,6 +68,15 @@ class DraftShape:
         return self.size <= 2 or self.width + bool(self.lookup) == 1
 
     @property
+    def chain(self) -> "DraftShape":
+        """The shape if its trees are chains, or else one of the likeliest beam (or copies) alone."""
+        if self.is_chain:
+            return self
+        if self.width:
+            return DraftShape(1, min(self.length, self.depth))
+        return DraftShape(0, 0, None, self.depth)
+
+    @property
     def room(self) -> int:
         """Rows after the text that a step needs for its nodes, and for the tokens that it may emit."""
         return max(self.size, self.depth + 2)
@@ -117,12 +126,12 @@ def begin(known: Sequence[int], rows: int, layers: Layers, context: mx.array, se
     Args:
         known: its last token ids, one or more; what came before them is unknown.
         rows: tokens of it that the layers hold: all but the last.
-        layers: with room for at least one more row.
+        layers: with room for at least one more row, where they keep rows.
         context: [1, F]; zeros if what gave the last token is not known, and then the first step had better be
             plain.
         seeds: [2] of the text's random numbers.
     """
-    history = np.full((1, layers.capacity), -1, np.int32)
+    history = np.full((1, max(layers.capacity, rows + 1)), -1, np.int32)
     history[0, rows + 1 - len(known) : rows + 1] = known
     return State(
         mx.array([known[-1]], mx.int32),

@@ -72,7 +72,7 @@ def conclude(
     tree = proposed.tree
     all_logits, picks = pick(tree, state, seen.logits)  # [B, N, V], [B, N]
     accepted = accept(tree, picks, shape.depth)
-    layers = Layers(seen.rows)
+    layers = Layers(seen.rows, states=seen.states(accepted.count))
     if not shape.is_chain:  # a chain's accepted rows are where they belong already
         layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
 
@@ -118,6 +118,8 @@ class Verified:
     context: mx.array  # [B, N, F]
     rows: list[Rows]  # per layer [B, Hkv, C, ...]
     nodes: list[Rows]  # per layer [B, Hkv, N, ...]
+    # The recurrent layers' states after the first `count` [B] nodes, where the tree is a chain.
+    states: Callable[[mx.array], list[list[mx.array]]] = lambda count: []
 
 
 class Verifier(Protocol):

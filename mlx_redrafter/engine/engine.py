@@ -315,6 +315,8 @@ class Engine:
 
     def _suits(self, text: Text, batch: Batch) -> bool:
         """Whether a text may join: it must not make the others' buffers much larger than they need."""
+        if not self.target.batches:
+            return False
         everyone = [*batch.everyone, text]
         needs = [bucket(each.rows + 1) for each in everyone]
         fits = len(everyone) * max(batch.capacity, *needs) <= WASTE * sum(needs)

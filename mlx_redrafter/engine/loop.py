@@ -126,7 +126,7 @@ def begin_step(state: State, output: Output) -> None:
     MLX walks all of a graph before it hands over the first operation, so with the first layers going ahead,
     the device need not wait for the walk through the others.
     """
-    mx.async_eval(state.layers.rows[:FIRST_LAYERS][-1])
+    mx.async_eval(state.layers.rows[:FIRST_LAYERS][-1:])
     mx.async_eval(output.verified)
 
 
@@ -187,7 +187,7 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the layers' buffers."""
-        return sum(part.nbytes for state in self._states for rows in state.layers.rows for part in rows)
+        return sum(state.layers.nbytes for state in self._states)
 
     @property
     def rows(self) -> int:

@@ -46,7 +46,11 @@ class Runner:
         self._steps: dict[tuple[DraftShape, View], FlatStep] = {}
 
     def __call__(self, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
-        """One step (``step.py``), whose attention is shown the ``view`` of the buffers."""
+        """One step (``step.py``), whose attention is shown the ``view`` of the buffers.
+
+        If the target verifies chains only, the shape's chain takes the place of its tree.
+        """
+        shape = shape if self.target.trees else shape.chain
         if not self.compiled:
             return self._step(self.target, shape, state, view)
         kind = shape, view, state.token.size, tuple(state.sampling)
@@ -54,11 +58,17 @@ class Runner:
         if self._uses[kind] <= TRIALS:
             return self._step(self.target, shape, state, view)
         layers = state.layers
-        if layers.path_start is not None and layers.path[0][0].shape[2] != shape.depth + 1:
+        if layers.path_start is not None and layers.path and layers.path[0][0].shape[2] != shape.depth + 1:
             state = replace(state, layers=commit(layers))  # so that traces know paths of one length only
         if (shape, view) not in self._steps:
             self._steps[shape, view] = mx.compile(self._flat_step(shape, view))
-        after, output = self._steps[shape, view](_flatten(state), self.target.weights, self._serial)
+        try:
+            after, output = self._steps[shape, view](_flatten(state), self.target.weights, self._serial)
+        except ValueError as error:
+            if "eval" not in str(error):
+                raise
+            self.compiled = False  # the model's code asks for values, which a trace does not have
+            return self._step(self.target, shape, state, view)
         return _unflatten(after), Output(**output)
 
     def _step(self, target: Target, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:

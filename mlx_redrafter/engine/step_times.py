@@ -68,8 +68,8 @@ def candidates(runner: Runner | None, lookup: int | None = None) -> list[DraftSh
         return [PLAIN]
     drafter: Any = runner.drafter
     known = drafter.config.head_outputs if drafter else 0
-    shapes = [_fit(shape, known, lookup) for shape in backend.current().shapes]
-    return list(dict.fromkeys(shape for shape in shapes if shape is not None))
+    shapes = [shape for each in backend.current().shapes if (shape := _fit(each, known, lookup)) is not None]
+    return list(dict.fromkeys(shapes if runner.target.trees else [shape.chain for shape in shapes]))
 
 
 def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None:

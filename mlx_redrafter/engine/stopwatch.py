@@ -146,11 +146,13 @@ def measure(
 def after_text(runner: Runner, rows: int) -> State:
     """The state after a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = runner.target
-    layers = target.layers_of(target.make_cache())[1].rows
+    empty = target.layers_of(target.make_cache())[1]
     blank = [
-        [mx.zeros((1, x.shape[1], bucket(rows + 1), x.shape[3]), x.dtype) for x in parts] for parts in layers
+        [mx.zeros((1, x.shape[1], bucket(rows + 1), x.shape[3]), x.dtype) for x in parts]
+        for parts in empty.rows
     ]
-    return begin(made_up_text(runner, rows + 1), rows, Layers(blank), target.no_context(), mx.random.key(0))
+    layers = Layers(blank, states=empty.states)
+    return begin(made_up_text(runner, rows + 1), rows, layers, target.no_context(), mx.random.key(0))
 
 
 def made_up_text(runner: Runner, rows: int) -> list[int]:

@@ -1,15 +1,13 @@
 """An mlx-lm model seen as the target of speculative decoding.
 
-The model's own code runs unmodified. It asks its cache for three things: ``offset`` (positions),
-``make_mask`` and ``update_and_fetch``; ``TreeCache`` answers them for a tree of drafted nodes. Two
-things the code does not offer are reached through a *view*, a copy of the modules that shares all
-weights: the outputs of the inner model and of single layers (the hidden states) are recorded on their
-way, and rotary embeddings, which take one offset per batch row only, get the nodes as batch rows.
-A view does not see what is put into the model later, but ``parts`` tells that something was.
+The model's own code runs unmodified. Attention asks its cache for three things: ``offset`` (positions),
+``make_mask`` and ``update_and_fetch``; ``TreeCache`` answers them for a tree of drafted nodes. Recurrent
+layers are given their states. What else must be known is watched in a *view* of the model (``hooks.py``).
 """
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -17,7 +15,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    CacheList,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 from ..decoding.layers import (
     Layers,
@@ -31,21 +36,29 @@ from ..decoding.layers import (
     write_rows,
 )
 from ..decoding.step import Verified
-from ..decoding.tree import Tree, make_tree
+from ..decoding.tree import Tree
+from .hooks import Recorder, States, StatesView, Tape, leaves, parts, view, watch
 from .identity import token_embedding
+from .trial import ERRORS, begin, failure
 
-ROPE_NAMES = ("rope", "rotary_emb")
 RMS_EPS = 1e-6
 INNER_NAMES = ("model", "transformer", "backbone")
+LAYERS_NAMES = ("layers", "h", "blocks")
+NORM_NAMES = ("norm", "final_layer_norm")
 
 
 class Target:
-    """A language model that verifies trees.
+    """A language model that verifies trees, or chains only.
 
     Args:
-        model: an mlx-lm model with rotary attention and plain (or sliding-window) KV caches.
+        model: an mlx-lm model whose caches are plain or sliding-window KV caches, states of recurrent
+            layers, or lists of these.
         layers: layers, counted from 1, whose outputs are part of the hidden states too, each divided by
             its root mean square. So F = H * (1 + len(layers)).
+
+    Attributes:
+        trees: whether it verifies trees that branch; found by ``check``.
+        batches: whether it verifies several texts at once; found by ``check``.
 
     Raises:
         ValueError: the model's state cannot be rolled back, or its parts cannot be found.
@@ -53,43 +66,72 @@ class Target:
 
     def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
         self.model = model
-        self.windows = [_window(cache, model) for cache in make_prompt_cache(model)]
+        self._caches = make_prompt_cache(model)  # empty
+        kept = list(leaves(self._caches))
+        self.windows = [_window(cache, model) for cache in kept if type(cache) is not ArraysCache]
+        self.trees = len(kept) == len(self.windows)
+        self.batches = True
         self.layers_read = tuple(layers)
-        self._watch(_view(model))
+        self._has_inner_head = False
+        self._watch(view(model))
         self.vocabulary = int(self.embed.weight.shape[0])
+        with contextlib.suppress(*ERRORS):  # ``check`` will tell
+            logits, hidden, _ = self._forward(mx.array([[0]]), self.make_cache())  # nothing is computed
+            if hidden.shape[-1] == logits.shape[-1] and not layers:
+                self._has_inner_head = True
+                self._watch(view(model))
 
     def with_weights(self, weights: list[mx.array]) -> "Target":
         """A twin that computes with other arrays in the places of its ``weights``."""
         twin = copy.copy(self)
-        twin._watch(_view(self._view, iter(weights)))
+        twin._watch(view(self._view, iter(weights)))
         return twin
 
-    def _watch(self, view: Any) -> None:
-        self._view = view
-        self.embed: Any = token_embedding(view)
-        self.weights = [part for part in parts(view) if isinstance(part, mx.array)]
-        self._lock = Lock()  # the recorders are shared
-        inner = _Recorder.put_into(*_inner_place(view))
-        layers = (_Recorder.put_into(*_layer_place(inner, layer)) for layer in self.layers_read)
-        self._recorders = [inner, *layers]
+    def _watch(self, model: Any) -> None:
+        self._view = model
+        self.embed: Any = token_embedding(model)
+        self.weights = [part for part in parts(model) if isinstance(part, mx.array)]
+        self._lock = Lock()  # the recorders and the tape are shared
+        self._tape = Tape()
+        watch(model, self._tape)
+        inner: Any = _inner_place(model)
+        self.layers = _layers(inner[0][inner[1]])
+        read = [Recorder.put_into(*_layer_place(self.layers, layer)) for layer in self.layers_read]
+        if self._has_inner_head:
+            inner = _norm_place(inner[0][inner[1]])
+        self._recorders = [Recorder.put_into(*inner), *read]
 
-    @property
-    def layers(self) -> list[Any]:
-        """The model's layers."""
-        return _layers(self._recorders[0])
-
-    def make_cache(self) -> list[KVCache]:
+    def make_cache(self) -> list[Any]:
         """mlx-lm caches for prompt processing, one per layer, that keep every token."""
-        return [KVCache() if window is None else _WindowedCache(window) for window in self.windows]
+        windows = iter(self.windows)
 
-    def layers_of(self, caches: Sequence[KVCache]) -> tuple[int, Layers]:
-        """How many tokens mlx-lm caches hold, and their buffers, with room for one row more at least."""
-        rows = int(caches[0].offset)
-        if rows == 0:  # they have no buffers yet
-            caches = [copy.copy(cache) for cache in caches]
+        def empty(cache: Any) -> Any:
+            if isinstance(cache, CacheList):
+                return CacheList(*map(empty, cache.caches))
+            if isinstance(cache, ArraysCache):
+                return _StatesCache(len(cache.cache))
+            window = next(windows)
+            return KVCache() if window is None else _WindowedCache(window)
+
+        return [empty(cache) for cache in self._caches]
+
+    def layers_of(self, caches: Sequence[Any]) -> tuple[int, Layers]:
+        """How many tokens mlx-lm caches hold, and what they hold, with room for one row more at least.
+
+        Raises:
+            ValueError: there are states only, of mlx-lm's own, which do not say how many tokens led to them.
+        """
+        rows = max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
+        if rows == 0 and not all(cache.empty() for cache in leaves(caches)):
+            raise ValueError("a cache that does not say how many tokens it holds: leave it out.")
+        if rows == 0:  # they have no buffers yet, and states that come from nothing
+            caches = copy.deepcopy(list(caches))
             self.forward(mx.array([[0]]), caches)
         layers = from_prompt_cache(caches)
-        return rows, layers if rows < layers.capacity else fit_rows(layers, rows + 1)
+        if rows == 0:
+            layers.states = [[mx.zeros_like(state) for state in states] for states in layers.states]
+        fits = rows < layers.capacity or not layers.rows
+        return rows, layers if fits else fit_rows(layers, rows + 1)
 
     def no_context(self) -> mx.array:
         """[1, F]: what the drafter reads before anything is known."""
@@ -97,12 +139,23 @@ class Target:
         return mx.tile(mx.zeros_like(hidden), (1, 1 + len(self.layers_read)))
 
     def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
-        """Tokens [B, n] behind what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
+        """Tokens [B, n] after what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
+        logits, hidden, _ = self._forward(tokens, caches)
+        for cache in leaves(caches):
+            if isinstance(cache, _StatesCache):
+                cache.offset += tokens.shape[1]
+        return logits, hidden
+
+    def _forward(
+        self, tokens: mx.array, caches: Sequence[Any], watched: Sequence[StatesView] = ()
+    ) -> tuple[mx.array, mx.array, Callable[[mx.array], States]]:
         with self._lock:
+            self._tape.start(tokens.shape[1] if watched else 0)
             logits = self._view(tokens, cache=caches)
             last, *layers = [recorder.take() for recorder in self._recorders]
+            after = self._tape.stop(watched)
         states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
-        return logits, mx.concatenate(states, axis=-1) if layers else last
+        return logits, mx.concatenate(states, axis=-1) if layers else last, after
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits [B, n, V] for last hidden states [B, n, H]: the forward pass without the inner model."""
@@ -113,8 +166,14 @@ class Target:
 
     def head_rows(self, ids: mx.array) -> mx.array:
         """Rows [n, H] of the head's matrix for tokens ``ids`` [n]; of the embedding if both are tied."""
-        owner, _ = _inner_place(self.model)
-        layer: Any = owner.get("lm_head", self.embed)
+        heads = [
+            (len(path), path, module)
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Linear | nn.QuantizedLinear)
+            and module.weight.shape[0] == self.vocabulary
+            and not any(name.isdigit() for name in path.split("."))  # of no layer
+        ]
+        layer: Any = min(heads)[-1] if heads else self.embed
         if isinstance(layer, nn.QuantizedLinear):
             biases = None if layer.biases is None else layer.biases[ids]
             return mx.dequantize(
@@ -126,13 +185,23 @@ class Target:
     def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View | None = None) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``start`` + its depth."""
         masks: dict[int | None, mx.array] = {}
-        view = view or View(layers.capacity)
-        caches = [
-            TreeCache(tree, start, view, masks, rows, window)
-            for rows, window in zip(layers.rows, self.windows, strict=True)
-        ]
-        logits, hidden = self.forward(tree.tokens, caches)
-        return Verified(logits, hidden, [cache.rows for cache in caches], [cache.nodes for cache in caches])
+        shown = view or View(layers.capacity)
+        kept, states = zip(layers.rows, self.windows, strict=True), iter(layers.states)
+        trees: list[TreeCache] = []
+        watched: list[StatesView] = []
+
+        def stand_in(cache: Any) -> Any:
+            if isinstance(cache, CacheList):
+                return CacheList(*map(stand_in, cache.caches))
+            if isinstance(cache, ArraysCache):
+                watched.append(StatesView(next(states)))
+                return watched[-1]
+            trees.append(TreeCache(tree, start, shown, masks, *next(kept)))
+            return trees[-1]
+
+        caches = [stand_in(cache) for cache in self._caches]
+        logits, hidden, after = self._forward(tree.tokens, caches, watched)
+        return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
 
     def check_quantized(self, how: Quantization) -> None:
         """Raise ``ValueError`` if mlx-lm cannot decode with keys and values quantized so."""
@@ -151,46 +220,36 @@ class Target:
             ) from error
 
     def check(self) -> None:
-        """Compare a branching tree's and a chain's logits with sequential decoding on this very model.
+        """Compare logits with sequential decoding's on this very model (``trial.py``).
+
+        If only those of trees, or of several texts at once, differ, ``trees`` or ``batches`` becomes false.
 
         Raises:
-            ValueError: they differ, so drafting would change what the model says.
+            ValueError: a chain's differ, so drafting would change what the model says.
         """
-        a, b, c, root, d, e, f, g, h = [(7919 * i + 13) % self.embed.weight.shape[0] for i in range(9)]
-        #  root - d - e - f
-        #          \ g - h
-        parents = mx.array([[0, 0, 1, 2, 1, 4]], mx.int32)
-        tree = make_tree(mx.array([[root, d, e, f, g, h]], mx.int32), parents, depth=3)
-        chain = make_tree(mx.array([[root, d, e, f]], mx.int32), parents[:, :4], depth=3)
-        chain.is_chain = True
-        try:
-            caches = self.make_cache()
-            self.forward(mx.array([[a, b, c]]), caches)
-            layers = from_prompt_cache(caches)
-            found = mx.concatenate([self.verify(x, layers, mx.array([3])).logits[0] for x in (tree, chain)])
-            first = self._sequential([a, b, c, root], [d, e, f])
-            wanted = mx.stack([*first, *self._sequential([a, b, c, root], [d, g, h])[2:], *first])
-            error = float(mx.abs(found.astype(mx.float32) - wanted).max())
-            scale = float(mx.abs(wanted).max())
-        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as reason:
-            raise ValueError(f"{_name(self.model)} cannot verify a draft tree: {reason}.") from reason
-        tolerance = 1e-3 if found.dtype == mx.float32 else 0.1
-        if not error <= tolerance * max(scale, 1.0):
-            raise ValueError(
-                f"{_name(self.model)} cannot verify a draft tree: its logits differ by {error:.2g} "
-                f"(of {scale:.2g}) from sequential decoding."
-            )
-
-    def _sequential(self, prompt: list[int], chain: list[int]) -> list[mx.array]:
-        """Logits [V] after the prompt and after each token of the chain, by plain decoding."""
-        caches = make_prompt_cache(self.model)
-        logits = [self.model(mx.array([tokens]), cache=caches) for tokens in (prompt, *([t] for t in chain))]
-        return [x[0, -1].astype(mx.float32) for x in logits]
+        trial, failed = begin(self)
+        if failed := failed or failure(trial.chains):
+            raise ValueError(f"{_name(self.model)} cannot verify a draft tree: {failed}.")
+        self.trees = self.trees and not failure(trial.tree)
+        self.batches = not failure(trial.batch)
 
 
 def from_prompt_cache(caches: Sequence[Any]) -> Layers:
-    """The buffers of mlx-lm caches after prompt processing."""
-    return Layers([[*x.keys, *x.values] if kept_as(x) is not None else [x.keys, x.values] for x in caches])
+    """What mlx-lm caches hold after prompt processing."""
+    kept: list[Any] = list(leaves(caches))
+    rows = [x for x in kept if not isinstance(x, ArraysCache)]
+    some: Any = next((x.keys[..., :0] for x in rows if isinstance(x.keys, mx.array)), None)  # of no width
+    return Layers(
+        [
+            [some, some]
+            if x.keys is None
+            else [x.keys, x.values]
+            if kept_as(x) is None
+            else [*x.keys, *x.values]
+            for x in rows
+        ],
+        states=[x.state[0] for x in kept if isinstance(x, ArraysCache)],
+    )
 
 
 def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantization | None = None) -> None:
@@ -198,10 +257,16 @@ def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantizat
 
     If these have been quantized since, by ``how``, quantized caches take the places of the given ones.
     """
-    if len(layers.rows[0]) > 2:
+    if layers.rows and len(layers.rows[0]) > 2:
         quantize(caches, how and replace(how, start=0))
-    for parts, cache in zip(layers.rows, caches, strict=True):
-        cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
+    kept, states = iter(layers.rows), iter(layers.states)
+    cache: Any
+    for cache in leaves(caches):
+        if isinstance(cache, ArraysCache):
+            cache.state = next(states), None, None
+        else:
+            parts = next(kept)
+            cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
         cache.offset = rows
 
 
@@ -236,20 +301,27 @@ class TreeCache:
         self.tree, self.start, self.window = tree, start, window
         self.view = view
         self.masks = masks  # by window, shared by all layers
-        self.rows, self.nodes = rows, [mx.array(0)] * len(rows)
+        nodes = tree.tokens.shape[1]
+        self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
         # positions: [B] of the root, from which a chain counts up, else [B, N] of each node
         self.offset = start if tree.is_chain else start[:, None] + tree.depths
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
-        window = window_size or self.window
+        window = min((each for each in (window_size, self.window) if each), default=None)
         if n == 1 and self.view.exact and window is None and self.start.size == 1:
             return None
         if window not in self.masks:
             mask = visible(self.tree, self.start, self.view.columns, window)  # [B, N, C]
-            self.masks[window] = mask[0] if mask.shape[0] == 1 else mask[:, None]
+            self.masks[window] = mask[:, None]
         return self.masks[window]
+
+    keys = property(lambda self: self.rows[0], lambda self, rows: self._put(0, rows))  # some models
+    values = property(lambda self: self.rows[1], lambda self, rows: self._put(1, rows))  # depend on them
+
+    def _put(self, part: int, rows: mx.array) -> None:
+        self.rows[part] = rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         self.nodes = [keys, values]
@@ -259,99 +331,33 @@ class TreeCache:
             self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
         pairs = zip(self.rows, self.nodes, strict=True)
         self.rows = [write_rows(buffer, rows, self.start) for buffer, rows in pairs]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What attention is shown, as after ``update_and_fetch``."""
         shown = [buffer[:, :, : self.view.columns] for buffer in self.rows]
         return (shown[0], shown[1]) if len(shown) == 2 else (tuple(shown[:3]), tuple(shown[3:]))
 
 
+class _StatesCache(ArraysCache):  # type: ignore[misc]
+    """Counts its tokens; ``Target.forward`` does."""
+
+    offset = 0
+
+
 class _WindowedCache(KVCache):  # type: ignore[misc]
-    """Keeps every token, but shows only the last ``window`` to each, as a rotating cache would."""
+    """Keeps every token, but shows to each only what a rotating cache of ``window`` rows would."""
 
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window = window
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        return super().make_mask(n, return_array=return_array, window_size=window_size or self.window)
-
-
-class _NodeRope:
-    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, Hq or Hkv, N, Dh]."""
-
-    def __init__(self, inner: Callable[..., mx.array]) -> None:
-        self.inner = inner
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
-        if not isinstance(offset, mx.array) or offset.ndim < 2:
-            rotated: mx.array = self.inner(x, offset=offset, **kwargs)
-            return rotated
-        batch, heads, nodes, size = x.shape
-        x = x.transpose(0, 2, 1, 3).reshape(batch * nodes, heads, 1, size)
-        x = self.inner(x, offset=offset.reshape(-1), **kwargs)
-        return x.reshape(batch, nodes, heads, size).transpose(0, 2, 1, 3)  # [B, Hq or Hkv, N, Dh]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-class _Recorder:
-    """Stands for a part of a view and keeps its last output, the hidden states."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-        self._output: Any = None
-        self._instead: mx.array | None = None
-
-    @classmethod
-    def put_into(cls, owner: Any, name: Any) -> "_Recorder":
-        owner[name] = recorder = cls(owner[name])
-        return recorder
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._instead is not None:
-            output, self._instead = self._instead, None
-            return output
-        self._output = self.inner(*args, **kwargs)
-        return self._output
-
-    def take(self) -> mx.array:
-        output, self._output = self._output, None
-        if not isinstance(output, mx.array) or output.ndim != 3:
-            raise ValueError("its hidden states cannot be read")
-        return output
-
-    def play(self, output: mx.array) -> None:
-        """Give ``output`` at the next call instead of running."""
-        self._instead = output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-def parts(module: Any) -> list[Any]:
-    """All that decides what a module computes: it is as it was if each part is the same object as before."""
-    if isinstance(module, list | tuple):
-        return [part for item in module for part in parts(item)]
-    if not isinstance(module, dict):
-        return [module]
-    own = vars(module).values() if isinstance(module, nn.Module) else ()
-    return [module, *own, *module, *(part for item in module.values() for part in parts(item))]
-
-
-def _view(module: Any, weights: Iterator[mx.array] | None = None) -> Any:
-    """A twin of ``module``, with its own arrays or these ``weights``, whose rotary embeddings take nodes."""
-    if isinstance(module, mx.array):
-        return module if weights is None else next(weights)
-    if isinstance(module, _Recorder):
-        return _view(module.inner, weights)
-    if isinstance(module, list | tuple):
-        return type(module)(_view(item, weights) for item in module)
-    if not isinstance(module, dict):
-        return module
-    twin = copy.copy(module)
-    for name, child in module.items():
-        wrapped = name in ROPE_NAMES and callable(child) and not isinstance(child, _NodeRope)
-        twin[name] = _NodeRope(child) if wrapped else _view(child, weights)
-    return twin
+        wanted = window_size or self.window
+        if n > 1 and wanted > self.window:  # of earlier tokens, it has dropped all but ``window`` - 1
+            mask = super().make_mask(n, return_array=True, window_size=wanted)
+            return mask & (mx.arange(mask.shape[-1]) > self.offset - self.window)
+        return super().make_mask(n, return_array=return_array, window_size=min(wanted, self.window))
 
 
 def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
@@ -359,21 +365,31 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
     owner = model.get("language_model", model)
     for name in INNER_NAMES:
         if isinstance(owner.get(name), nn.Module):
-            return owner, name
+            return (owner, name) if callable(owner[name]) else (owner[name], "language_model")
     raise ValueError(f"{_name(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
 
 
-def _layer_place(inner: _Recorder, layer: int) -> tuple[list[Any], int]:
+def _norm_place(inner: Any) -> tuple[nn.Module, str]:
+    """An inner model whose output are logits, and the name of its final norm, whose output the head reads."""
+    for name in NORM_NAMES:
+        if name in inner:
+            return inner, name
+    raise ValueError(
+        f"its hidden states cannot be read: no {' or '.join(NORM_NAMES)} in {type(inner).__name__}"
+    )
+
+
+def _layer_place(layers: list[Any], layer: int) -> tuple[list[Any], int]:
     """The list of an inner model's layers, and the place there of a layer counted from 1."""
-    layers = _layers(inner)
     if not 1 <= layer <= len(layers):
         raise ValueError(f"layer {layer} is not usable as context: the model has {len(layers)} layers.")
     return layers, layer - 1
 
 
-def _layers(inner: _Recorder) -> list[Any]:
-    layers = inner.inner.get("layers", inner.inner.get("h"))
-    return layers if isinstance(layers, list) else []
+def _layers(inner: Any) -> list[Any]:
+    while isinstance(inner, nn.Module):
+        inner = next((inner[name] for name in LAYERS_NAMES if name in inner), None)
+    return inner if isinstance(inner, list) else []
 
 
 def _window(cache: Any, model: nn.Module) -> int | None:
