@@ -8,6 +8,7 @@ import re
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx_redrafter  # noqa: F401 - loads its BLAS before MLX is loaded
 
@@ -22,13 +23,16 @@ from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from models import ScriptedDrafter
 from tiny import CONFIGS, make_tiny, modules
 
-from mlx_redrafter.decoding.layers import View, commit, one_text
+from mlx_redrafter import SpeculativeModel
+from mlx_redrafter.batch_generator import BatchGenerator
+from mlx_redrafter.decoding.layers import View, commit, one_text, visible
 from mlx_redrafter.decoding.state import DraftShape, join
 from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
-from mlx_redrafter.models.hooks import leaves
+from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.models.hooks import RECURRENCES, leaves
 from mlx_redrafter.models.target import Target
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -155,6 +159,93 @@ def test_states_after_drafts_are_those_of_a_fresh_prefill(name):
                 size = max(mx.abs(theirs).max().item(), 1)
                 np.testing.assert_allclose(np.array(mine), np.array(theirs), rtol=0, atol=1e-4 * size)
     assert {1, 5} <= set(counts)  # drafts were accepted, and rejected
+
+
+def failing_window(tree, start, columns, window=None):
+    return visible(tree, start, columns, window and window + 1)
+
+
+def no_rollback(tape, state, after):
+    tape.moves[id(state)] = state, lambda count: state
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "instead"),
+    [
+        ("plamo3", "target.visible", failing_window),
+        ("gemma3_text", "target.visible", failing_window),
+        ("lfm2", "hooks._slide", lambda rows, state, nodes: lambda count: state),
+        ("mamba2", "hooks.Tape.note", no_rollback),
+        ("rwkv7", "hooks._slide", lambda rows, state, nodes: lambda count: state),
+    ],
+)
+def test_the_self_check_sees_windows_and_rollbacks(monkeypatch, name, place, instead):
+    model = make_tiny(name)
+    Target(model).check()
+    monkeypatch.setattr(f"mlx_redrafter.models.{place}", instead)
+    with pytest.raises(ValueError, match="its logits differ"):
+        Target(model).check()
+
+
+def test_a_state_that_nobody_watches_is_refused(monkeypatch):
+    monkeypatch.delitem(RECURRENCES, "gated_delta_update")
+    with pytest.raises(ValueError, match="is not known, so that it cannot be rolled back"):
+        Target(make_tiny("qwen3_next")).check()
+
+
+def test_chains_only_are_chosen_from_and_run_where_trees_are_not_verified():
+    target = Target(make_tiny("qwen3_next"))
+    target.check()
+    assert not target.trees
+    drafter = SimpleNamespace(config=SimpleNamespace(head_outputs=200))
+    shapes = candidates(Runner(target, drafter))
+    assert len(shapes) > 3 and all(shape.is_chain for shape in shapes)
+    for shape in (
+        DraftShape(4, 5, 16, 5),
+        DraftShape(3, 2, 3, 7),
+        DraftShape(2, 1),
+        DraftShape(0, 0, None, 3),
+    ):
+        assert shape.chain.is_chain
+        assert shape.chain.depth <= shape.depth and shape.chain.room <= shape.room
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt_neox", "lille-130m", "gemma3n", "internlm2", "llama4_text", "dbrx", "plamo"]
+)
+def test_hidden_states_and_rows_of_the_head_are_found_wherever_they_are(name):
+    model = make_tiny(name)
+    target = Target(model)
+    logits, hidden = target.forward(mx.array([[1, 2, 3]]), target.make_cache())
+    ids = mx.array([5, 9])
+    assert hidden.shape[-1] == target.no_context().shape[-1] < logits.shape[-1]
+    np.testing.assert_allclose(np.array(target.head(hidden)), np.array(logits), atol=1e-5)
+    if name != "gemma3n":  # which bounds its logits
+        rows = target.head_rows(ids)
+        np.testing.assert_allclose(np.array(hidden @ rows.T), np.array(logits[..., ids]), atol=1e-4)
+    if name != "gemma3n":  # whose layers have several streams
+        _, context = Target(model, (1, 2)).forward(mx.array([[1, 2, 3]]), target.make_cache())
+        assert context.shape[-1] == 3 * hidden.shape[-1]
+
+
+def test_batch_generator_hands_out_caches_of_states():
+    base = make_tiny("qwen3_next")
+    model = SpeculativeModel(base, None)
+    model.use_policy(Fixed(DraftShape(0, 0, None, 3)))
+    text = LONG[:30]
+    wanted = plain(base, text, 24)
+    generator = BatchGenerator(model, max_tokens=12)
+    assert type(generator) is BatchGenerator
+    generator.insert([text])
+    said = []
+    while responses := generator.next_generated():
+        said += [response.token for response in responses]
+        last = responses[0]
+    again = BatchGenerator(model, max_tokens=11)
+    again.insert([wanted[12:13]], caches=[last.prompt_cache], all_tokens=[text + wanted[:12]])
+    while responses := again.next_generated():
+        said += [response.token for response in responses]
+    assert said == wanted[:12] + wanted[13:]
 
 
 def main():

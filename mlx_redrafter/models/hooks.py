@@ -34,12 +34,18 @@ Function = Callable[
 
 
 class NodeRope:
-    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, Hq or Hkv, N, Dh]."""
+    """A rotary embedding that also takes one position per node: offset [B, N] for x [B, Hq or Hkv, N, Dh].
+
+    While nodes are verified, a number as the offset comes from the buffers' shape, which says nothing.
+    """
 
     def __init__(self, inner: Callable[..., mx.array]) -> None:
         self.inner = inner
+        self.tape: Tape | None = None
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
+        if isinstance(offset, int) and offset and self.tape and self.tape.offset is not None:
+            offset = self.tape.offset
         if not isinstance(offset, mx.array) or offset.ndim < 2:
             rotated: mx.array = self.inner(x, offset=offset, **kwargs)
             return rotated
@@ -92,11 +98,12 @@ class Tape:
 
     def __init__(self) -> None:
         self.nodes = 0  # N while something is noted
+        self.offset: mx.array | None = None  # positions while nodes are verified
         self.kinds: dict[type, type] = {}  # a class -> the one that takes its place
 
-    def start(self, nodes: int) -> None:
+    def start(self, nodes: int, offset: mx.array | None = None) -> None:
         """Note what is read from now on; of a single node nothing is of interest."""
-        self.nodes = nodes if nodes > 1 else 0
+        self.nodes, self.offset = nodes if nodes > 1 else 0, offset
         self.windows: list[mx.array] = []  # [B, K - 1 + N, ...]: rows before, and the nodes'
         self.moves: dict[int, tuple[mx.array, After]] = {}  # by the identity of a state after all nodes
         self.paths: dict[int, list[mx.array]] = {}  # the states that led to one, by its identity
@@ -111,7 +118,7 @@ class Tape:
         Raises:
             ValueError: what was noted does not fit what the layers stored.
         """
-        nodes, self.nodes = self.nodes, 0
+        nodes, self.nodes, self.offset = self.nodes, 0, None
         if not nodes:
             return lambda count: [list(cache.cache) for cache in caches]
         windows, moves = iter(self.windows), self.moves
@@ -283,6 +290,8 @@ def watch(module: Any, tape: Tape) -> None:
     for name, child in module.items():
         if type(child).__name__ in WINDOW_TYPES and isinstance(child, nn.Module):
             module[name] = Window(child, tape)
+        elif isinstance(child, NodeRope):
+            child.tape = tape
         else:
             watch(child, tape)
 
@@ -340,6 +349,6 @@ def view(module: Any, weights: Iterator[mx.array] | None = None) -> Any:
         return module
     twin = copy.copy(module)
     for name, child in module.items():
-        wrapped = name in ROPE_NAMES and callable(child) and not isinstance(child, NodeRope)
-        twin[name] = NodeRope(child) if wrapped else view(child, weights)
+        child = child.inner if isinstance(child, NodeRope) else child
+        twin[name] = NodeRope(child) if name in ROPE_NAMES and callable(child) else view(child, weights)
     return twin

@@ -77,8 +77,9 @@ class Target:
         self.vocabulary = int(self.embed.weight.shape[0])
         with contextlib.suppress(*ERRORS):  # ``check`` will tell
             logits, hidden, _ = self._forward(mx.array([[0]]), self.make_cache())  # nothing is computed
-            if hidden.shape[-1] == logits.shape[-1] and not layers:
-                self._has_inner_head = True
+            wanted = self.no_context().shape[-1]
+            if hidden.shape[-1] - wanted == logits.shape[-1] - wanted // (1 + len(layers)) != 0:  # V - H
+                self._has_inner_head = True  # what the inner model gives are logits
                 self._watch(view(model))
 
     def with_weights(self, weights: list[mx.array]) -> "Target":
@@ -147,10 +148,14 @@ class Target:
         return logits, hidden
 
     def _forward(
-        self, tokens: mx.array, caches: Sequence[Any], watched: Sequence[StatesView] = ()
+        self,
+        tokens: mx.array,
+        caches: Sequence[Any],
+        watched: Sequence[StatesView] = (),
+        offset: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, Callable[[mx.array], States]]:
         with self._lock:
-            self._tape.start(tokens.shape[1] if watched else 0)
+            self._tape.start(tokens.shape[1] if watched else 0, offset)
             logits = self._view(tokens, cache=caches)
             last, *layers = [recorder.take() for recorder in self._recorders]
             after = self._tape.stop(watched)
@@ -200,7 +205,8 @@ class Target:
             return trees[-1]
 
         caches = [stand_in(cache) for cache in self._caches]
-        logits, hidden, after = self._forward(tree.tokens, caches, watched)
+        offset = positions(tree, start)
+        logits, hidden, after = self._forward(tree.tokens, caches, watched, offset)
         return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
 
     def check_quantized(self, how: Quantization) -> None:
@@ -281,6 +287,11 @@ def quantize(caches: list[Any], how: Quantization | None) -> None:
         maybe_quantize_kv_cache(caches, how.start, how.group_size, how.bits)
 
 
+def positions(tree: Tree, start: mx.array) -> mx.array:
+    """Of a chain's root [B], from which it counts up; of each of a tree's nodes [B, N]."""
+    return start if tree.is_chain else start[:, None] + tree.depths
+
+
 class TreeCache:
     """What one attention layer sees of its memory while a tree of N nodes is verified.
 
@@ -303,8 +314,7 @@ class TreeCache:
         self.masks = masks  # by window, shared by all layers
         nodes = tree.tokens.shape[1]
         self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
-        # positions: [B] of the root, from which a chain counts up, else [B, N] of each node
-        self.offset = start if tree.is_chain else start[:, None] + tree.depths
+        self.offset = positions(tree, start)
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -370,13 +380,17 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def _norm_place(inner: Any) -> tuple[nn.Module, str]:
-    """An inner model whose output are logits, and the name of its final norm, whose output the head reads."""
-    for name in NORM_NAMES:
-        if name in inner:
-            return inner, name
-    raise ValueError(
-        f"its hidden states cannot be read: no {' or '.join(NORM_NAMES)} in {type(inner).__name__}"
-    )
+    """Where the final norm is, whose output the head reads, in an inner model that gives logits."""
+    while inner is not None:
+        for name in NORM_NAMES:
+            if name in inner:
+                return inner, name
+        inner = _nested(inner)
+    raise ValueError(f"its hidden states cannot be read: there is no {' or '.join(NORM_NAMES)}")
+
+
+def _nested(module: nn.Module) -> Any:
+    return next((module[name] for name in ("language_model", *INNER_NAMES) if name in module), None)
 
 
 def _layer_place(layers: list[Any], layer: int) -> tuple[list[Any], int]:
@@ -388,7 +402,7 @@ def _layer_place(layers: list[Any], layer: int) -> tuple[list[Any], int]:
 
 def _layers(inner: Any) -> list[Any]:
     while isinstance(inner, nn.Module):
-        inner = next((inner[name] for name in LAYERS_NAMES if name in inner), None)
+        inner = next((inner[name] for name in LAYERS_NAMES if name in inner), _nested(inner))
     return inner if isinstance(inner, list) else []
 
 

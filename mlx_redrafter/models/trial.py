@@ -72,12 +72,12 @@ class Trial:
             [target.model(mx.array([[token]]), cache=branch)[0, -1] for token in self.other]
         )
         self.first = read[:3]
-        mx.eval(self.said, self.branched, self.first)
+        self.caches = target.make_cache()
+        target.forward(mx.array([self.text[:TRIED]]), self.caches)
+        mx.eval(self.said, self.branched, self.first, [cache.state for cache in self.caches])
 
     def _prompt(self) -> Layers:
-        caches = self.target.make_cache()
-        self.target.forward(mx.array([self.text[:TRIED]]), caches)
-        return fit_rows(self.target.layers_of(caches)[1], TRIED + 11)
+        return fit_rows(self.target.layers_of(self.caches)[1], TRIED + 11)
 
     def _chain(
         self, tokens: list[list[int]], layers: Layers, start: list[int], count: list[int]
