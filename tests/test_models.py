@@ -228,6 +228,23 @@ def test_hidden_states_and_rows_of_the_head_are_found_wherever_they_are(name):
         assert context.shape[-1] == 3 * hidden.shape[-1]
 
 
+@pytest.mark.parametrize("name, traced", [("lfm2", True), ("dbrx", False)])  # which reads values in its code
+def test_compiled_steps_where_the_model_can_be_traced(name, traced):
+    mx.enable_compile()
+    model = make_tiny(name)
+    wanted = plain(model, LONG[:20], 16)
+    target = Target(model)
+    runner = Runner(target, ScriptedDrafter(target, LONG[:20] + wanted), compiled=True)
+    engine = Engine(runner, Fixed(DraftShape(1, 2)), grain=256)
+    engine.submit(Request(LONG[:20], 16))
+    said = []
+    while engine.is_busy:
+        said += [token for emitted in engine.step() for token in emitted.tokens]
+    mx.disable_compile()
+    assert said == wanted
+    assert runner.compiled == traced
+
+
 def test_batch_generator_hands_out_caches_of_states():
     base = make_tiny("qwen3_next")
     model = SpeculativeModel(base, None)

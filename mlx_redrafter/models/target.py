@@ -213,8 +213,8 @@ class Target:
         """Raise ``ValueError`` if mlx-lm cannot decode with keys and values quantized so."""
         caches = self.make_cache()
         try:
-            if any(self.windows):
-                raise ValueError("it attends to a window only")
+            if {type(cache) for cache in self._caches} != {KVCache}:
+                raise ValueError("its layers remember more than keys and values, or a window of them only")
             for _ in range(2):  # nothing is computed
                 self.forward(mx.array([[0]]), caches)
                 quantize(caches, replace(how, start=0))
