@@ -327,6 +327,15 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
         yield from leaves(cache.caches) if isinstance(cache, CacheList) else [cache]
 
 
+def with_each(caches: Iterable[Any], stand_in: Callable[[Any], Any]) -> list[Any]:
+    """What stands for each of mlx-lm's caches, in lists as they are."""
+    # A local function that calls itself would be a cycle, and keep the buffers that it knows.
+    return [
+        CacheList(*with_each(cache.caches, stand_in)) if isinstance(cache, CacheList) else stand_in(cache)
+        for cache in caches
+    ]
+
+
 def parts(module: Any) -> list[Any]:
     """All that decides what a module computes: it is as it was if each part is the same object as before."""
     if isinstance(module, list | tuple):

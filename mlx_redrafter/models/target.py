@@ -17,7 +17,6 @@ import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
-    CacheList,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
@@ -37,7 +36,7 @@ from ..decoding.layers import (
 )
 from ..decoding.step import Verified
 from ..decoding.tree import Tree
-from .hooks import Recorder, States, StatesView, Tape, leaves, parts, view, watch
+from .hooks import Recorder, States, StatesView, Tape, leaves, parts, view, watch, with_each
 from .identity import token_embedding
 from .trial import ERRORS, begin, failure
 
@@ -107,14 +106,12 @@ class Target:
         windows = iter(self.windows)
 
         def empty(cache: Any) -> Any:
-            if isinstance(cache, CacheList):
-                return CacheList(*map(empty, cache.caches))
             if isinstance(cache, ArraysCache):
                 return _StatesCache(len(cache.cache))
             window = next(windows)
             return KVCache() if window is None else _WindowedCache(window)
 
-        return [empty(cache) for cache in self._caches]
+        return with_each(self._caches, empty)
 
     def layers_of(self, caches: Sequence[Any]) -> tuple[int, Layers]:
         """How many tokens mlx-lm caches hold, and what they hold, with room for one row more at least.
@@ -196,15 +193,13 @@ class Target:
         watched: list[StatesView] = []
 
         def stand_in(cache: Any) -> Any:
-            if isinstance(cache, CacheList):
-                return CacheList(*map(stand_in, cache.caches))
             if isinstance(cache, ArraysCache):
                 watched.append(StatesView(next(states)))
                 return watched[-1]
             trees.append(TreeCache(tree, start, shown, masks, *next(kept)))
             return trees[-1]
 
-        caches = [stand_in(cache) for cache in self._caches]
+        caches = with_each(self._caches, stand_in)
         offset = positions(tree, start)
         logits, hidden, after = self._forward(tree.tokens, caches, watched, offset)
         return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
