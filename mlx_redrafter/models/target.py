@@ -329,6 +329,8 @@ class TreeCache:
         self.rows[part] = rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        if values.shape[-1] == 0:  # an index over the places of rows, which are not those of mlx-lm's cache
+            raise ValueError("it selects rows by their places in its cache")
         self.nodes = [keys, values]
         if len(self.rows) > 2:
             how = quantization_of(self.rows[0], self.rows[1], keys.shape[-1])
