@@ -28,12 +28,12 @@ class Ending(Target):
 
     ends: tuple[int, ...] = ()
 
-    def forward(self, tokens, caches):
-        logits, hidden = super().forward(tokens, caches)
+    def _forward(self, tokens, caches, *others):
+        logits, hidden, after = super()._forward(tokens, caches, *others)
         boost = mx.zeros(logits.shape[-1])
         for end in self.ends:
             boost = mx.where(mx.arange(logits.shape[-1]) == end, 3.0, boost)
-        return logits + boost, hidden
+        return logits + boost, hidden, after
 
 
 class Oracle(Target):
@@ -41,13 +41,13 @@ class Oracle(Target):
 
     text: list[int]
 
-    def forward(self, tokens, caches):
+    def _forward(self, tokens, caches, *others):
         start = mx.array(caches[0].offset).reshape(-1, 1)
-        logits, hidden = super().forward(tokens, caches)
+        logits, hidden, after = super()._forward(tokens, caches, *others)
         places = mx.minimum(start + 1 + mx.arange(tokens.shape[1]), len(self.text) - 1)
         following = mx.array(self.text)[places]
         says = mx.where(mx.arange(VOCABULARY) == following[..., None], 9.0, 0.0)  # [b or 1, n, V]
-        return mx.broadcast_to(says, logits.shape), hidden
+        return mx.broadcast_to(says, logits.shape), hidden, after
 
 
 @pytest.fixture(scope="module")
