@@ -93,14 +93,15 @@ class SpeculativeModel:
         self._parts, self._kinds = found, kinds
         self._policies = self._policies if same else dict(self._given_policies)
 
-    def check_prompts(self, prompts: Sequence[Sequence[int]], held: int = 0) -> None:
+    def check_prompts(self, prompts: Sequence[Sequence[int]], held: int = 0, name: str = "") -> None:
         """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read.
 
         Args:
             held: tokens before them, in a cache.
+            name: of each of them, in messages; by default its number.
         """
         for number, prompt in enumerate(prompts, 1):
-            what = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            what = name or f"prompt {number}"
             known, size = self.vocabulary, held + len(prompt)
             if bad := [token for token in prompt if token < 0 or (known is not None and token >= known)]:
                 raise ValueError(

@@ -248,7 +248,8 @@ def _encode(
         ids = list(tokenizer.encode(prompt, add_special_tokens=special))
     else:
         ids = _flat(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
-    model.check_prompts([ids], getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0)
+    held = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0
+    model.check_prompts([ids], held, "the prompt")
     return ids
 
 
