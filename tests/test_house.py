@@ -133,7 +133,8 @@ def test_a_generation_loads_what_a_model_folder_needs(tmp_path):
         {"conversations", "gguf", "loading.gguf", "loading.build_tokenizers", "models.save"}
     )
     lines = {name: len(FILES[name].read_text("utf-8").splitlines()) for name in loaded & FILES.keys()}
-    assert sum(lines.values()) < 6900, lines
+    lines.pop("engine.stopwatch", 0)  # loaded where step times are not known yet, once
+    assert sum(lines.values()) < 6750, lines
 
 
 def test_options_are_flags_of_generate_with_the_same_defaults():
