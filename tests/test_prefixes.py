@@ -2,15 +2,16 @@
 
 import gc
 import random
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from models import RandomDrafter, make_model
 from test_engine import MIX, SHAPES, plain
+from tiny import make_tiny
 
 from mlx_redrafter.decoding.layers import Layers, Quantization
+from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.prefixes import Prefixes
@@ -190,9 +191,25 @@ def test_bounds():
     assert engine.prefixes.nbytes == 0 < Prefixes().limit
 
 
-@dataclass
-class Recurrent(Layers):
-    states: list = field(default_factory=list)
+@pytest.mark.parametrize("name", ["mamba", "qwen3_next", "falcon_h1"])
+def test_recurrent_models_say_the_same_with_and_without(name):
+    """What is kept stays as it was, though the model writes on in the lists that it was given."""
+    runner = Runner(Target(make_tiny(name)), None)
+    kept, anew = (
+        Engine(runner, Fixed(DraftShape(0, 0, None, 3)), 64, prefixes=prefixes)
+        for prefixes in (Prefixes(LIMIT), None)
+    )
+    text = [token % runner.target.vocabulary for token in 3 * SYSTEM]
+    for prompt, known in (
+        (text, 0),
+        ([*text, 1, 2], 179),
+        ([*text[:90], 3], 90),
+        ([*text, 1, 4], 179),
+        (text, 179),
+    ):
+        asked = Request(prompt, 12, checkpoints=(90,))
+        assert say(kept, asked) == say(anew, Request(prompt, 12))
+        assert asked.cached_tokens == known
 
 
 def test_states_are_found_at_the_end_of_what_was_kept_only():
@@ -202,7 +219,7 @@ def test_states_are_found_at_the_end_of_what_was_kept_only():
     def kept(tokens, value):
         caches = target.make_cache()
         target.forward(mx.array([tokens]), caches)
-        layers = Recurrent(from_prompt_cache(caches).rows, states=[[mx.full((1, 3), value)]])
+        layers = Layers(from_prompt_cache(caches).rows, states=[[mx.full((1, 3), value)]])
         prefixes.keep(tokens, layers)
 
     kept(SYSTEM[:30], 1.0)

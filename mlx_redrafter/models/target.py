@@ -249,7 +249,7 @@ def from_prompt_cache(caches: Sequence[Any]) -> Layers:
             else [*x.keys, *x.values]
             for x in rows
         ],
-        states=[x.state[0] for x in kept if isinstance(x, ArraysCache)],
+        states=[[*x.cache] for x in kept if isinstance(x, ArraysCache)],  # lists that the model writes to
     )
 
 
@@ -264,7 +264,7 @@ def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantizat
     cache: Any
     for cache in leaves(caches):
         if isinstance(cache, ArraysCache):
-            cache.state = next(states), None, None
+            cache.state = [*next(states)], None, None
         else:
             parts = next(kept)
             cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
