@@ -63,9 +63,14 @@ class DraftShape:
         return min(max(self.length, self.lookup), self.size - 1)
 
     @property
+    def has_one_branch(self) -> bool:
+        """Whether there is nothing to choose from: a single beam, or the copy alone."""
+        return self.width + bool(self.lookup) == 1
+
+    @property
     def is_chain(self) -> bool:
         """Whether no tree of this shape branches, so that its accepted nodes are its first ones."""
-        return self.size <= 2 or self.width + bool(self.lookup) == 1
+        return self.size <= 2 or self.has_one_branch
 
     @property
     def chain(self) -> "DraftShape":

@@ -60,7 +60,7 @@ def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, sta
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
-    if shape.width + bool(shape.lookup) == 1:  # nothing to choose from
+    if shape.has_one_branch:
         return Proposed(build_chain(state.token, drafted, shape.size), found)
     return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found)
 
@@ -73,7 +73,7 @@ def conclude(
     all_logits, picks = pick(tree, state, seen.logits)  # [B, N, V], [B, N]
     accepted = accept(tree, picks, shape.depth)
     layers = Layers(seen.rows, states=seen.states(accepted.count))
-    if not shape.is_chain:  # a chain's accepted rows are where they belong already
+    if not tree.is_chain:  # a chain's accepted rows are where they belong already
         layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
 
     end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path

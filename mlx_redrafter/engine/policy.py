@@ -70,10 +70,6 @@ class Belief:
         """Let a step pass that had no such drafts: the same belief, on weaker grounds."""
         self.steps = max(self.steps * (1 - 1 / self.memory), LEAST_STEPS)
 
-    def optimistic(self) -> float:
-        """What the share may be for all we know."""
-        return self.hoped(self.share)
-
     def hoped(self, share: float) -> float:
         """As much above ``share`` as the evidence leaves room for."""
         return share + max(self.hope - share, 0) * LEAST_STEPS / self.steps
@@ -110,9 +106,7 @@ class Beliefs:
     def hopes(self, general: Beliefs) -> tuple[float, float]:
         """What ``shares`` may be for all we know; all texts have the drafter in common."""
         drafts, copies = self.shares(general)
-        return min(self.drafts, general.drafts, key=lambda x: x.hoped(drafts)).hoped(
-            drafts
-        ), self.copies.hoped(copies)
+        return min(self.drafts.hoped(drafts), general.drafts.hoped(drafts)), self.copies.hoped(copies)
 
     def learn(
         self, shape: DraftShape, accepted: tuple[int, int], tables: tuple[np.ndarray, np.ndarray]

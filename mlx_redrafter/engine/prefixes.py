@@ -46,7 +46,7 @@ class _Piece:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for parts in (*self.layers.rows, *states_of(self.layers)) for part in parts)
+        return self.layers.nbytes
 
 
 class Prefixes:
@@ -100,7 +100,7 @@ class Prefixes:
         of all are in memory at once. Recurrent layers' are kept only if ``exact``: their states are those
         after the last of the tokens.
         """
-        ids, states = np.asarray(tokens, np.int32), states_of(layers)
+        ids, states = np.asarray(tokens, np.int32), layers.states
         if states and not exact:
             return
         found = self._walk(ids)
@@ -159,14 +159,8 @@ class Prefixes:
         return [end for each in below for end in self._ends(each)] if below else [piece]
 
 
-def states_of(layers: Layers) -> list[list[mx.array]]:
-    """What layers remember besides rows, and cannot take back: states of recurrent ones."""
-    states: list[list[mx.array]] = getattr(layers, "states", [])
-    return states
-
-
 def _ends_with_states(piece: _Piece, count: int) -> bool:
-    return count == len(piece.tokens) and bool(states_of(piece.layers))
+    return count == len(piece.tokens) and bool(piece.layers.states)
 
 
 def _cut(layers: Layers, *ends: int) -> list[Layers]:

@@ -249,7 +249,8 @@ def from_prompt_cache(caches: Sequence[Any]) -> Layers:
             else [*x.keys, *x.values]
             for x in rows
         ],
-        states=[[*x.cache] for x in kept if isinstance(x, ArraysCache)],  # lists that the model writes to
+        # Copies, since a model writes to its lists.
+        states=[list[Any](x.cache) for x in kept if isinstance(x, ArraysCache)],
     )
 
 
