@@ -71,12 +71,17 @@ def _check_config(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     name, own_code = str(config.get("model_type")), config.get("model_file")
     if own_code and not trust_remote_code:
         raise ValueError(f"{folder} needs its own code, {own_code!r}: --trust-remote-code runs it.")
-    known = name.isidentifier() and importlib.util.find_spec(
-        f"mlx_lm.models.{MODEL_REMAPPING.get(name, name)}"
-    )
-    if not (known or own_code):
+    if not (own_code or has_module(name)):
         raise ValueError(f"mlx-lm has no model_type {name!r} ({folder}): update mlx-lm or use another model.")
     return config
+
+
+def has_module(model_type: str) -> bool:
+    """Whether mlx-lm has code for models of this type."""
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    return (
+        bool(re.fullmatch(r"[\w-]+", name)) and importlib.util.find_spec(f"mlx_lm.models.{name}") is not None
+    )
 
 
 def _check_layers(folder: Path, config: dict[str, Any], tensors: int) -> None:
@@ -96,15 +101,7 @@ def _check_weights(folder: Path, check_values: bool) -> int:
 
     With ``check_values`` refuse NaN too, one array in memory at a time.
     """
-    shards = sorted(folder.glob("model*.safetensors"))
-    listed = _listed(folder, shards)
-    if missing := sorted(listed - {shard.name for shard in shards}):
-        raise ValueError(
-            f"{folder} lacks {missing[0]}, by its index or the names of its other files: get that file too."
-        )
-    if not shards:
-        check_weight_format(str(folder), [file.name for file in folder.iterdir()])
-        raise ValueError(f"{folder} holds no model*.safetensors: get the weights, or give them that name.")
+    shards, listed = find_shards(folder)
     owners: dict[str, str] = {}
     for shard in shards:
         weights = read_tensors(shard)
@@ -122,10 +119,24 @@ def _check_weights(folder: Path, check_values: bool) -> int:
     return len(owners)
 
 
+def find_shards(folder: Path) -> tuple[list[Path], set[str]]:
+    """The files of weights in a folder, and their names by its index; ``ValueError`` if one is missing."""
+    shards = sorted(folder.glob("model*.safetensors"))
+    listed = _listed(folder, shards)
+    if missing := sorted(listed - {shard.name for shard in shards}):
+        raise ValueError(
+            f"{folder} lacks {missing[0]}, by its index or the names of its other files: get that file too."
+        )
+    if not shards:
+        check_weight_format(str(folder), [file.name for file in folder.iterdir()])
+        raise ValueError(f"{folder} holds no model*.safetensors: get the weights, or give them that name.")
+    return shards, listed
+
+
 def _listed(folder: Path, shards: list[Path]) -> set[str]:
     """The names of all files of weights, by the index, else by names as model-00001-of-00002."""
     index = folder / "model.safetensors.index.json"
-    if index.exists():
+    if index.is_file():
         return read_index(index)
     names = [re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name) for shard in shards]
     return {f"{m[1]}{number:05d}-of-{m[2]}{m[3]}" for m in names if m for number in range(1, int(m[2]) + 1)}

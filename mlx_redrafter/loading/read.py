@@ -84,8 +84,8 @@ def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, length: int = 160) -> str:
     """What an error says, in short."""
     text = " ".join(str(error).split())
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-    return f"{kind}{text[:160]}".rstrip(".")
+    return f"{kind}{text[:length]}".rstrip(".")

@@ -14,6 +14,7 @@ from ..read import gguf_parts
 
 # By GGUFValueType's numbers; 8 and 9, strings and arrays, are read piece by piece.
 _SCALARS = ("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?", "", "", "<u8", "<i8", "<f8")
+LONGEST = 1 << 26  # bytes of a header that is skimmed
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class _Cursor:
         kind, count = GGUFValueType(self.integer(4)), self.integer(8)
         if kind == GGUFValueType.ARRAY:
             raise ValueError("an array of arrays")
-        if kind == GGUFValueType.STRING:
-            return [self.string() for _ in range(count)]
-        return self.numbers(kind, count)
+        return self.strings(count) if kind == GGUFValueType.STRING else self.numbers(kind, count)
+
+    def strings(self, count: int) -> list[str]:
+        return [self.string() for _ in range(count)]
 
     def numbers(self, kind: GGUFValueType, count: int) -> list[Any]:
         dtype = np.dtype(_SCALARS[kind])
@@ -72,7 +74,26 @@ class _Cursor:
         return numbers
 
 
-def read_gguf(path: Path) -> GGUFFile:
+class _Skimmer(_Cursor):
+    """Leaves lists of strings empty, since those of a vocabulary are most of the work; of bounded reach."""
+
+    def take(self, size: int) -> bytes:
+        if self.position + size > LONGEST:
+            raise ValueError(f"its header is longer than {LONGEST >> 20} MiB")
+        return super().take(size)
+
+    def strings(self, count: int) -> list[str]:
+        data: memoryview[int] = self.data[:LONGEST].data
+        position = self.position
+        for _ in range(count):
+            position += 8 + int.from_bytes(data[position : position + 8], "little")
+            if position > len(data):
+                raise ValueError("the file ends too early")
+        self.position = position
+        return []
+
+
+def read_gguf(path: Path, cursor: type[_Cursor] = _Cursor) -> GGUFFile:
     """Read the metadata of a GGUF file and map its tensors, those of a split model's other parts too.
 
     Nothing in the files is trusted.
@@ -80,7 +101,7 @@ def read_gguf(path: Path) -> GGUFFile:
     Raises:
         ValueError: not GGUF of version 2 or 3, truncated, or inconsistent; or a part is missing.
     """
-    first = _read_part(path)
+    first = _read_part(path, cursor)
     if (count := first.metadata.get("split.count", 1)) in (0, 1):
         return first
     parts = gguf_parts(path)
@@ -88,7 +109,7 @@ def read_gguf(path: Path) -> GGUFFile:
         raise ValueError(
             f"{path} is one of the {count!r} parts of a model, but not named so: give back its name."
         )
-    files = [first if part == path else _read_part(part) for part in parts]
+    files = [first if part == path else _read_part(part, cursor) for part in parts]
     tensors = {name: tensor for file in files for name, tensor in file.tensors.items()}
     numbers = [file.metadata.get("split.no") for file in files]
     total = files[0].metadata.get("split.tensors.count", len(tensors))
@@ -100,11 +121,16 @@ def read_gguf(path: Path) -> GGUFFile:
     return GGUFFile(files[0].metadata, tensors)
 
 
-def _read_part(path: Path) -> GGUFFile:
+def skim_gguf(path: Path) -> GGUFFile:
+    """As ``read_gguf``, but lists of strings in the metadata are empty."""
+    return read_gguf(path, _Skimmer)
+
+
+def _read_part(path: Path, cursor: type[_Cursor]) -> GGUFFile:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return _parse(_Cursor(np.frombuffer(mapped, np.uint8)))
+        return _parse(cursor(np.frombuffer(mapped, np.uint8)))
     except (ValueError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path} is not a readable GGUF file ({error}): get it again.") from error
     except OSError as error:
