@@ -213,7 +213,7 @@ def until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Respon
     with contextlib.closing(responses):  # type: ignore[type-var]
         for response in responses:
             held += response.text
-            clear = len(held) if response.finish_reason else _clear(held, stop)
+            clear = len(held) if response.finish_reason else certain(held, stop)
             found = min((place for text in stop if (place := held.find(text)) >= 0), default=None)
             if found is not None and found <= clear:
                 response.text, response.finish_reason = held[:found], "stop"
@@ -231,7 +231,7 @@ def check_stop(stop: str | Sequence[str]) -> list[str]:
     return texts
 
 
-def _clear(text: str, stop: Sequence[str]) -> int:
+def certain(text: str, stop: Sequence[str]) -> int:
     """How many of the first characters of ``text`` cannot be part of a stop text that is yet to end."""
     unclear = (n for phrase in stop for n in range(1, len(phrase)) if text.endswith(phrase[:n]))
     return len(text) - max(unclear, default=0)

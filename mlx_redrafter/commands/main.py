@@ -33,6 +33,7 @@ class Diagnostics(io.TextIOWrapper):
 COMMANDS = {  # each in a file of its name
     "generate": "generate text",
     "chat": "talk with a model",
+    "serve": "serve models to programs that speak OpenAI's or Anthropic's API, and a web page",
     "benchmark": "measure speed",
     "tune": "measure which draft shape is fastest here",
     "train": "make a drafter for a model",

@@ -1,0 +1,176 @@
+"""Which models there are, and which are loaded: by name, when asked for, the least recently used ones let go."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..engine import backend
+from ..engine.prefixes import Prefixes
+from ..loading.find import DEFAULT_MODEL
+from ..loading.library import Entry, find, library
+from ..model import SpeculativeModel
+from ..options import DecodingOptions, ModelOptions, choose_drafter, load_model, never_dropped
+from .errors import BadRequest
+from .worker import Served, Worker
+
+LISTED = 30.0  # seconds for which a list of the models on this machine is good
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """How models are kept, and decode; ``ValueError`` if a value is not usable.
+
+    Attributes:
+        model_dir: folders with models, besides those of other programs.
+        texts: that are decoded at once; others wait.
+        chunk: prompt tokens read between two steps.
+        models: that are loaded at once.
+        prompt_cache_bytes: of texts kept for reuse, of each model; None: a quarter of what is free.
+        idle_unload: seconds after which a model that nobody asks for is let go; None: never.
+    """
+
+    model_dir: Sequence[Path] = ()
+    texts: int = 16
+    chunk: int = 512
+    models: int = 2
+    prompt_cache_bytes: int | None = None
+    idle_unload: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("texts", 1), ("chunk", 1), ("models", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is not usable: give {least} or more.")
+        for folder in self.model_dir:
+            if not folder.is_dir():
+                raise ValueError(f"--model-dir {folder} is no folder: name one.")
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory, by what a request needs of it."""
+
+    name: str
+    served: Served
+    model: SpeculativeModel
+    tokenizer: TokenizerWrapper
+    xtc_special: tuple[int, ...]
+
+    @property
+    def context(self) -> int:
+        """Tokens that a text may have."""
+        return self.model.context_length or 1 << 17
+
+
+class Catalog:
+    """The models.
+
+    Args:
+        default: the model that is meant where a request names none.
+    """
+
+    def __init__(self, worker: Worker, default: ModelOptions, options: ServingOptions) -> None:
+        self._worker, self._default, self._options = worker, default, options
+        self.default_name = default.model or DEFAULT_MODEL
+        self.loaded: dict[str, Loaded] = {}
+        self._loading = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "loading")
+        self._listed: tuple[float, list[Entry]] = (-LISTED, [])
+
+    async def get(self, name: str | None) -> Loaded:
+        """The model of this name, loaded if it is not.
+
+        Raises:
+            BadRequest: there is no such model, it cannot be loaded, or there is no room for it.
+        """
+        options = await self._find(name)
+        assert options.model is not None
+        async with self._loading:
+            if (found := self.loaded.get(options.model)) is None:
+                await self._make_room(options.model)
+                found = self.loaded[options.model] = await self._load(options)
+            found.served.used = time.monotonic()
+            return found
+
+    async def names(self) -> list[str]:
+        """The names of all models, the default one first."""
+        entries = await self._entries()
+        return list(dict.fromkeys([self.default_name, *(each.name for each in entries)]))
+
+    async def unload_idle(self) -> None:
+        """Let go of models that nobody has asked for in a while."""
+        limit = self._options.idle_unload
+        async with self._loading:
+            for loaded in list(self.loaded.values()):
+                idle = time.monotonic() - loaded.served.used
+                if limit is not None and idle > limit and not loaded.served.texts:
+                    await self._unload(loaded)
+
+    async def _find(self, name: str | None) -> ModelOptions:
+        folder = Path(self.default_name).name
+        if name in (None, "", "default", "default_model", self.default_name, folder):
+            return replace(self._default, model=self.default_name)
+        assert name is not None
+        entries = await self._entries()
+        if (entry := find(name, self._options.model_dir, entries)) is None:
+            text = f"there is no model {name[:200]!r} here: GET /v1/models lists those there are."
+            raise BadRequest(text, 404, "model_not_found", "model")
+        return ModelOptions(str(entry.path), dtype=self._default.dtype)
+
+    async def _entries(self) -> list[Entry]:
+        when, entries = self._listed
+        if time.monotonic() - when > LISTED:
+            entries = await self._apart(partial(library, self._options.model_dir))
+            self._listed = time.monotonic(), entries
+        return entries
+
+    async def _load(self, options: ModelOptions) -> Loaded:
+        try:
+            model, tokenizer = await self._apart(partial(_load, options))
+            make = partial(self._begin, model, tokenizer)
+            served = await asyncio.wrap_future(self._worker.do(make))
+        except (ValueError, OSError) as error:
+            raise BadRequest(f"{options.model} cannot be loaded: {error}", 503, "model_not_loaded") from error
+        name = str(options.model)
+        return Loaded(name, served, model, tokenizer, tuple(never_dropped(tokenizer)))
+
+    def _begin(self, model: SpeculativeModel, tokenizer: TokenizerWrapper) -> Served:
+        prefixes = Prefixes(self._options.prompt_cache_bytes)
+        served = Served(model, tokenizer, prefixes, self._options.chunk, self._options.texts)
+        self._worker.serve(served)
+        return served
+
+    async def _make_room(self, path: str) -> None:
+        """Let go of the models that were used longest ago, until another one may be loaded."""
+        needed = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        while self.loaded:
+            fits = needed <= backend.free_memory() and len(self.loaded) < self._options.models
+            idle = [each for each in self.loaded.values() if not each.served.texts]
+            if fits:
+                return
+            if not idle:
+                raise BadRequest("no room for another model while those loaded are busy: ask later.", 503)
+            await self._unload(min(idle, key=lambda each: each.served.used))
+
+    async def _unload(self, loaded: Loaded) -> None:
+        del self.loaded[loaded.name]
+        await asyncio.wrap_future(self._worker.do(partial(self._worker.release, loaded.served)))
+
+    async def _apart(self, work: Callable[[], Any]) -> Any:
+        """What takes long is done in a thread of its own, one thing after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _load(options: ModelOptions) -> tuple[SpeculativeModel, TokenizerWrapper]:
+    model, tokenizer = load_model(options, choose_drafter(options, DecodingOptions()))
+    for part in filter(None, (model.model, model.drafter)):  # other threads cannot compute what this one left
+        mx.eval([value for _, value in tree_flatten(part.parameters())])
+    return model, tokenizer

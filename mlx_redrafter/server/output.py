@@ -1,0 +1,153 @@
+"""What a text says, taken apart: content, reasoning and calls of tools, as mlx-lm tells them apart."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..plain import UNKNOWN_TOKEN
+from ..text import certain
+from .worker import Logprobs, Said
+
+
+@dataclass
+class Call:
+    """A call of a tool."""
+
+    name: str
+    arguments: str  # JSON
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass
+class Piece:
+    """Some of what a text says, from one token or none."""
+
+    kind: str  # "content" or "reasoning"
+    text: str
+    drafted: bool = False
+
+
+@dataclass
+class Update:
+    """What a step added to a text."""
+
+    pieces: list[Piece | Call] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)  # of the step's tokens
+    finish: str | None = None  # "stop", "length", "tool_calls", "error"
+    stop: str | None = None  # the stop text that ended it
+    error: str = ""
+
+    def text(self, kind: str = "content") -> str:
+        """All that was added of one kind."""
+        return "".join(each.text for each in self.pieces if isinstance(each, Piece) and each.kind == kind)
+
+
+class Reader:
+    """Turns the tokens of one text into updates.
+
+    Args:
+        stop: texts that end it, and are not part of it.
+        structured: whether reasoning and calls are told apart.
+        tools: functions that may be called, as in the chat template; () if none may.
+        begins_in: "reasoning" if the prompt ends in it, or else "normal", or "tool".
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        stop: Sequence[str] = (),
+        structured: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
+        begins_in: str = "normal",
+    ) -> None:
+        self._tokenizer, self._stop, self._tools = tokenizer, list(stop), list(tools)
+        self._detokenizer = tokenizer.detokenizer
+        self._held = ""  # may be the beginning of a stop text
+        self._tool_text = ""
+        machine = make_text_state_machine(tokenizer) if structured else TextStateMachine()
+        self._state = machine.make_state(begins_in)
+        self._in, self._called = begins_in, False
+        self.tokens = self.steps = self.offered = self.accepted = 0
+        self.ended = False
+
+    def take(self, said: Said) -> Update:
+        """What a step added."""
+        update = Update(logprobs=said.logprobs, finish=said.finish, error=said.error)
+        self.steps += bool(self.tokens)  # the first token comes from the prompt
+        if self.tokens:
+            self.offered, self.accepted = self.offered + said.offered, self.accepted + said.drafted
+        for place, token in enumerate(said.tokens):
+            self.tokens += 1
+            if token in self._tokenizer.eos_token_ids:
+                continue
+            try:
+                self._detokenizer.add_token(token)
+            except (IndexError, TypeError):
+                update.finish, update.error = "error", UNKNOWN_TOKEN
+                break
+            self._add(self._detokenizer.last_segment, place < said.drafted, update)
+            if update.stop is not None:
+                update.logprobs = update.logprobs[: place + 1]
+                break
+        if update.finish and update.stop is None:
+            self._detokenizer.finalize()
+            self._add(self._detokenizer.last_segment, False, update, last=True)
+        if update.finish:
+            self.ended = True
+            self._flush(update)
+            if update.finish == "stop" and self._called:
+                update.finish = "tool_calls"
+        return update
+
+    def _add(self, text: str, drafted: bool, update: Update, last: bool = False) -> None:
+        """Take in text up to a stop text, or what may become one."""
+        self._held += text
+        sure = len(self._held) if last else certain(self._held, self._stop)
+        places = [(self._held.find(text), text) for text in self._stop]
+        found = min(((place, text) for place, text in places if place >= 0), default=None)
+        if found is not None and found[0] <= sure:
+            (sure, update.stop), update.finish = found, "stop"
+        text, self._held = self._held[:sure], self._held[sure:]
+        if text:
+            self._state, segments = TextStateMachine.split(self._state, text)
+            self._sort(segments, drafted, update)
+
+    def _flush(self, update: Update) -> None:
+        """Take in what the state machine holds back, and a call that was not closed."""
+        if self._state[0] is not None:
+            self._state, rest, name = TextStateMachine.flush(self._state)
+            self._sort([(name, rest)], False, update)
+        if self._tool_text:
+            self._call(update)
+
+    def _sort(self, segments: Sequence[tuple[str | None, str]], drafted: bool, update: Update) -> None:
+        for state, text in segments:
+            if self._in == "tool" and state != "tool":
+                self._call(update)
+            self._in = state or "normal"
+            if state == "tool":
+                self._tool_text += text
+            elif text:
+                kind = "reasoning" if state == "reasoning" else "content"
+                update.pieces.append(Piece(kind, text, drafted))
+
+    def _call(self, update: Update) -> None:
+        """Take in a call's text; as content if it cannot be understood."""
+        text, self._tool_text = self._tool_text, ""
+        try:
+            parsed = self._tokenizer.tool_parser(text, self._tools)
+            calls = [
+                Call(str(each["name"]), json.dumps(each["arguments"], ensure_ascii=False))
+                for each in (parsed if isinstance(parsed, list) else [parsed])
+            ]
+        except Exception:  # a model may write anything
+            start, end = self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""
+            update.pieces.append(Piece("content", start + text + end))
+            return
+        self._called = True
+        update.pieces += calls

@@ -1,0 +1,139 @@
+"""From options to a server that listens, and how it leaves."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import uvicorn
+
+from ..options import ModelOptions
+from .app import Access, make_app
+from .catalog import Catalog, ServingOptions
+from .errors import BadRequest
+from .service import Service
+from .worker import Worker
+
+log = logging.getLogger("mlx_redrafter.server")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a server needs to know.
+
+    Attributes:
+        usual: ``Sampling``'s fields, where a request does not say.
+        max_tokens: of an answer, likewise; None: what fits.
+        queue: texts at once, those that wait included.
+        patience: seconds in which running answers may end when the server is told to.
+    """
+
+    model: ModelOptions
+    serving: ServingOptions = field(default_factory=ServingOptions)
+    access: Access = field(default_factory=Access)
+    host: str = "127.0.0.1"
+    port: int = 8080
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    queue: int = 256
+    patience: float = 30.0
+    log_prompts: bool = False
+
+
+def serve(settings: Settings) -> None:
+    """Serve until the process is told to end (SIGINT, SIGTERM): running answers are ended properly then.
+
+    Raises:
+        ValueError: the model cannot be loaded, or the address is taken.
+    """
+    _log_to_stderr()
+    with contextlib.closing(_listening(settings.host, settings.port)) as listening:
+        # uvicorn hands on the signal it has obeyed.
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(_serve(settings, listening))
+
+
+async def _serve(settings: Settings, listening: socket.socket) -> None:
+    worker = Worker()
+    worker.start()
+    catalog = Catalog(worker, settings.model, settings.serving)
+    try:
+        await catalog.get(None)
+    except BadRequest as error:
+        worker.stop()
+        raise ValueError(str(error)) from error
+    service = Service(
+        worker, catalog, usual=settings.usual, max_tokens=settings.max_tokens, queue=settings.queue
+    )
+    app = make_app(service, settings.access, log_prompts=settings.log_prompts)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(settings.patience) + 10,
+    )
+    await Server(config, service, settings.patience, catalog.default_name).serve([listening])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which lets running answers end."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, patience: float, name: str) -> None:
+        super().__init__(config)
+        self._service, self._patience, self._name = service, patience, name
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        for each in sockets or []:
+            host, port = each.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            print(f"Serving {self._name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in no more, and give what runs some time to end."""
+        self._service.leaves = True
+        ending = asyncio.get_running_loop().call_later(self._patience, self._end_answers)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    def _end_answers(self) -> None:
+        for generation in list(self._service.generations):
+            generation.stop()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"cannot listen at {host} port {port} ({error}): give another --host or --port."
+        ) from error
+
+
+def _log_to_stderr() -> None:
+    """One line of JSON for each request; warnings of libraries likewise."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    log.setLevel(logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if not text.startswith("{"):
+            text = json.dumps({"level": record.levelname.lower(), "message": text})
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text

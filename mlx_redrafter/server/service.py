@@ -1,0 +1,196 @@
+"""What all interfaces share: from a checked request to a generation, with its limits and records."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from .catalog import Catalog, Loaded
+from .errors import BadRequest
+from .generation import Generation
+from .metrics import Metrics
+from .output import Reader, Update
+from .prompts import Prompt
+from .schemas import SEEDS, Decoding, ResponseFormat
+from .worker import Job, Reading, Worker
+
+Grammars = Callable[[TokenizerWrapper, ResponseFormat], Any]
+
+
+@dataclass
+class Wanted:
+    """What a request wants of each of its texts, besides how tokens are picked.
+
+    Attributes:
+        max_tokens: None: as many as there is room for.
+        stop: texts that end it.
+        structured: whether reasoning and calls are told apart.
+        tools: functions that may be called.
+        logprobs: how many of the likeliest tokens' are wanted; None: none.
+        format: what the answer must look like.
+    """
+
+    max_tokens: int | None = None
+    n: int = 1
+    stop: Sequence[str] = ()
+    structured: bool = True
+    tools: Sequence[dict[str, Any]] = ()
+    logprobs: int | None = None
+    format: ResponseFormat | None = None
+
+
+@dataclass
+class Service:
+    """The server's parts, and its limits.
+
+    Attributes:
+        usual: what a request that does not say otherwise gets: ``Sampling``'s fields.
+        max_tokens: of a text, where a request does not say; None: as many as there is room for.
+        queue: texts that may be decoded or wait at once; more are told to come back.
+    """
+
+    worker: Worker
+    catalog: Catalog
+    metrics: Metrics = field(default_factory=Metrics)
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    queue: int = 256
+    generations: set[Generation] = field(default_factory=set)
+    leaves: bool = False  # the server is shutting down
+
+    def __post_init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "text")  # tokenizers are used by one thread at a time
+
+    async def encode(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What tokenizers take long for, apart from the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args))
+
+    async def generation(
+        self, loaded: Loaded, asked: Decoding, wanted: Wanted, prompts: Sequence[Prompt]
+    ) -> Generation:
+        """The texts that a request wants after each of the prompts, not yet begun.
+
+        Raises:
+            BadRequest: a prompt is empty or too long, a value cannot be used, or there are too many texts.
+        """
+        running = sum(len(each.readers) for each in self.generations)
+        if self.leaves:
+            raise BadRequest("the server is shutting down.", 503, "shutting_down")
+        if running + len(prompts) * wanted.n > self.queue:
+            raise BadRequest(f"{running} texts are decoded or wait: come back later.", 429, "queue_full")
+        sampling = asked.sampling(dict(self.usual), loaded.xtc_special)
+        vocabulary = loaded.model.vocabulary or SEEDS
+        if bad := [token for token, _ in sampling.logit_bias if token >= vocabulary]:
+            text = f"logit_bias: {bad[0]} is no token of the model, which knows {vocabulary}."
+            raise BadRequest(text, param="logit_bias")
+        if "" in wanted.stop:
+            raise BadRequest("stop: an empty text would end the answer at once.", param="stop")
+        form = asked.format or wanted.format
+        grammar = None
+        if form is not None and form.type != "text":
+            grammar = await self.encode(make_grammar, loaded.tokenizer, form)
+        texts = []
+        for prompt in prompts:
+            room = self._room(loaded, prompt)
+            limit = wanted.max_tokens or self.max_tokens or room
+            for number in range(wanted.n):
+                seed = None if asked.seed is None else (asked.seed + number) % SEEDS
+                make = partial(
+                    Job,
+                    prompt.ids,
+                    min(limit, room),
+                    sampling,
+                    seed=seed,
+                    checkpoints=prompt.checkpoints,
+                    grammar=grammar,
+                    draft=asked.draft is not False,
+                    logprobs=wanted.logprobs,
+                )
+                reader = Reader(
+                    loaded.tokenizer, wanted.stop, wanted.structured, wanted.tools, prompt.begins_in
+                )
+                texts.append((make, reader))
+        return Generation(self.worker, loaded.served, texts)
+
+    def _room(self, loaded: Loaded, prompt: Prompt) -> int:
+        """Tokens that may follow a prompt."""
+        try:
+            if not prompt.ids:
+                raise ValueError("the prompt has no tokens: give some text.")
+            loaded.model.check_prompts([prompt.ids], name="the prompt")
+        except ValueError as error:
+            code = "context_length_exceeded" if "context" in str(error) else None
+            raise BadRequest(str(error).split(": shorten")[0], code=code, param="messages") from error
+        return max(loaded.context - len(prompt.ids), 1)
+
+    async def updates(
+        self, request: Request, generation: Generation
+    ) -> AsyncIterator[tuple[int, Update] | Reading | None]:
+        """The generation's, as long as the client listens; its texts are dropped once it does not."""
+        self.generations.add(generation)
+        leaving = asyncio.ensure_future(_disconnected(request))
+        leaving.add_done_callback(lambda _: generation.stop())
+        try:
+            async with contextlib.aclosing(generation.updates()) as updates:
+                async for update in updates:
+                    yield update
+        finally:
+            leaving.cancel()
+            self.generations.discard(generation)
+            self.metrics.count(generation.usage)
+            request.state.usage = generation.usage
+
+    async def whole(self, request: Request, generation: Generation) -> list[Update]:
+        """All updates of each text together.
+
+        Raises:
+            BadRequest: a text could not be decoded.
+        """
+        found = [Update() for _ in generation.readers]
+        async for each in self.updates(request, generation):
+            if isinstance(each, tuple):
+                number, update = each
+                if update.error:
+                    raise BadRequest(update.error, 503 if self.leaves else 500)
+                found[number].pieces += update.pieces
+                found[number].logprobs += update.logprobs
+                found[number].finish = update.finish or found[number].finish
+                found[number].stop = update.stop or found[number].stop
+        return found
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def make_grammar(tokenizer: TokenizerWrapper, form: ResponseFormat) -> Any:
+    """What an answer of this form may be.
+
+    Raises:
+        BadRequest: the schema, pattern or grammar cannot be used.
+    """
+    raise BadRequest("response_format cannot be followed yet.", param="response_format")
+
+
+def streamed(events: AsyncIterator[str]) -> Response:
+    """A stream of server-sent events."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def keep_alive(reading: Reading | None) -> str:
+    """A comment that only says that the server is there, and how far a prompt has been read."""
+    return ": keep-alive\n\n" if reading is None else f": keep-alive {reading.done}/{reading.total}\n\n"
+
+
+def answer(content: Any, status: int = 200) -> Response:
+    """JSON."""
+    return JSONResponse(content, status)
