@@ -65,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..server.run import Settings, serve
     except ImportError as error:
-        raise ValueError(
-            f"serve needs more packages ({error}): pip install 'mlx-redrafter[server]'."
-        ) from error
+        text = f"serve needs more packages ({error}): pip install 'mlx-redrafter[server]' (Python 3.11)."
+        raise ValueError(text) from error
     from ..server.app import LOOPBACK, Access
     from ..server.catalog import ServingOptions
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         key = None
     elif key is None and not loopback:
         raise ValueError(
-            f"--host {args.host} can be reached from other machines: give --api-key (or set {KEY}), or --no-auth."
+            f"--host {args.host} can be reached from other machines: give --api-key, set {KEY}, or --no-auth."
         )
     usual = {"temperature": args.temp, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
     DecodingOptions(temp=args.temp, top_p=args.top_p, top_k=args.top_k, min_p=args.min_p)  # checks them

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's and Anthropic's interfaces to models that draft. Never imported when generating."""
+"""The HTTP server: OpenAI's and Anthropic's interfaces over engines. Never imported when generating."""

@@ -118,7 +118,11 @@ def make_app(
     kinds: list[Any] = [BadRequest, HTTPException, ClientDisconnect, Exception]
     middleware = [Middleware(Guard, access=access, service=service)]
     if access.origins:
-        allowed = {"allow_origins": list(access.origins), "allow_methods": ["*"], "allow_headers": ["*"]}
+        allowed: dict[str, Any] = {
+            "allow_origins": list(access.origins),
+            "allow_methods": ["*"],
+            "allow_headers": ["*"],
+        }
         middleware.insert(0, Middleware(CORSMiddleware, **allowed))
     return Starlette(
         routes=routes,

@@ -1,4 +1,4 @@
-"""Which models there are, and which are loaded: by name, when asked for, the least recently used ones let go."""
+"""Which models there are, and which are loaded: by name, when asked for; the least recently used go."""
 
 import asyncio
 import time
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..engine import backend
@@ -103,7 +102,11 @@ class Catalog:
     async def names(self) -> list[str]:
         """The names of all models, the default one first."""
         entries = await self._entries()
-        return list(dict.fromkeys([self.default_name, *(each.name for each in entries)]))
+        return list(
+            dict.fromkeys(
+                [self.default_name, *(each.name for each in entries if not (each.is_drafter or each.problem))]
+            )
+        )
 
     async def unload_idle(self) -> None:
         """Let go of models that nobody has asked for in a while."""
@@ -119,8 +122,7 @@ class Catalog:
         if name in (None, "", "default", "default_model", self.default_name, folder):
             return replace(self._default, model=self.default_name)
         assert name is not None
-        entries = await self._entries()
-        if (entry := find(name, self._options.model_dir, entries)) is None:
+        if (entry := await self._apart(partial(find, name, self._options.model_dir))) is None:
             text = f"there is no model {name[:200]!r} here: GET /v1/models lists those there are."
             raise BadRequest(text, 404, "model_not_found", "model")
         return ModelOptions(str(entry.path), dtype=self._default.dtype)
@@ -172,5 +174,5 @@ class Catalog:
 def _load(options: ModelOptions) -> tuple[SpeculativeModel, TokenizerWrapper]:
     model, tokenizer = load_model(options, choose_drafter(options, DecodingOptions()))
     for part in filter(None, (model.model, model.drafter)):  # other threads cannot compute what this one left
-        mx.eval([value for _, value in tree_flatten(part.parameters())])
+        mx.eval(part.parameters())
     return model, tokenizer

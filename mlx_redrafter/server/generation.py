@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,8 @@ class Generation:
         self._last = self._begun
         self.is_stopped = False
 
-    async def updates(self) -> AsyncIterator[tuple[int, Update] | Reading | None]:
-        """What is added to which text; how far a prompt has been read; or None, after a while without news."""
+    async def updates(self) -> AsyncGenerator[tuple[int, Update] | Reading | None, None]:
+        """What is added to which text; how far a prompt has been read; None after a while without news."""
         waiting = len(self._jobs)
         for job in self._jobs:
             self._worker.submit(self._served, job)

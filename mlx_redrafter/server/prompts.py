@@ -1,4 +1,4 @@
-"""Conversations become prompts: the model's chat template, with what users say never taken for control tokens."""
+"""Conversations become prompts by the chat template; what users say is never taken for control tokens."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -119,11 +119,8 @@ def _system_end(
     if not isinstance(messages[0]["content"], str):
         other["content"] = [{"type": "text", "text": "\u2400"}]  # type: ignore[assignment]
     try:
-        others = _encode(
-            tokenizer,
-            [*system, other],
-            {**options, "add_generation_prompt": True, "continue_final_message": False},
-        )
+        given = {**options, "add_generation_prompt": True, "continue_final_message": False}
+        others = _encode(tokenizer, [*system, other], given)
     except Exception:  # only where reading may be spared is not known then
         return ()
     common = next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), 0)

@@ -52,10 +52,10 @@ def serve(settings: Settings) -> None:
         ValueError: the model cannot be loaded, or the address is taken.
     """
     _log_to_stderr()
-    with contextlib.closing(_listening(settings.host, settings.port)) as listening:
-        # uvicorn hands on the signal it has obeyed.
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(settings, listening))
+    listening = _listening(settings.host, settings.port)
+    # uvicorn hands on the signal that it has obeyed.
+    with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_serve(settings, listening))
 
 
 async def _serve(settings: Settings, listening: socket.socket) -> None:

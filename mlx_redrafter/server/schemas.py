@@ -117,8 +117,8 @@ class Decoding(Strict):
             special: tokens that XTC never drops.
         """
         temperature = usual.get("temperature", 0.0) if self.temperature is None else self.temperature
-        names = ("top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold")
-        names += ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        names = ["top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold"]
+        names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         sizes = {
             f"{name}_context_size": getattr(self, f"{name}_context_size") or CONTEXT

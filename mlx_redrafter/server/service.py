@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from ..chat import Continuing
 from .catalog import Catalog, Loaded
 from .errors import BadRequest
 from .generation import Generation
@@ -97,6 +98,7 @@ class Service:
         if form is not None and form.type != "text":
             grammar = await self.encode(make_grammar, loaded.tokenizer, form)
         texts = []
+        tokenizer = loaded.tokenizer if wanted.structured else Continuing(loaded.tokenizer)
         for prompt in prompts:
             room = self._room(loaded, prompt)
             limit = wanted.max_tokens or self.max_tokens or room
@@ -113,9 +115,7 @@ class Service:
                     draft=asked.draft is not False,
                     logprobs=wanted.logprobs,
                 )
-                reader = Reader(
-                    loaded.tokenizer, wanted.stop, wanted.structured, wanted.tools, prompt.begins_in
-                )
+                reader = Reader(tokenizer, wanted.stop, wanted.structured, wanted.tools, prompt.begins_in)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
 

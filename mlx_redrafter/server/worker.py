@@ -57,7 +57,7 @@ class Job:
     Attributes:
         prompt, max_tokens, sampling, seed, checkpoints, grammar: as of an engine's ``Request``.
         draft: False decodes plainly.
-        logprobs: how many of the likeliest tokens' log-probabilities are wanted besides the one said; None: none.
+        logprobs: of how many of the likeliest tokens they are wanted, besides the one said; None: of none.
         deliver: called in the worker's thread with what happens; must be quick.
     """
 
