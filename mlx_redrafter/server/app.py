@@ -21,7 +21,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import openai
+from . import anthropic, openai, responses
 from .errors import BadRequest
 from .service import Service, answer
 
@@ -92,6 +92,9 @@ def make_app(
     routes: list[Any] = [
         post("/v1/chat/completions", openai.chat),
         post("/v1/completions", openai.completions),
+        post("/v1/responses", responses.respond),
+        post("/v1/messages", anthropic.messages),
+        post("/v1/messages/count_tokens", anthropic.count_tokens),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", one_model),
         Route("/health", health),

@@ -46,6 +46,18 @@ class Update:
         """All that was added of one kind."""
         return "".join(each.text for each in self.pieces if isinstance(each, Piece) and each.kind == kind)
 
+    @property
+    def runs(self) -> "list[Piece | Call]":
+        """The pieces, with neighbours of one kind as one."""
+        found: list[Piece | Call] = []
+        for each in self.pieces:
+            last = found[-1] if found else None
+            if isinstance(each, Piece) and isinstance(last, Piece) and last.kind == each.kind:
+                found[-1] = Piece(each.kind, last.text + each.text)
+            else:
+                found.append(each)
+        return found
+
 
 class Reader:
     """Turns the tokens of one text into updates.

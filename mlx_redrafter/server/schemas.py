@@ -266,3 +266,113 @@ class CompletionRequest(Decoding):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of cannot be followed: give n, or leave it out.")
         return self
+
+
+# --- OpenAI's responses ----------------------------------------------------------------------------------
+
+
+class Item(Strict):
+    """Anything that may stand in a response's input; which fields count depends on the type."""
+
+    type: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+    summary: list[Part] | None = None
+
+
+class ResponseTool(Strict):
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class TextFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class TextOptions(Strict):
+    format: TextFormat | None = None
+
+
+class NamedResponseTool(Strict):
+    type: Literal["function"]
+    name: str
+
+
+class ResponsesRequest(Decoding):
+    input: str | list[Item] = ""
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    tools: list[ResponseTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
+    parallel_tool_calls: bool | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = None
+    stop: Stop = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+# --- Anthropic's messages --------------------------------------------------------------------------------
+
+
+class Block(Strict):
+    """A part of a message; which fields count depends on the type."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: str | None = None
+    content: str | list[Part] | None = None
+    is_error: bool | None = None
+
+
+class Turn(Strict):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[Block]
+
+
+class AnthropicTool(Strict):
+    name: str = Field(min_length=1, max_length=256)
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+
+
+class ToolChoice(Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+
+
+class CountRequest(Decoding):
+    messages: list[Turn] = Field(min_length=1)
+    system: str | list[Part] | None = None
+    tools: list[AnthropicTool] | None = None
+    tool_choice: ToolChoice | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class MessagesRequest(CountRequest):
+    max_tokens: int = Field(ge=1)
+    stop_sequences: Annotated[list[str], Field(max_length=STOPS)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MessagesRequest":
+        choice = self.tool_choice
+        names = [tool.name for tool in self.tools or []]
+        if choice is not None and choice.type == "tool" and choice.name not in names:
+            raise ValueError(f"tool_choice names {str(choice.name)[:64]!r}, which is none of the tools.")
+        if choice is not None and choice.type == "any" and not names:
+            raise ValueError("tool_choice any needs tools: give some.")
+        return self

@@ -16,6 +16,7 @@ from ..chat import Continuing
 from .catalog import Catalog, Loaded
 from .errors import BadRequest
 from .generation import Generation
+from .memory import Memory
 from .metrics import Metrics
 from .output import Reader, Update
 from .prompts import Prompt
@@ -36,6 +37,7 @@ class Wanted:
         tools: functions that may be called.
         logprobs: how many of the likeliest tokens' are wanted; None: none.
         format: what the answer must look like.
+        must_call: the answer is a call of one of the tools.
     """
 
     max_tokens: int | None = None
@@ -45,6 +47,7 @@ class Wanted:
     tools: Sequence[dict[str, Any]] = ()
     logprobs: int | None = None
     format: ResponseFormat | None = None
+    must_call: bool = False
 
 
 @dataclass
@@ -63,6 +66,7 @@ class Service:
     usual: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
     queue: int = 256
+    memory: Memory = field(default_factory=Memory)
     generations: set[Generation] = field(default_factory=set)
     leaves: bool = False  # the server is shutting down
 
