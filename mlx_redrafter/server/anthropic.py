@@ -13,7 +13,7 @@ from .generation import Generation, Usage
 from .output import Call, Piece, Update
 from .prompts import Prompt, encode_chat
 from .schemas import Block, CountRequest, MessagesRequest, Part, parse
-from .service import Service, Wanted, answer, keep_alive, streamed
+from .service import Service, Wanted, answer, keep_alive
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -37,7 +37,7 @@ async def messages(service: Service, request: Request, body: bytes) -> Response:
         "stop_sequence": None,
     }
     if asked.stream:
-        return streamed(_events(service, request, generation, head, len(prompt.ids)))
+        return service.streamed(request, generation, _events(generation, head, len(prompt.ids)))
     (text,) = await service.whole(request, generation)
     head["content"] = [_block(each) for each in text.runs]
     return answer({**head, **_ending(text), "usage": _usage(generation.usage)})
@@ -51,9 +51,7 @@ async def count_tokens(service: Service, request: Request, body: bytes) -> Respo
     return answer({"input_tokens": len(prompt.ids)})
 
 
-async def _events(
-    service: Service, request: Request, generation: Generation, head: dict[str, Any], prompt_tokens: int
-) -> AsyncIterator[str]:
+async def _events(generation: Generation, head: dict[str, Any], prompt_tokens: int) -> AsyncIterator[str]:
     began, place, kind = False, -1, ""  # of the open block: its number and what it is
 
     def begin() -> str:
@@ -62,7 +60,7 @@ async def _events(
             usage["input_tokens"] = prompt_tokens - usage["cache_read_input_tokens"]
         return _event("message_start", message={**head, "usage": usage})
 
-    async for each in service.updates(request, generation):
+    async for each in generation.updates():
         if not isinstance(each, tuple):
             yield keep_alive(each)
             continue

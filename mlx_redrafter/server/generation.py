@@ -44,7 +44,7 @@ class Usage:
 
 
 class Generation:
-    """Runs the texts of a request; leaving ``updates`` early drops them.
+    """Runs the texts of a request.
 
     Args:
         texts: for each a job without a receiver yet, and the reader of what it says.
@@ -77,33 +77,34 @@ class Generation:
         waiting = len(self._jobs)
         for job in self._jobs:
             self._worker.submit(self._served, job)
-        try:
-            while waiting:
-                try:
-                    number, event = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
-                except asyncio.TimeoutError:
-                    yield None
-                    continue
-                if isinstance(event, Reading):
-                    self._cached.setdefault(number, event.done)
-                    yield event
-                    continue
-                reader = self.readers[number]
-                if reader.ended:
-                    continue
-                self._last = time.monotonic()
-                if self._first is None and event.tokens:
-                    self._first = self._last
-                update = reader.take(event)
-                if update.finish:
-                    waiting -= 1
-                    if not event.finish:  # a stop text, which the engine does not know
-                        self._worker.cancel(self._served, self._jobs[number])
-                yield number, update
-        finally:
-            for job, reader in zip(self._jobs, self.readers, strict=True):
-                if not reader.ended:
-                    self._worker.cancel(self._served, job)
+        while waiting:
+            try:
+                number, event = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE)
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Reading):
+                self._cached.setdefault(number, event.done)
+                yield event
+                continue
+            reader = self.readers[number]
+            if reader.ended:
+                continue
+            self._last = time.monotonic()
+            if self._first is None and event.tokens:
+                self._first = self._last
+            update = reader.take(event)
+            if update.finish:
+                waiting -= 1
+                if not event.finish:  # a stop text, which the engine does not know
+                    self._worker.cancel(self._served, self._jobs[number])
+            yield number, update
+
+    def close(self) -> None:
+        """Drop the texts that have not ended."""
+        for job, reader in zip(self._jobs, self.readers, strict=True):
+            if not reader.ended:
+                self._worker.cancel(self._served, job)
 
     def stop(self) -> None:
         """End all texts at once: the server leaves."""

@@ -16,7 +16,7 @@ from .generation import Generation, Usage
 from .output import Call, Piece, Update
 from .prompts import Prompt, encode_chat, with_tools_called
 from .schemas import ChatRequest, CompletionRequest, NamedTool, Stop, parse
-from .service import Service, Wanted, answer, keep_alive, streamed
+from .service import Service, Wanted, answer, keep_alive
 from .token_text import token_bytes, token_text
 from .worker import Logprobs
 
@@ -59,7 +59,8 @@ async def chat(service: Service, request: Request, body: bytes) -> Response:
     generation = await service.generation(loaded, asked, wanted, [prompt])
     head = head_of("chatcmpl", "chat.completion", asked.model or service.catalog.default_name)
     if asked.stream:
-        return streamed(_chat_events(service, request, generation, loaded, asked, head))
+        events = _chat_events(generation, loaded, asked, head)
+        return service.streamed(request, generation, events)
     texts = await service.whole(request, generation)
     choices = []
     for number, text in enumerate(texts):
@@ -90,8 +91,6 @@ def chosen_tools(asked: ChatRequest) -> list[dict[str, Any]]:
 
 
 async def _chat_events(
-    service: Service,
-    request: Request,
     generation: Generation,
     loaded: Loaded,
     asked: ChatRequest,
@@ -100,7 +99,7 @@ async def _chat_events(
     head = {**head, "object": "chat.completion.chunk"}
     begun: set[int] = set()
     calls = [0] * (asked.n or 1)
-    async for each in service.updates(request, generation):
+    async for each in generation.updates():
         if not isinstance(each, tuple):
             yield keep_alive(each)
             continue
@@ -185,7 +184,8 @@ async def completions(service: Service, request: Request, body: bytes) -> Respon
     head = head_of("cmpl", "text_completion", asked.model or service.catalog.default_name)
     echoes = [_echo(loaded.tokenizer, each) if asked.echo else "" for each in _prompts(asked)]
     if asked.stream:
-        return streamed(_completion_events(service, request, generation, loaded, asked, head, echoes))
+        events = _completion_events(generation, loaded, asked, head, echoes)
+        return service.streamed(request, generation, events)
     texts = await service.whole(request, generation)
     choices = []
     for number, text in enumerate(texts):
@@ -196,8 +196,6 @@ async def completions(service: Service, request: Request, body: bytes) -> Respon
 
 
 async def _completion_events(
-    service: Service,
-    request: Request,
     generation: Generation,
     loaded: Loaded,
     asked: CompletionRequest,
@@ -209,7 +207,7 @@ async def _completion_events(
             text = echoes[number // (asked.n or 1)]
             choice = {"index": number, "text": text, "logprobs": None, "finish_reason": None}
             yield event({**head, "choices": [choice]})
-    async for each in service.updates(request, generation):
+    async for each in generation.updates():
         if not isinstance(each, tuple):
             yield keep_alive(each)
             continue

@@ -23,7 +23,7 @@ from .schemas import (
     ResponsesRequest,
     parse,
 )
-from .service import Service, Wanted, answer, keep_alive, streamed
+from .service import Service, Wanted, answer, keep_alive
 
 
 async def respond(service: Service, request: Request, body: bytes) -> Response:
@@ -44,7 +44,7 @@ async def respond(service: Service, request: Request, body: bytes) -> Response:
     generation = await service.generation(loaded, asked, wanted, [prompt])
     writer = _Writer(service, asked, generation, conversation)
     if asked.stream:
-        return streamed(writer.events(request))
+        return service.streamed(request, generation, writer.events())
     (text,) = await service.whole(request, generation)
     for run in text.runs:
         writer.add(run)
@@ -89,10 +89,10 @@ class _Writer:
             "user": None,
         }
 
-    async def events(self, request: Request) -> AsyncIterator[str]:
+    async def events(self) -> AsyncIterator[str]:
         """The stream."""
         began, kind = False, ""  # of the open item
-        async for each in self._service.updates(request, self._generation):
+        async for each in self._generation.updates():
             if not began:
                 began = True
                 for name in ("created", "in_progress"):

@@ -52,13 +52,22 @@ def serve(settings: Settings) -> None:
         ValueError: the model cannot be loaded, or the address is taken.
     """
     _log_to_stderr()
-    listening = _listening(settings.host, settings.port)
+    listening = listen(settings.host, settings.port)
     # uvicorn hands on the signal that it has obeyed.
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         asyncio.run(_serve(settings, listening))
 
 
 async def _serve(settings: Settings, listening: socket.socket) -> None:
+    await (await make_server(settings)).serve([listening])
+
+
+async def make_server(settings: Settings) -> "Server":
+    """A server that has loaded its model, to be told where to listen.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
     worker = Worker()
     worker.start()
     catalog = Catalog(worker, settings.model, settings.serving)
@@ -70,16 +79,15 @@ async def _serve(settings: Settings, listening: socket.socket) -> None:
     service = Service(
         worker, catalog, usual=settings.usual, max_tokens=settings.max_tokens, queue=settings.queue
     )
-    app = make_app(service, settings.access, log_prompts=settings.log_prompts)
     config = uvicorn.Config(
-        app,
+        make_app(service, settings.access, log_prompts=settings.log_prompts),
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=int(settings.patience) + 10,
     )
-    await Server(config, service, settings.patience, catalog.default_name).serve([listening])
+    return Server(config, service, settings.patience, catalog.default_name)
 
 
 class Server(uvicorn.Server):
@@ -87,7 +95,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, patience: float, name: str) -> None:
         super().__init__(config)
-        self._service, self._patience, self._name = service, patience, name
+        self.service, self._patience, self._name = service, patience, name
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say where."""
@@ -99,17 +107,17 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in no more, and give what runs some time to end."""
-        self._service.leaves = True
+        self.service.leaves = True
         ending = asyncio.get_running_loop().call_later(self._patience, self._end_answers)
         await super().shutdown(sockets)
         ending.cancel()
 
     def _end_answers(self) -> None:
-        for generation in list(self._service.generations):
+        for generation in list(self.service.generations):
             generation.stop()
 
 
-def _listening(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)

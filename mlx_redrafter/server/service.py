@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from ..chat import Continuing
 from .catalog import Catalog, Loaded
@@ -134,40 +135,57 @@ class Service:
             raise BadRequest(str(error).split(": shorten")[0], code=code, param="messages") from error
         return max(loaded.context - len(prompt.ids), 1)
 
-    async def updates(
-        self, request: Request, generation: Generation
-    ) -> AsyncIterator[tuple[int, Update] | Reading | None]:
-        """The generation's, as long as the client listens; its texts are dropped once it does not."""
+    @contextlib.contextmanager
+    def running(self, request: Request, generation: Generation) -> Iterator[None]:
+        """A generation runs in the block; leaving it drops what has not ended."""
         self.generations.add(generation)
-        leaving = asyncio.ensure_future(_disconnected(request))
-        leaving.add_done_callback(lambda _: generation.stop())
         try:
-            async with contextlib.aclosing(generation.updates()) as updates:
-                async for update in updates:
-                    yield update
+            yield
         finally:
-            leaving.cancel()
+            generation.close()
             self.generations.discard(generation)
             self.metrics.count(generation.usage)
             request.state.usage = generation.usage
 
     async def whole(self, request: Request, generation: Generation) -> list[Update]:
-        """All updates of each text together.
+        """All updates of each text together; what is left is dropped if the client leaves.
 
         Raises:
             BadRequest: a text could not be decoded.
         """
         found = [Update() for _ in generation.readers]
-        async for each in self.updates(request, generation):
-            if isinstance(each, tuple):
-                number, update = each
-                if update.error:
-                    raise BadRequest(update.error, 503 if self.leaves else 500)
-                found[number].pieces += update.pieces
-                found[number].logprobs += update.logprobs
-                found[number].finish = update.finish or found[number].finish
-                found[number].stop = update.stop or found[number].stop
+        leaving = asyncio.ensure_future(_disconnected(request))
+        leaving.add_done_callback(lambda _: generation.stop())
+        with self.running(request, generation):
+            async for each in generation.updates():
+                if isinstance(each, tuple):
+                    number, update = each
+                    if update.error:
+                        raise BadRequest(update.error, 503 if self.leaves else 500)
+                    found[number].pieces += update.pieces
+                    found[number].logprobs += update.logprobs
+                    found[number].finish = update.finish or found[number].finish
+                    found[number].stop = update.stop or found[number].stop
+        leaving.cancel()
         return found
+
+    def streamed(self, request: Request, generation: Generation, events: AsyncIterator[str]) -> Response:
+        """Server-sent events, made from a generation's updates."""
+        return _Stream(self, request, generation, events)
+
+
+class _Stream(StreamingResponse):
+    def __init__(
+        self, service: Service, request: Request, generation: Generation, events: AsyncIterator[str]
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._running = partial(service.running, request, generation)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Here, since a client that leaves stops nobody in the middle of `events`.
+        with self._running():
+            await super().__call__(scope, receive, send)
 
 
 async def _disconnected(request: Request) -> None:
@@ -182,12 +200,6 @@ def make_grammar(tokenizer: TokenizerWrapper, form: ResponseFormat) -> Any:
         BadRequest: the schema, pattern or grammar cannot be used.
     """
     raise BadRequest("response_format cannot be followed yet.", param="response_format")
-
-
-def streamed(events: AsyncIterator[str]) -> Response:
-    """A stream of server-sent events."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 def keep_alive(reading: Reading | None) -> str:
