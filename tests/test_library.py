@@ -14,7 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_gguf import write_model
 
+from mlx_redrafter.blas import packaged
+from mlx_redrafter.decoding.state import PLAIN
+from mlx_redrafter.engine.policy import StepTimes
+from mlx_redrafter.engine.step_times import keep
+from mlx_redrafter.loading.find import DEFAULT_MODEL, PACKAGED
 from mlx_redrafter.loading.library import find, library
+from mlx_redrafter.model import load
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 
@@ -355,3 +361,108 @@ def test_no_damage_stops_the_list(originals, which, changes):
         assert entry.problem or (entry.architecture and entry.parameters >= 0)
         assert len(entry.problem) <= 1100
     assert which == 2 or find("n", [originals.root]).problem == ""
+
+
+# --- mlx-redrafter models ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(run):
+    """The rows of ``mlx-redrafter models --json``, by name."""
+
+    def call(*folders):
+        flags = [flag for folder in folders for flag in ("--model-dir", folder)]
+        code, out, err = run("models", "--json", *flags)
+        assert (code, err) == (0, "")
+        return {row["name"]: row for row in json.loads(out)["models"]}
+
+    return call
+
+
+def test_a_machine_without_models_gets_a_hint(run):
+    code, out, err = run("models")
+    assert (code, err, len(out.splitlines())) == (0, "", 1)
+    assert "generate --model" in out
+
+
+def test_a_folder_that_is_missing_is_refused(run, tmp_path):
+    code, out, err = run("models", "--model-dir", tmp_path / "missing")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "missing" in err
+
+
+def test_the_table(run, made, hub):
+    write(add_to_hub(hub, "someone/strange\x1b[2J"), {"model_type": "x", "architectures": ["XForCausalLM"]})
+    code, out, err = run("models", "--model-dir", made)
+    assert (code, err) == (0, "")
+    head, base, gguf, strange, _, note = out.splitlines()
+    assert head.split()[:2] == ["model", "architecture"]
+    assert base.split()[:2] == ["base", "llama"]
+    assert base.split()[-3:] == ["trees", "drafter", "-"]
+    assert gguf.split()[-5:] == ["Q8_0", "when", "loaded", "-", "-"]
+    assert strange.startswith("someone/strange")
+    assert "no code for x" in note
+    assert "\x1b" not in out
+
+
+def test_what_can_be_drafted_for(models, made, tmp_path):
+    shutil.copytree(made / "base", tmp_path / "whole")
+    shutil.copytree(made / "base", tmp_path / "torn")
+    weights = (tmp_path / "torn" / "model.safetensors").read_bytes()
+    (tmp_path / "torn" / "model.safetensors").write_bytes(weights[:-9])
+    write(tmp_path / "misfit", {"model_type": "llama", "hidden_size": "many"})
+    write(tmp_path / "code", {"model_type": "llama", "model_file": "model.py"})
+    rows = models(tmp_path)
+    assert {name: row["drafts"] for name, row in rows.items()} == {
+        "whole": "trees",
+        "torn": "none",
+        "misfit": "none",
+        "code": "none",
+    }
+    assert rows["whole"]["reason"] == ""
+    assert "trust-remote-code" in rows["code"]["reason"]
+    assert rows["whole"]["drafter"] is None  # its drafter is in another folder
+
+
+def test_models_that_cannot_be_rolled_back_are_decoded_plainly(models, tmp_path):
+    from tiny import make_tiny
+
+    model = make_tiny("llama4")
+    folder = tmp_path / "m"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(mlx_flatten(model)))
+    config = {**vars(model.args), "model_type": "llama4"}
+    (folder / "config.json").write_text(json.dumps(config, default=vars))
+    row = models(tmp_path)["m"]
+    assert row["drafts"] == "plain"
+    assert "rolled back" in row["reason"]
+
+
+def mlx_flatten(model):
+    from mlx.utils import tree_flatten
+
+    return tree_flatten(model.parameters())
+
+
+def test_the_drafter_of_a_model_is_found_in_any_precision(models, made, tmp_path):
+    mlx_lm.convert(str(made / "base"), str(tmp_path / "q"), quantize=True, q_bits=8, q_group_size=32)
+    shutil.copytree(made / "drafter", tmp_path / "its-drafter")
+    make_drafter(tmp_path / "another", make_folder(tmp_path / "unlike"))
+    rows = models(tmp_path)
+    assert {name: row["drafter"] for name, row in rows.items()} == {"q": "its-drafter", "unlike": "another"}
+
+
+def test_the_drafter_that_ships_is_found_for_a_gguf_file(models):
+    path = Path(packaged(*PACKAGED[DEFAULT_MODEL])[0])
+    assert models(path.parent)[path.name]["drafter"] == "smollm2-135m-instruct"
+
+
+def test_a_tuned_model_says_so(models, made, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(made / "base", tmp_path / "models" / "base")
+    make_folder(tmp_path / "models" / "other", kind="random", hidden_size=128)
+    assert {row["tuned"] for row in models(tmp_path / "models").values()} == {False}
+    model, _ = load(tmp_path / "models" / "base", drafter=None)
+    assert keep(model.prepare(), [PLAIN], StepTimes([0.1], [0.0]))
+    rows = models(tmp_path / "models")
+    assert {name: row["tuned"] for name, row in rows.items()} == {"base": True, "other": False}

@@ -127,16 +127,16 @@ def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
         "blas_path": blas,
         "blas_threads": blas_threads(),
         "model": identity_of(model).embedding_digest,
-        "weights": _weights(model.parameters()),
+        "weights": weight_bytes(model.parameters()),
         "drafter": drafter and drafter.config.to_dict(),
-        "drafter_weights": drafter and _weights(drafter.weights()),
+        "drafter_weights": drafter and weight_bytes(drafter.weights()),
         "shapes": [list(astuple(shape)) for shape in shapes],
         "texts": texts,
         "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")},
     }
 
 
-def _weights(parameters: Mapping[str, Any]) -> dict[str, int]:
+def weight_bytes(parameters: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of the weights by their type, which tells quantizations apart."""
     count: Counter[str] = Counter()
     named: Any = tree_flatten(parameters)

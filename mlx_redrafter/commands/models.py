@@ -1,0 +1,155 @@
+"""``mlx-redrafter models``."""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.utils import dequantize_model
+
+from ..engine import backend
+from ..engine.runner import Runner
+from ..engine.step_times import LARGEST, OLD, conditions, weight_bytes
+from ..loading.base import cast_model, load_base
+from ..loading.cache import cache_folder
+from ..loading.fit import KnownDrafter, drafter_of, known_drafters
+from ..loading.library import Entry, library
+from ..loading.read import first_line
+from ..models.target import Target
+from .arguments import colours, harmless
+
+Conditions = dict[str, Any]
+HEADS = ("model", "architecture", "parameters", "size", "precision", "drafts", "drafter", "tuned")
+SAME = ("chip", "backend", "model", "weights", "versions")  # of the conditions of step times
+NONE = """No models are on this machine yet: `mlx-redrafter generate --model REPOSITORY` downloads one from \
+Hugging Face, and --model-dir FOLDER names a folder that has some."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags."""
+    add = parser.add_argument
+    add("--model-dir", action="append", type=Path, default=[], help="folder of models; may be given again")
+    add("--json", action="store_true", help="print JSON and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """List the models on this machine, and what can be drafted for them."""
+    for folder in args.model_dir:
+        if not folder.is_dir():
+            raise ValueError(f"--model-dir {folder} is no folder: check the path.")
+    entries = library(args.model_dir)
+    drafters, kept = known_drafters(entries), _kept_conditions()
+    rows = [described(entry, drafters, kept) for entry in entries if not entry.is_drafter]
+    if args.json:
+        others = [
+            {"name": each.name, "path": str(each.folder), "for": each.base and str(each.base)}
+            for each in drafters
+        ]
+        print(json.dumps({"models": rows, "drafters": others}, indent=1))
+    elif rows:
+        show(rows)
+    else:
+        print(NONE)
+    return 0
+
+
+def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Conditions]) -> dict[str, Any]:
+    """What there is to say of a model, as JSON.
+
+    ``drafts``: trees, chains, plain if it can only be decoded so, none if it cannot be loaded, and unknown of
+    what has to be converted first; ``reason`` says why. ``tuned``: step times are kept; None where unknown.
+    """
+    told: dict[str, Any] = {name: value for name, value in vars(entry).items() if name != "is_drafter"}
+    told |= {
+        "path": str(entry.path),
+        "drafts": "none",
+        "reason": entry.problem,
+        "drafter": None,
+        "tuned": None,
+    }
+    if not (entry.problem or entry.supported):
+        told["reason"] = f"there is no code for {entry.architecture}"
+    if told["reason"]:
+        return told
+    try:
+        if entry.format == "gguf":
+            found = drafter_of(entry.path, drafters)
+            return told | {"drafts": "unknown", "drafter": found and found.name}
+        model, _ = load_base(entry.path, check_values=False)  # nothing is computed
+        told["drafts"] = "plain"
+        told["drafts"] = "trees" if Target(model).trees else "chains"
+        found = drafter_of(model, drafters)
+        return told | {"drafter": found and found.name, "tuned": _is_tuned(model, kept)}
+    except Exception as error:  # of mlx-lm's code, for one, since configs may say anything
+        return told | {"reason": first_line(error, 1000)}
+
+
+def _is_tuned(model: nn.Module, kept: Sequence[Conditions]) -> bool:
+    if (dtype := backend.current().dtype) is not None:  # as when it is used
+        cast_model(model, dtype)
+        dequantize_model(model)
+    weights = weight_bytes(model.parameters())
+    alike = [each for each in kept if each.get("weights") == weights]
+    if not alike:  # then no weights are read
+        return False
+    now = conditions(Runner(Target(model), None), ())
+    return any(all(each.get(key) == now[key] for key in SAME) for each in alike)
+
+
+def _kept_conditions() -> list[Conditions]:
+    """What the step times that are kept depend on."""
+    found = []
+    with contextlib.suppress(OSError, RuntimeError):  # there is no such folder
+        for path in sorted((cache_folder() / "step-times").glob("*.json")):
+            with contextlib.suppress(Exception):  # anything may be there
+                known = path.stat()
+                if path.is_file() and known.st_size <= LARGEST and time.time() - known.st_mtime < OLD:
+                    found.append(dict(json.loads(path.read_text("utf-8"))["conditions"]))
+    return found
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table for people, and below it what keeps models from being drafted for."""
+    cells = [[harmless(cell) for cell in _cells(row)] for row in rows]
+    notes = [harmless(f"{row['name']}: {row['reason']}") for row in rows if row["reason"]]
+    if find_spec("rich") and (sys.stdout.isatty() or colours()):
+        from ..benchmark import tables
+
+        tables.show([tables.Table("", list(HEADS), cells, notes)], colours())
+        return
+    widths = [max(map(len, column)) for column in zip(HEADS, *cells, strict=True)]
+    for line in (HEADS, *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print("\n".join(["", *notes]) if notes else "", end="\n" if notes else "")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    drafts = {"unknown": "when loaded"}.get(row["drafts"], row["drafts"])
+    copies = row["drafts"] in ("trees", "chains")
+    tuned = "yes" if row["tuned"] else "-"
+    size = f"{row['bytes'] / 1e9:.2f} GB"
+    drafter = row["drafter"] or ("copies only" if copies else "-")
+    return [
+        row["name"],
+        row["architecture"],
+        _count(row["parameters"]),
+        size,
+        row["precision"],
+        drafts,
+        drafter,
+        tuned,
+    ]
+
+
+def _count(parameters: int) -> str:
+    """As in 135M or 7.2B."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{letter}"
+    return str(parameters or "-")
