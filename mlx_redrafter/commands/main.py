@@ -36,6 +36,7 @@ COMMANDS = {  # each in a file of its name
     "serve": "serve models to programs that speak OpenAI's or Anthropic's API, and a web page",
     "benchmark": "measure speed",
     "models": "list the models on this machine",
+    "doctor": "check this installation, and a model",
     "tune": "measure which draft shape is fastest here",
     "train": "make a drafter for a model",
     "convert": "convert a model or a drafter",
