@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -118,12 +119,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print a table for people, and below it what keeps models from being drafted for."""
     cells = [[harmless(cell) for cell in _cells(row)] for row in rows]
     notes = [harmless(f"{row['name']}: {row['reason']}") for row in rows if row["reason"]]
-    if find_spec("rich") and (sys.stdout.isatty() or colours()):
+    widths = [max(map(len, column)) for column in zip(HEADS, *cells, strict=True)]
+    fits = sum(widths) + 3 * len(widths) < shutil.get_terminal_size().columns  # else rich would cut names
+    if find_spec("rich") and fits and (sys.stdout.isatty() or colours()):
         from ..benchmark import tables
 
         tables.show([tables.Table("", list(HEADS), cells, notes)], colours())
         return
-    widths = [max(map(len, column)) for column in zip(HEADS, *cells, strict=True)]
     for line in (HEADS, *cells):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     print("\n".join(["", *notes]) if notes else "", end="\n" if notes else "")
