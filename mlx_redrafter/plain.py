@@ -39,6 +39,8 @@ def decode(
     if sampling.repetition_penalty == 1:
         del given["repetition_penalty"]
     own = make_logits_processors(dict(sampling.logit_bias), **given)
+    if request.grammar is not None:
+        own.append(request.grammar.processor())
     responses = stream_generate(
         model,
         tokenizer,

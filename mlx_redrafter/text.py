@@ -24,6 +24,7 @@ from .model import SpeculativeModel
 from .models.target import kept_as, quantize, to_prompt_cache
 
 if TYPE_CHECKING:
+    from .engine.grammar import Grammar
     from .engine.prefixes import Prefixes
 
 # Options of mlx-lm's decoding that a drafter cannot follow (they need caches or logits of another kind).
@@ -78,6 +79,7 @@ def stream_generate(
     sampler: Sampler | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    grammar: "Grammar | None" = None,
     prefill_step_size: int = CHUNK,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     prompt_cache: list[Any] | None = None,
@@ -105,6 +107,7 @@ def stream_generate(
             one of mlx-lm's; rows must be sampled independently (XTC's, which share a coin, are not).
         seed: makes sampling repeatable; without it, MLX's global random state is used.
         stop: texts that end the generation; they are not part of the output.
+        grammar: what the output must be, such as JSON of a schema (``mlx_redrafter.engine.grammar``).
         prefill_step_size: prompt tokens processed at once.
         prompt_progress_callback: called with prompt tokens processed and their total.
         prompt_cache: mlx-lm caches of an earlier part of the text.
@@ -139,6 +142,7 @@ def stream_generate(
         frozenset(tokenizer.eos_token_ids),
         options.pop("logits_processors", ()),
         sampler,
+        grammar,
         prompt_cache,
         _quantization(options),
         progress=prompt_progress_callback or (lambda done, total: None),

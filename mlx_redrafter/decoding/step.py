@@ -40,10 +40,18 @@ def step(
         state: with room for ``shape.room`` rows after the text.
         view: what attention is shown of the buffers.
     """
+    state, proposed, seen = verify(target, drafter, shape, state, view)
+    return conclude(pick, shape, state, proposed, seen)
+
+
+def verify(
+    target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State, view: View
+) -> tuple[State, "Proposed", "Verified"]:
+    """All that takes the device long: the state with the tree's rows written, the tree, and what it saw."""
     layers = commit(state.layers)
     proposed = propose(target, drafter, shape, state)
     seen = target.verify(proposed.tree, layers, state.rows, view)
-    return conclude(pick, shape, state, proposed, seen)
+    return replace(state, layers=replace(layers, rows=seen.rows)), proposed, seen
 
 
 def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State) -> "Proposed":

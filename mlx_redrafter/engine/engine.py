@@ -30,6 +30,7 @@ from .loop import (
 from .runner import Runner
 
 if TYPE_CHECKING:
+    from .grammar import Grammar
     from .prefixes import Prefixes
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
@@ -49,6 +50,7 @@ class Request:
             random state.
         stop: token ids that end the text, and belong to it.
         processors, sampler: functions of the user's, as mlx-lm's (``Text``).
+        grammar: what the text must be; when it is complete, an end of text comes, which ``stop`` should have.
         caches: mlx-lm caches that hold an earlier part of the text; they take the prompt in, and in the list
             quantized ones may take their places.
         kv: how keys and values are quantized, exactly when mlx-lm does so.
@@ -70,6 +72,7 @@ class Request:
     stop: frozenset[int] = frozenset()
     processors: Sequence[Processor] = ()
     sampler: Sampler | None = None
+    grammar: "Grammar | None" = None
     caches: list[Any] | None = None
     kv: Quantization | None = None
     release: Callable[[Layers, int], None] | None = None
@@ -176,6 +179,7 @@ class Engine:
             request.max_tokens,
             processors=request.processors,
             sampler=request.sampler,
+            grammar=None if request.grammar is None else request.grammar.follower(),
             release=request.release,
         )
         if (prefixes := self._prefixes_for(request)) is not None:
@@ -320,8 +324,8 @@ class Engine:
         everyone = [*batch.everyone, text]
         needs = [bucket(each.rows + 1) for each in everyone]
         fits = len(everyone) * max(batch.capacity, *needs) <= WASTE * sum(needs)
-        alike = (text.is_foreign, text.kept)
-        return fits and all((each.is_foreign, each.kept) == alike for each in batch.everyone)
+        alike = (text.asks_host, text.kept)  # steps that ask the host are not compiled, and wait for it
+        return fits and all((each.asks_host, each.kept) == alike for each in batch.everyone)
 
     def _has_room(self, prompt: _Prompt) -> bool:
         """Whether another text may be admitted."""
@@ -356,9 +360,9 @@ def _keep(prefixes: "Prefixes", request: Request, said: list[int], layers: Layer
 
 
 def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:
-    """What runs the texts' steps: the usual runner, unless functions of users' have a say in them."""
-    if not any(text.is_foreign for text in texts):
+    """What runs the texts' steps: the usual runner, unless the host has a say in them."""
+    if not any(text.asks_host for text in texts):
         return usual
-    from .foreign import foreign_pick
+    from .host import host_step
 
-    return Runner(usual.target, usual.drafter, foreign_pick(texts))
+    return partial(host_step, usual, texts)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
@@ -18,13 +18,17 @@ from ..decoding.layers import Layers, Quantization, View, commit, one_text
 from ..decoding.penalties import penalty_settings
 from ..decoding.sampling import Sampling, filter_settings
 from ..decoding.state import PLAIN, DraftShape, Output, State, join, quantize, take, with_capacity
+from ..decoding.tree import Tree
+
+if TYPE_CHECKING:
+    from .grammar import Follower
 
 GRAIN = 256  # rows: the smallest unit by which buffers grow
 FIRST_LAYERS = 2  # are handed over first, enough work for a device while the host does the rest
 
-Step = Callable[[DraftShape, State, View], tuple[State, Output]]
+Step = Callable[[DraftShape, State, View], tuple[State, "Output | Unfinished"]]
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits [1, V]
-HandOver = Callable[[State, Output], None]
+HandOver = Callable[[State, "Output | Unfinished"], None]
 Sampler = Callable[[mx.array], mx.array]  # log-probabilities [n, V] -> tokens [n]
 
 
@@ -40,6 +44,7 @@ class Text:
         rows: tokens that the layers hold of it: all but the last.
         processors: functions that change its logits, as mlx-lm's; and the ``sampler`` that takes the place of
             ``sampling``, if there is one.
+        grammar: that it follows, and its place in it.
         release: is given the committed layers (of this text alone) and its rows when it leaves.
         kept: how its layers are quantized; None: they are not.
         turn: how they are to be quantized once they hold ``turn.start`` tokens, which they do not yet.
@@ -55,6 +60,7 @@ class Text:
     rows: int = 0
     processors: Sequence[Processor] = ()
     sampler: Sampler | None = None
+    grammar: "Follower | None" = None
     release: Callable[[Layers, int], None] | None = None
     kept: Quantization | None = None
     turn: Quantization | None = None
@@ -63,13 +69,22 @@ class Text:
     said: list[int] = field(default_factory=list)
 
     @property
-    def is_foreign(self) -> bool:
-        """Whether functions that are not ours have a say in its tokens."""
-        return bool(self.processors) or self.sampler is not None
+    def asks_host(self) -> bool:
+        """Whether a grammar, or functions that are not ours, have a say in its tokens."""
+        return bool(self.processors) or self.sampler is not None or self.grammar is not None
 
     def turns(self, rows: int) -> bool:
         """Whether its layers are to be quantized once they hold ``rows`` tokens more."""
         return self.turn is not None and self.rows + rows >= self.turn.start
+
+
+@dataclass
+class Unfinished:
+    """A step whose tokens the host has a say in: it is finished while the device verifies."""
+
+    tree: Tree
+    verified: mx.array  # as in ``Output``
+    finish: Callable[[State], tuple[State, Output]]
 
 
 @dataclass
@@ -120,7 +135,7 @@ class Fixed:
         """Nothing to learn."""
 
 
-def begin_step(state: State, output: Output) -> None:
+def begin_step(state: State, output: Output | Unfinished) -> None:
     """Hand the heavy part of a step over to the device: its first layers at once.
 
     MLX walks all of a graph before it hands over the first operation, so with the first layers going ahead,
@@ -159,10 +174,9 @@ class Batch:
         self._runner, self._vocabulary, self._padded = runner, vocabulary, padded
         self._run: Step | None = None
         self._state: State | None = None  # after the running step; the only reference to it
-        self._running: tuple[DraftShape, Output] | None = None
-        self._next: tuple[DraftShape, tuple[State, Output] | None] | None = (
-            None  # to follow: its shape, if built
-        )
+        self._running: tuple[DraftShape, Output | Unfinished] | None = None
+        # To follow: its shape, and itself if it is built.
+        self._next: tuple[DraftShape, tuple[State, Output | Unfinished] | None] | None = None
         self._joining: list[tuple[Text, State]] = []
         self._ended: set[Text] = set()
         self.turned: list[tuple[Text, State]] = []  # have left, for their layers are quantized now
@@ -226,6 +240,8 @@ class Batch:
             self._busy = 0.0 if is_first else self._busy
         assert self._running is not None and self._state is not None
         shape, output = self._running
+        if isinstance(output, Unfinished):
+            self._state, output = output.finish(self._state)
         following, ahead = None, None
         if not (self._changes or any(text.is_new for text in self.texts)):  # a first token must not wait
             following = self._choose(shape)
@@ -276,7 +292,9 @@ class Batch:
         self._is_chosen = not all(text.is_new for text in self.texts)
         return self._choose() if self._is_chosen else PLAIN
 
-    def _step(self, shape: DraftShape, running: DraftShape | None = None) -> tuple[State, Output]:
+    def _step(
+        self, shape: DraftShape, running: DraftShape | None = None
+    ) -> tuple[State, Output | Unfinished]:
         """Build a step, to follow a running one of another shape if there is one."""
         assert self._run is not None and self._state is not None
         rows = self._rows(running)
@@ -284,7 +302,7 @@ class Batch:
         known = (running is None or running.depth == 0) and columns == rows + shape.size
         return self._run(shape, self._state, View(columns, known and self._state.token.size == 1))
 
-    def _start(self, shape: DraftShape, built: tuple[State, Output] | None = None) -> None:
+    def _start(self, shape: DraftShape, built: tuple[State, Output | Unfinished] | None = None) -> None:
         """Hand a step over to the device, one that is built already or a new one."""
         assert self._state is not None
         if built is None:
@@ -292,6 +310,8 @@ class Batch:
                 self._state = with_capacity(self._state, bucket(needed))
             built = self._step(shape)
         self._state, output = built
+        if isinstance(output, Unfinished):  # first what the host reads while the device does the rest
+            mx.async_eval(output.tree.tokens, output.tree.parents, output.tree.ancestors)
         self._hand_over(self._state, output)
         self._running = shape, output
 
