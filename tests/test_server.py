@@ -1,11 +1,13 @@
 """The server, asked by OpenAI's and Anthropic's own clients and by hand."""
 
 import json
+import re
 import threading
 import time
 
 import anthropic
 import httpx
+import jsonschema
 import openai
 import pytest
 from bundles import make_drafter, make_folder
@@ -459,3 +461,88 @@ def test_metrics_and_health(served, client):
     assert 'mlx_redrafter_tokens_total{kind="completion"}' in text
     assert 'mlx_redrafter_requests_total{path="/v1/chat/completions",status="200"}' in text
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+
+
+# --- Structured output -----------------------------------------------------------------------------------
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ada", "Bob"]}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("draft", [True, False])
+def test_answers_follow_a_schema(client, temperature, draft):
+    asked = {
+        "model": "default",
+        "messages": HELLO,
+        "temperature": temperature,
+        "seed": 3,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+        "extra_body": {"draft": draft},
+    }
+    text = client.chat.completions.create(**asked).choices[0].message.content
+    jsonschema.validate(json.loads(text), PERSON)
+    assert streamed(client.chat.completions.create(stream=True, **asked))[1] == text
+    asked["extra_body"] = {"draft": not draft}
+    assert client.chat.completions.create(**asked).choices[0].message.content == text
+
+
+def test_answers_follow_patterns_choices_and_grammars(client):
+    asked = {"model": "default", "messages": HELLO, "temperature": 1.0, "seed": 1}
+    for form, pattern in (
+        ({"guided_regex": "[ab]{3}-[0-9]{2}"}, "[ab]{3}-[0-9]{2}"),
+        ({"guided_choice": ["red wine", "blue"]}, "red wine|blue"),
+        ({"guided_grammar": 'start: "x" NUMBER\nNUMBER: /[0-9]{2}/'}, "x[0-9]{2}"),
+        ({"response_format": {"type": "regex", "pattern": "(ha){2,4}!"}}, "(ha){2,4}!"),
+    ):
+        said = client.chat.completions.create(extra_body=form, **asked).choices[0]
+        assert re.fullmatch(pattern, said.message.content) and said.finish_reason == "stop"
+    said = client.completions.create(
+        model="default", prompt="x", max_tokens=40, extra_body={"guided_regex": "yes|no"}
+    )
+    assert said.choices[0].text in ("yes", "no")
+    form = {"format": {"type": "json_schema", "name": "person", "schema": PERSON}}
+    said = client.responses.create(model="default", input="x", text=form)
+    jsonschema.validate(json.loads(said.output_text), PERSON)
+
+
+def test_grammars_that_cannot_be_are_refused(served):
+    for form in (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+        {"response_format": {"type": "json_schema"}},
+        {"guided_regex": "(" * 10},
+        {"guided_regex": "a{1,999999}"},
+        {"guided_grammar": "start: start start"},
+        {"guided_json": "{"},
+        {"guided_choice": []},
+    ):
+        body = {"model": "default", "messages": HELLO, "max_tokens": 4, **form}
+        response = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+        assert response.status_code == 400, (form, response.text)
+        assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_calls_that_are_required_are_made(tools, tools_client, claude, choice):
+    other = {"type": "function", "function": {"name": "time"}}
+    asked = {"model": "default", "messages": HELLO, "temperature": 1.0, "seed": 2, "max_tokens": 300}
+    for seed in range(3):
+        asked["seed"] = seed
+        found = tools_client.chat.completions.create(
+            tools=[TOOL, other], tool_choice=choice, **asked
+        ).choices[0]
+        if found.finish_reason == "length":
+            continue
+        (call,) = found.message.tool_calls
+        assert found.finish_reason == "tool_calls" and not found.message.content
+        arguments = json.loads(call.function.arguments)
+        assert call.function.name == "weather" or (choice == "required" and arguments == {})
+        if call.function.name == "weather":
+            jsonschema.validate(arguments, TOOL["function"]["parameters"])
+        break
+    else:
+        pytest.fail("no call came to an end")

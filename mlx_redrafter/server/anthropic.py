@@ -23,9 +23,9 @@ async def messages(service: Service, request: Request, body: bytes) -> Response:
     asked = parse(MessagesRequest, body)
     loaded = await service.catalog.get(asked.model)
     tools = _tools(asked)
-    prompt = await service.encode(_prompt, loaded.tokenizer, asked, tools)
-    wanted = Wanted(asked.max_tokens, stop=asked.stop_sequences or (), tools=tools)
+    wanted = Wanted(asked.max_tokens, stop=asked.stop_sequences or (), tools=tools, format=asked.format)
     wanted.must_call = asked.tool_choice is not None and asked.tool_choice.type in ("any", "tool")
+    prompt = await service.encode(_prompt, loaded.tokenizer, asked, tools, wanted.is_direct)
     generation = await service.generation(loaded, asked, wanted, [prompt])
     head: dict[str, Any] = {
         "id": f"msg_{uuid.uuid4().hex}",
@@ -149,7 +149,7 @@ def _tools(asked: CountRequest) -> list[dict[str, Any]]:
     return found
 
 
-def _prompt(tokenizer: Any, asked: CountRequest, tools: list[dict[str, Any]]) -> Prompt:
+def _prompt(tokenizer: Any, asked: CountRequest, tools: list[dict[str, Any]], direct: bool = False) -> Prompt:
     found: list[dict[str, Any]] = []
     if asked.system:
         found.append({"role": "system", "content": _text(asked.system)})
@@ -158,7 +158,7 @@ def _prompt(tokenizer: Any, asked: CountRequest, tools: list[dict[str, Any]]) ->
     goes_on = found[-1]["role"] == "assistant" and not found[-1].get("tool_calls")
     if goes_on and not found[-1]["content"].strip():
         raise BadRequest("messages: the last one, which is to be continued, is empty.", param="messages")
-    return encode_chat(tokenizer, found, tools, asked.chat_template_kwargs, goes_on)
+    return encode_chat(tokenizer, found, tools, asked.chat_template_kwargs, goes_on, direct)
 
 
 def _turn(role: str, content: str | list[Block]) -> list[dict[str, Any]]:

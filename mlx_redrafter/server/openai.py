@@ -47,14 +47,17 @@ async def chat(service: Service, request: Request, body: bytes) -> Response:
     loaded = await service.catalog.get(asked.model)
     tools = chosen_tools(asked)
     messages = with_tools_called([message.for_template() for message in asked.messages])
-    prompt = await service.encode(encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs)
     wanted = Wanted(
         asked.max_completion_tokens or asked.max_tokens,
         asked.n or 1,
         texts_of(asked.stop),
         tools=tools,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        format=asked.response_format,
+        format=asked.format or asked.response_format,
+        must_call=asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool),
+    )
+    prompt = await service.encode(
+        encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs, False, wanted.is_direct
     )
     generation = await service.generation(loaded, asked, wanted, [prompt])
     head = head_of("chatcmpl", "chat.completion", asked.model or service.catalog.default_name)
@@ -178,7 +181,7 @@ async def completions(service: Service, request: Request, body: bytes) -> Respon
         texts_of(asked.stop),
         structured=False,
         logprobs=asked.logprobs,
-        format=asked.response_format,
+        format=asked.format or asked.response_format,
     )
     generation = await service.generation(loaded, asked, wanted, prompts)
     head = head_of("cmpl", "text_completion", asked.model or service.catalog.default_name)

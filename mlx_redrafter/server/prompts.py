@@ -34,6 +34,7 @@ def encode_chat(
     tools: Sequence[Tool] = (),
     options: Mapping[str, Any] | None = None,
     goes_on: bool = False,
+    direct: bool = False,
 ) -> Prompt:
     """The prompt of a conversation.
 
@@ -42,6 +43,7 @@ def encode_chat(
         tools: functions that may be called, in OpenAI's form.
         options: of the chat template.
         goes_on: the last message is the model's own, and is to be continued.
+        direct: the answer must follow at once, without reasoning, where the template can have it so.
 
     Raises:
         BadRequest: the template refuses them.
@@ -50,7 +52,11 @@ def encode_chat(
         text = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
         return Prompt(list(tokenizer.encode(text if goes_on else f"{text}\nassistant:")))
     given: dict[str, Any] = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
-    given |= {"tools": list(tools) or None, **(options or {})}
+    given |= {
+        "tools": list(tools) or None,
+        **({"enable_thinking": False} if direct else {}),
+        **(options or {}),
+    }
     try:
         shown = _suited(tokenizer, messages, given)
         ids = _encode(tokenizer, shown, given)

@@ -37,10 +37,12 @@ async def respond(service: Service, request: Request, body: bytes) -> Response:
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     tools = _tools(asked)
     messages = with_tools_called(_system_first([*instructions, *conversation]))
-    prompt = await service.encode(encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs)
     stop = [] if asked.stop is None else [asked.stop] if isinstance(asked.stop, str) else asked.stop
-    wanted = Wanted(asked.max_output_tokens, stop=stop, tools=tools, format=_format(asked))
+    wanted = Wanted(asked.max_output_tokens, stop=stop, tools=tools, format=asked.format or _format(asked))
     wanted.must_call = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedResponseTool)
+    prompt = await service.encode(
+        encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs, False, wanted.is_direct
+    )
     generation = await service.generation(loaded, asked, wanted, [prompt])
     writer = _Writer(service, asked, generation, conversation)
     if asked.stream:

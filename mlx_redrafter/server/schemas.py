@@ -64,10 +64,11 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar", "choice"]
     json_schema: JsonSchema | None = None
     pattern: str | None = None
     grammar: str | None = None
+    choices: list[str] | None = None
 
     @model_validator(mode="after")
     def _has_what_it_names(self) -> "ResponseFormat":
@@ -77,6 +78,8 @@ class ResponseFormat(Strict):
             raise ValueError("regex needs a pattern: give response_format.pattern.")
         if self.type == "grammar" and not self.grammar:
             raise ValueError("grammar needs one in Lark's form: give response_format.grammar.")
+        if self.type == "choice" and not self.choices:
+            raise ValueError("choice needs texts: give response_format.choices.")
         return self
 
 
@@ -157,8 +160,7 @@ class Decoding(Strict):
         if self.guided_choice is not None:
             if not self.guided_choice:
                 raise BadRequest("guided_choice: is empty.", param="guided_choice")
-            words = "|".join(json.dumps(each, ensure_ascii=False) for each in self.guided_choice)
-            return ResponseFormat(type="grammar", grammar=f"start: {words}")
+            return ResponseFormat(type="choice", choices=self.guided_choice)
         return None
 
 

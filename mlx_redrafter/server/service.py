@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..chat import Continuing
+from ..engine.grammar import Grammar
 from .catalog import Catalog, Loaded
 from .errors import BadRequest
 from .generation import Generation
@@ -21,10 +22,10 @@ from .memory import Memory
 from .metrics import Metrics
 from .output import Reader, Update
 from .prompts import Prompt
-from .schemas import SEEDS, Decoding, ResponseFormat
+from .schemas import SEEDS, Decoding, JsonSchema, ResponseFormat
 from .worker import Job, Reading, Worker
 
-Grammars = Callable[[TokenizerWrapper, ResponseFormat], Any]
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 @dataclass
@@ -49,6 +50,11 @@ class Wanted:
     logprobs: int | None = None
     format: ResponseFormat | None = None
     must_call: bool = False
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether there is no room for reasoning before the answer."""
+        return self.must_call or (self.format is not None and self.format.type != "text")
 
 
 @dataclass
@@ -98,12 +104,17 @@ class Service:
             raise BadRequest(text, param="logit_bias")
         if "" in wanted.stop:
             raise BadRequest("stop: an empty text would end the answer at once.", param="stop")
-        form = asked.format or wanted.format
-        grammar = None
-        if form is not None and form.type != "text":
-            grammar = await self.encode(make_grammar, loaded.tokenizer, form)
+        form, _structured = wanted.format, wanted.structured
+        if wanted.must_call:
+            form, prompts = self._calling(loaded.tokenizer, wanted, prompts)
+        elif form is not None and form.type == "text":
+            form = None
+        elif form is not None:
+            pass  # all of it is the answer
+        grammar = None if form is None else await self.encode(make_grammar, loaded.tokenizer, form)
         texts = []
-        tokenizer = loaded.tokenizer if wanted.structured else Continuing(loaded.tokenizer)
+        is_raw = not wanted.structured
+        tokenizer = Continuing(loaded.tokenizer) if is_raw else loaded.tokenizer
         for prompt in prompts:
             room = self._room(loaded, prompt)
             limit = wanted.max_tokens or self.max_tokens or room
@@ -120,9 +131,21 @@ class Service:
                     draft=asked.draft is not False,
                     logprobs=wanted.logprobs,
                 )
-                reader = Reader(tokenizer, wanted.stop, wanted.structured, wanted.tools, prompt.begins_in)
+                reader = Reader(tokenizer, wanted.stop, structured, wanted.tools, prompt.begins_in)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
+
+    def _calling(
+        self, tokenizer: TokenizerWrapper, wanted: Wanted, prompts: Sequence[Prompt]
+    ) -> tuple[ResponseFormat | None, list[Prompt]]:
+        """The prompts with the beginning of a call, and what the call must look like, where that is known."""
+        if not tokenizer.has_tool_calling:
+            text = "the model's chat template knows no tools, so no call of one can be required."
+            raise BadRequest(text, param="tool_choice")
+        start = list(tokenizer.tool_call_start_tokens)
+        prompts = [replace(each, ids=[*each.ids, *start], begins_in="tool") for each in prompts]
+        in_json = tokenizer.tool_parser.__module__.endswith(".json_tools")
+        return _call_of(wanted.tools) if in_json else None, prompts
 
     def _room(self, loaded: Loaded, prompt: Prompt) -> int:
         """Tokens that may follow a prompt."""
@@ -193,13 +216,42 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def make_grammar(tokenizer: TokenizerWrapper, form: ResponseFormat) -> Any:
+def make_grammar(tokenizer: TokenizerWrapper, form: ResponseFormat) -> Grammar:
     """What an answer of this form may be.
 
     Raises:
         BadRequest: the schema, pattern or grammar cannot be used.
     """
-    raise BadRequest("response_format cannot be followed yet.", param="response_format")
+    try:
+        if form.type == "json_object":
+            return Grammar.json(tokenizer)
+        if form.json_schema is not None:
+            return Grammar.json(tokenizer, form.json_schema.schema_)
+        if form.pattern is not None:
+            return Grammar.regex(tokenizer, form.pattern)
+        if form.choices is not None:
+            return Grammar.choice(tokenizer, form.choices)
+        return Grammar.lark(tokenizer, form.grammar or "")
+    except ValueError as error:
+        raise BadRequest(f"response_format: {error}", param="response_format") from error
+
+
+def _call_of(tools: Sequence[dict[str, Any]]) -> ResponseFormat:
+    """What a call of one of the tools looks like, where calls are written as JSON."""
+    functions = [tool["function"] for tool in tools]
+    calls = [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": each["name"]},
+                "arguments": each.get("parameters") or NO_PARAMETERS,
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for each in functions
+    ]
+    return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema={"anyOf": calls}))
 
 
 def keep_alive(reading: Reading | None) -> str:
