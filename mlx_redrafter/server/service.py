@@ -104,17 +104,16 @@ class Service:
             raise BadRequest(text, param="logit_bias")
         if "" in wanted.stop:
             raise BadRequest("stop: an empty text would end the answer at once.", param="stop")
-        form, _structured = wanted.format, wanted.structured
+        form, structured = wanted.format, wanted.structured
         if wanted.must_call:
             form, prompts = self._calling(loaded.tokenizer, wanted, prompts)
         elif form is not None and form.type == "text":
             form = None
         elif form is not None:
-            pass  # all of it is the answer
+            structured = False  # all of it is the answer
         grammar = None if form is None else await self.encode(make_grammar, loaded.tokenizer, form)
         texts = []
-        is_raw = not wanted.structured
-        tokenizer = Continuing(loaded.tokenizer) if is_raw else loaded.tokenizer
+        tokenizer = loaded.tokenizer if wanted.structured else Continuing(loaded.tokenizer)
         for prompt in prompts:
             room = self._room(loaded, prompt)
             limit = wanted.max_tokens or self.max_tokens or room
@@ -131,7 +130,8 @@ class Service:
                     draft=asked.draft is not False,
                     logprobs=wanted.logprobs,
                 )
-                reader = Reader(tokenizer, wanted.stop, structured, wanted.tools, prompt.begins_in)
+                begins_in = prompt.begins_in if structured else "normal"
+                reader = Reader(tokenizer, wanted.stop, structured, wanted.tools, begins_in)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
 
