@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,11 +13,13 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from bundles import make_drafter, make_folder
 
 import mlx_redrafter
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright")
 expect = playwright.expect
+expect.set_options(timeout=20_000)  # the machine may be busy with other tests
 
 PAGE = Path(mlx_redrafter.__file__).parent / "server" / "page"
 MAC = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -47,6 +51,7 @@ for x in range(3):
     print(x * 2 * 2)
 ```
 The end."""
+SAYS = "Hé🙂好w!xyzkq0123456789"  # no token twice
 HOSTILE = """<img src=x onerror="window.hurt=1"> <script>window.hurt=1</script>
 [press](javascript:window.hurt=1) [data](data:text/html,x) ![picture](https://other.example/x.png)
 | <b>a</b> |
@@ -179,14 +184,19 @@ def page(browser, server):
     wrong = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.origins = [server.url]
     page.on(
-        "request", lambda request: None if request.url.startswith(server.url) else wrong.append(request.url)
+        "request", lambda request: wrong.append(request.url) if origin(request) not in page.origins else None
     )
     page.allowed = ()  # what the console may say: Chromium reports each refused request there
     page.goto(server.url)
     yield page
     context.close()
     assert not [text for text in wrong if not any(allowed in text for allowed in page.allowed)]
+
+
+def origin(request):
+    return "/".join(request.url.split("/")[:3])
 
 
 def ask(page, text):
@@ -272,7 +282,7 @@ def test_marks_follow_their_characters_through_any_markdown(page):
     parts = ["a", "B", "c D ", "*", "**", "_", "`", "```", "\n", "\n\n", "- ", "1. ", "    ", "> ", "# ", "|"]
     parts += ["|-|-|\n", "[e](", "http://f.G", ")", "![H](x)", "\\", "~~", "---", "<i>", "\t", "javascript:"]
     random = Random(7)
-    texts = ["".join(random.choices(parts, k=30)) for _ in range(1500)]
+    texts = ["".join(random.choices(parts, k=30)) for _ in range(700)]
     wrong = page.evaluate(
         """async (texts) => {
           const { render } = await import("/page/markdown.js");
@@ -617,3 +627,48 @@ def test_everything_to_press_has_a_name_and_is_reached_by_keyboard(page):
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline == "solid" or page.evaluate("document.activeElement === document.body")
     assert {"Send", "Settings", "New conversation", "Copy code", "Regenerate", "Model"} <= names
+
+
+@pytest.fixture
+def real(tmp_path):
+    """`mlx-redrafter serve` with a model that says SAYS after the prompt, and its drafter: its address."""
+    base = make_folder(tmp_path / "base", SAYS)
+    drafter = make_drafter(tmp_path / "drafter", base)
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<says>", "<assistant>"))  # as usual ones have it
+    command = [sys.executable, "-m", "mlx_redrafter", "serve", "--model", base, "--drafter", drafter]
+    log = tmp_path / "log"
+    with log.open("w") as written:
+        process = subprocess.Popen([*command, "--port", "0"], stderr=written)
+    while not (found := re.search(r"http://\S+(?=\n)", log.read_text())):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    yield found[0]
+    process.terminate()
+    process.wait(60)
+
+
+def test_the_server_itself_keeps_the_contract(page, real):
+    """Its page, its policy and its answers."""
+    page.origins.append(real)
+    page.goto(real)
+    expect(page.get_by_label("Model")).to_have_value(re.compile("base$"))
+    for drafting in (True, False):
+        page.get_by_label("Draft", exact=True).set_checked(drafting)
+        with page.expect_response("**/v1/chat/completions") as response:
+            ask(page, f"the quick brown fox {drafting}")
+        answer = answered(page)
+        expect(answer.locator(".markdown").last).to_have_text(SAYS)
+        expect(answer.get_by_role("alert")).to_have_count(0)
+        expect(answer.locator(".figures")).to_contain_text("tokens per step" if drafting else "drafting off")
+        expect(answer.locator(".figures")).to_contain_text("prompt tokens cached")
+        chunks = [json.loads(data) for data in re.findall(r"^data: (\{.*)", response.value.text(), re.M)]
+        pieces = [piece for chunk in chunks for piece in chunk.get("drafted", [])]
+        assert "".join(text for text, _ in pieces) == SAYS
+        drafted = "".join(
+            text for text, drafted in pieces if drafted
+        )  # how many, the machine's speed decides
+        assert "".join(answer.locator(".drafted").all_text_contents()) == drafted
+        assert drafting or not drafted
+    expect(page.get_by_label("Last speeds")).to_have_text(re.compile(r"^on .* off .*×$"))
+    look(page, "real")

@@ -4,15 +4,14 @@
 import { element, render } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
-const read = (name, other) => JSON.parse(localStorage.getItem(`mlx-redrafter/${name}`) ?? "null") ?? other;
+const read = (key) => JSON.parse(localStorage.getItem(key));
 const CHAT = "mlx-redrafter/chat/";
+const SETTINGS = "mlx-redrafter/settings";
 const PARAMETERS = ["temperature", "top_p", "max_tokens", "seed"];
 
-const settings = { draft: true, colour: true, speeds: {}, ...read("settings", {}) };
-const chats = new Map(Object.keys(localStorage).filter((key) => key.startsWith(CHAT)).map((key) => {
-  const chat = JSON.parse(localStorage.getItem(key));
-  return [chat.id, chat];
-}));
+const settings = { draft: true, colour: true, speeds: {}, ...read(SETTINGS) };
+const kept = Object.keys(localStorage).filter((key) => key.startsWith(CHAT)).map(read);
+const chats = new Map(kept.map((chat) => [chat.id, chat]));
 const jobs = new Map(); // chat -> {stop: AbortController, note: what it waits for}
 let current;
 
@@ -25,7 +24,7 @@ function keep(key, value) {
     warn(`This browser keeps nothing more (${error.message}). Delete old conversations.`);
   }
 }
-const keepSettings = () => keep("mlx-redrafter/settings", settings);
+const keepSettings = () => keep(SETTINGS, settings);
 
 function keepChat(chat) {
   if (chats.has(chat.id) && chat.messages.length) keep(CHAT + chat.id, { ...chat, at: (chat.at = Date.now()) });
@@ -45,8 +44,9 @@ function deleteChat(chat) {
   open(chat === current ? latest() : current);
 }
 
-const latest = () => [...chats.values()].sort((a, b) => b.at - a.at)[0] ?? newChat();
-const title = ({ messages }) => messages[0]?.content.slice(0, 60) ?? "New conversation";
+const newestFirst = () => [...chats.values()].filter(({ messages }) => messages.length).sort((a, b) => b.at - a.at);
+const latest = () => newestFirst()[0] ?? newChat();
+const title = ({ messages }) => messages[0].content.slice(0, 60);
 
 // --- The server -----------------------------------------------------------------------------------------------
 
@@ -86,7 +86,9 @@ async function call(path, options = {}) {
 
 async function loadModels() {
   const { data } = await (await call("/v1/models")).json();
-  $("model").replaceChildren(...data.map(({ id }) => element("option", { value: id, textContent: id.split("/").pop(), title: id })));
+  const name = (id) => id.split("/").slice(-2).join("/"); // of a long path only its end
+  const option = ({ id }) => element("option", { value: id, textContent: name(id), title: id });
+  $("model").replaceChildren(...data.map(option));
   warn("");
   $("model").value = data.some(({ id }) => id === settings.model) ? settings.model : data[0]?.id;
   showSpeeds();
@@ -123,7 +125,8 @@ async function answer(chat) {
   try {
     if (!$("model").value) await loadModels();
     message.model = $("model").value;
-    const request = { model: message.model, draft: settings.draft, stream: true, stream_options: { include_usage: true } };
+    const request = { model: message.model, draft: settings.draft, stream: true };
+    request.stream_options = { include_usage: true };
     for (const name of PARAMETERS) if (settings[name]) request[name] = Number(settings[name]);
     request.messages = settings.system ? [{ role: "system", content: settings.system }, ...said] : said;
     const body = JSON.stringify(request);
@@ -150,11 +153,12 @@ async function listen(body, message, job, changed) {
   const begun = performance.now();
   const { live } = message;
   let first; // when the first tokens came, and how many
+  let done = false;
   for await (const line of linesOf(body)) {
-    const read = /^: *keepalive (\d+)\/(\d+)/.exec(line);
+    const read = /^: *keep-?alive (\d+)\/(\d+)/.exec(line);
     if (read) job.note = `Reading the prompt: ${read[1]} of ${read[2]} tokens …`;
-    if (line === "data: [DONE]") return;
-    if (line.startsWith("data: ")) {
+    if (line === "data: [DONE]") done = true; // the connection's end follows, which leaves it fit for another request
+    else if (line.startsWith("data: ")) {
       const { error, usage, choices: [choice] = [], ...chunk } = JSON.parse(line.slice(6));
       if (error) throw new Error(error.message);
       if (usage) message.usage = usage;
@@ -170,7 +174,7 @@ async function listen(body, message, job, changed) {
     }
     changed();
   }
-  throw new Error("The answer broke off: the server closed the connection.");
+  if (!done) throw new Error("The answer broke off: the server closed the connection.");
 }
 
 /** Add a text to a message, and which of its characters were drafted if the server says so. */
@@ -238,11 +242,10 @@ function open(chat) {
 
 let soon = null;
 function drawSoon(chat) { // at most once per frame, however fast the tokens come
-  if (chat === current) soon ??= requestAnimationFrame(() => drawAnswer(current.messages.at(-1), current.messages.length - 1));
+  if (chat === current) soon ??= requestAnimationFrame(drawLast);
 }
 
 function drawAnswer(message, index) {
-  soon = null;
   if (message?.role !== "assistant") return;
   const log = $("log");
   const follow = log.scrollHeight - log.scrollTop - log.clientHeight < 60; // not if the reader has scrolled up
@@ -265,9 +268,13 @@ function drawAnswer(message, index) {
   if (follow) log.scrollTop = log.scrollHeight;
 }
 
+function drawLast() {
+  soon = null;
+  drawAnswer(current.messages.at(-1), current.messages.length - 1);
+}
+
 function draw() {
-  const last = current.messages.length - 1;
-  drawAnswer(current.messages[last], last);
+  drawLast();
   $("send").hidden = jobs.has(current);
   $("stop").hidden = !jobs.has(current);
   listChats();
@@ -276,11 +283,16 @@ function draw() {
 
 function listChats() {
   const focus = document.activeElement?.dataset.chat;
-  $("list").replaceChildren(...[...chats.values()].filter(({ messages }) => messages.length).sort((a, b) => b.at - a.at).map((chat) => {
-    const show = element("button", { type: "button", textContent: title(chat), onclick: () => { open(chat); $("chats").hidePopover(); } });
-    const remove = element("button", { type: "button", textContent: "×", ariaLabel: `Delete “${title(chat)}”`, onclick: () => deleteChat(chat) });
-    if (chat === current) show.ariaCurrent = "true";
+  const button = (properties) => element("button", { type: "button", ...properties });
+  $("list").replaceChildren(...newestFirst().map((chat) => {
+    const show = button({ textContent: title(chat), ariaCurrent: chat === current ? "true" : null });
+    const remove = button({ textContent: "×", ariaLabel: `Delete “${title(chat)}”` });
     show.dataset.chat = chat.id;
+    show.onclick = () => {
+      open(chat);
+      $("chats").hidePopover();
+    };
+    remove.onclick = () => deleteChat(chat);
     return element("li", {}, show, remove);
   }));
   document.querySelector(`[data-chat="${focus}"]`)?.focus();

@@ -109,7 +109,8 @@ const isItem = (line, first) =>
 /** Does line `i` go on with the list whose first line is `first`? */
 function inList(lines, i, first) {
   const inside = (line) => isItem(line, first) || depthOf(line) >= depthOf(first) + 2;
-  if (lines[i].t.trim()) return inside(lines[i]) || (lines[i - 1].t.trim() && !interrupts(lines, i) && !ITEM.test(lines[i].t));
+  const goesOn = () => lines[i - 1].t.trim() && !interrupts(lines, i) && !ITEM.test(lines[i].t); // the line before it
+  if (lines[i].t.trim()) return inside(lines[i]) || goesOn();
   while (i < lines.length && !lines[i].t.trim()) i++;
   return i < lines.length && inside(lines[i]);
 }
