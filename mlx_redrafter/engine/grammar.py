@@ -56,7 +56,7 @@ class Grammar:
         known = _tokenizer_of(tokenizer)
         self.words = -(-max(known.vocab_size, *(end + 1 for end in self.ends)) // 32)
         self.only_ends = self._bits(self.ends)
-        self._others = ~self._bits(self.ends | set(known.eos_tokens))
+        self._others = self._bits(set(range(known.vocab_size)) - self.ends - set(known.eos_tokens))
         # Where nothing may come: a token that the matcher will not take, and no end.
         self.nothing = self._bits({next(token for token in count() if token not in self.ends)})
         limits = library.LLParserLimits(verbose_errors=False)
@@ -68,7 +68,7 @@ class Grammar:
     def mask(self, matcher: "LLMatcher") -> Masks | None:
         """Bits [words] of the tokens that may come next; None if none may, or that takes too long to know."""
         mask = np.zeros(self.words, np.uint32)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint32)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint32)[: self.words]  # it may have a word more
         mask[: len(bits)] = bits
         mask &= self._others
         if matcher.is_accepting():

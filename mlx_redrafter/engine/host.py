@@ -44,8 +44,10 @@ def host_pick(texts: Sequence[Text]) -> Pick:
             processed = [_guarded(text, _processed, logits[i], paths[i]) for i, text in enumerate(texts)]
             logits = mx.stack([*processed, *logits[len(texts) :]])
         logits, tokens = pick(tree, state, logits)
-        sampled = [_guarded(text, _sampled, tokens[i], logits[i]) for i, text in enumerate(texts)]
-        return logits, mx.stack([*sampled, *tokens[len(texts) :]])
+        if any(text.sampler for text in texts):
+            sampled = [_guarded(text, _sampled, tokens[i], logits[i]) for i, text in enumerate(texts)]
+            tokens = mx.stack([*sampled, *tokens[len(texts) :]])
+        return logits, tokens
 
     return ask
 
