@@ -8,6 +8,7 @@ import re
 import time
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import jsonschema
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from models import RandomDrafter, ScriptedDrafter, Unprepared, make_model
 from scipy.stats import chisquare
 from test_engine import SHAPES
-from test_lossless import WrongDrafter
+from test_lossless import LONG, WrongDrafter, long_state
 from test_sampling import expected as probabilities
 from tiny import make_tiny
 
@@ -31,8 +32,8 @@ from mlx_redrafter.decoding.step import step
 from mlx_redrafter.engine import grammar as module
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.grammar import Follower, Grammar, masked
-from mlx_redrafter.engine.host import host_pick
-from mlx_redrafter.engine.loop import Fixed, Text
+from mlx_redrafter.engine.host import host_pick, host_step
+from mlx_redrafter.engine.loop import Batch, Fixed, Text, bucket
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.models.target import Target
@@ -495,3 +496,28 @@ def test_tokenizers_that_do_not_fit_and_a_missing_library_are_named(tokenizer, m
 def test_models_that_are_not_drafted_for_follow_grammars(model, tokenizer, grammars):
     said = [r.token for r in stream_generate(model, tokenizer, PROMPT, 60, grammar=grammars["schema"])]
     assert said == constrained(model, grammars["schema"], tokenizer.eos_token_ids, 60)
+
+
+def test_a_step_that_asks_the_host_copies_no_cache(tokenizer):
+    """Peak memory over the model and one cache of 4,000 tokens; the buffers grow on the way."""
+    size = {"num_hidden_layers": 8, "head_dim": 64, "max_position_embeddings": 8192, "vocab_size": SIZE}
+    target = Target(make_model("llama", **size))
+    step_of, letters = Runner(target, RandomDrafter(target)), Grammar.regex(tokenizer, "[a-z ]*")
+
+    def decode_on(eager):
+        batch = Batch(
+            lambda texts: partial(host_step, step_of, texts), Fixed(SHAPES[2]), SIZE, 1, eager=eager
+        )
+        text = Text(1, left=150, rows=LONG, is_new=False, grammar=letters.follower())
+        batch.join(text, long_state())
+        while batch.everyone:
+            batch.step()
+
+    for eager in (False, True):
+        decode_on(eager)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        decode_on(eager)
+        rows = 2 * 8 * 2 * 64 * 4 * bucket(LONG + 150)  # bytes of the buffers when they have grown
+        assert rows < mx.get_peak_memory() - before < 1.1 * rows
