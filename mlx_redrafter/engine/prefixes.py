@@ -13,6 +13,8 @@ Texts that begin alike share what they have in common: they are a tree of pieces
 middle of one. Recurrent layers' states are known at the ends of prompts and at checkpoints only, and with
 these a lookup ends there. What was used longest ago goes first.
 
+With a ``PrefixFolder``, texts are kept on the disk too, and read from there when memory has less of them.
+
 Left alone are requests that bring caches of their own, whose tokens are not known, and those whose keys and
 values are quantized: where mlx-lm quantizes depends on how a prompt is read.
 """
@@ -20,14 +22,17 @@ values are quantized: where mlx-lm quantizes depends on how a prompt is read.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..decoding.layers import Layers
+from ..decoding.layers import Layers, Rows
 from ..models.target import to_prompt_cache
 from . import backend
+
+if TYPE_CHECKING:
+    from .prefix_folder import PrefixFolder
 
 SHARE = 0.25  # of the memory that texts may take
 
@@ -56,20 +61,24 @@ class Prefixes:
 
     Args:
         limit: bytes that may be kept; 0 keeps nothing, None is a quarter of the memory that is free now.
+        folder: of the same model, keeps on the disk what is kept here.
 
     Raises:
         ValueError: the limit is negative.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, folder: "PrefixFolder | None" = None) -> None:
         self.limit = int(SHARE * backend.free_memory()) if limit is None else limit
         if self.limit < 0:
             raise ValueError(f"prompt cache bytes {limit} is not usable: give 0 or more.")
         self._clock = itertools.count(1)
+        self._folder: PrefixFolder | None
         self.clear()
+        self._folder = folder
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything, and use no folder any more: the model may have changed."""
+        self._folder = None
         self._root = _Piece(np.zeros(0, np.int32), Layers([]))
         self._nbytes, self._recurrent = 0, False
 
@@ -80,18 +89,21 @@ class Prefixes:
 
     def restore(self, tokens: Sequence[int], caches: list[Any]) -> int:
         """Give empty mlx-lm caches the longest usable prefix of the tokens; how many tokens it has."""
-        found = self._walk(np.asarray(tokens, np.int32))
+        ids = np.asarray(tokens, np.int32)
+        found = self._usable(ids)
+        if self._folder is not None and (longer := self._folder.read(ids, _count(found))) is not None:
+            count, layers = longer
+            self._keep(ids[:count], layers)
+            found = self._usable(ids)
+        if found:
+            to_prompt_cache(replace(found[-1][0].layers, rows=_rows(found, 0)), _count(found), caches)
+        return _count(found)
+
+    def _usable(self, tokens: Tokens) -> list[tuple[_Piece, int]]:
+        found = self._walk(tokens)
         while found and self._recurrent and not _ends_with_states(*found[-1]):
             found.pop()
-        if not found:
-            return 0
-        last, rows = found[-1][0].layers, []
-        for number in range(len(last.rows)):
-            shown = [[part[:, :, :n] for part in piece.layers.rows[number]] for piece, n in found]
-            rows.append([mx.concatenate(list(x), axis=2) for x in zip(*shown, strict=True)])
-        count = sum(n for _, n in found)
-        to_prompt_cache(replace(last, rows=rows), count, caches)
-        return count
+        return found
 
     def keep(self, tokens: Sequence[int], layers: Layers, exact: bool = True) -> None:
         """Keep what the committed layers of one text remember of the tokens, which are their first rows.
@@ -100,11 +112,19 @@ class Prefixes:
         of all are in memory at once. Recurrent layers' are kept only if ``exact``: their states are those
         after the last of the tokens.
         """
-        ids, states = np.asarray(tokens, np.int32), layers.states
-        if states and not exact:
+        ids, with_states = np.asarray(tokens, np.int32), bool(layers.states)
+        if with_states and not exact:
             return
-        found = self._walk(ids)
-        place, held = (found[-1][0] if found else self._root), sum(n for _, n in found)
+        self._keep(ids, layers)
+        if self._folder is not None and (start := self._folder.missing(ids, with_states)) is not None:
+            found = self._walk(ids)
+            if _count(found) == len(ids):  # or it did not fit into memory
+                states = found[-1][0].layers.states if with_states else []
+                self._folder.write(ids, start, _rows(found, start) if start < len(ids) else [], states)
+
+    def _keep(self, ids: Tokens, layers: Layers) -> None:
+        found, states = self._walk(ids), layers.states
+        place, held = (found[-1][0] if found else self._root), _count(found)
         self._recurrent = bool(states)
         if held == len(ids) and (not states or not held or _ends_with_states(*found[-1])):
             return
@@ -157,6 +177,23 @@ class Prefixes:
         """The pieces that nothing comes after."""
         below = piece.below.values()
         return [end for each in below for end in self._ends(each)] if below else [piece]
+
+
+def _count(found: Sequence[tuple[_Piece, int]]) -> int:
+    return sum(n for _, n in found)
+
+
+def _rows(found: Sequence[tuple[_Piece, int]], start: int) -> list[Rows]:
+    """The rows of pieces, one after the other, from one row on."""
+    rows: list[Rows] = []
+    for number in range(len(found[-1][0].layers.rows)):
+        shown, before = [], 0
+        for piece, n in found:
+            first, before = max(start - before, 0), before + n
+            if first < n:
+                shown.append([part[:, :, first:n] for part in piece.layers.rows[number]])
+        rows.append([mx.concatenate(list(x), axis=2) for x in zip(*shown, strict=True)])
+    return rows
 
 
 def _ends_with_states(piece: _Piece, count: int) -> bool:
