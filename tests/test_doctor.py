@@ -90,6 +90,21 @@ def test_a_package_that_is_too_old_or_missing(states, monkeypatch):
     assert "mlx-lm>=" in found["mlx-lm"]["remedy"]
 
 
+def test_extras_that_are_not_installed_are_no_failure(states, monkeypatch):
+    real = doctor.metadata.version
+
+    def version(name):
+        if name == "rich":
+            raise doctor.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    code, found = states()
+    assert code == 0
+    assert "mlx-redrafter[chat]" in found["extra chat"]["text"]
+    assert {"extra benchmark", "extra server"} < found.keys()
+
+
 def test_a_check_that_fails_is_a_finding(states, monkeypatch):
     def fails():
         raise RuntimeError("no such device")

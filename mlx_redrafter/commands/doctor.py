@@ -127,15 +127,14 @@ def versions() -> Iterator[Finding]:
     if sys.platform == "darwin" and platform.machine() != "arm64":
         remedy = "install one for arm64, such as uv's or Homebrew's."
         yield Finding("python", "fail", "this Python is for Intel, and MLX needs Apple Silicon", remedy)
-    asked = [Requirement(text) for text in metadata.requires(OURS) or []]
-    asked = [each for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
     for name in (OURS, "mlx", "mlx-lm", "numpy", "transformers"):
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             yield Finding(name, "fail", "not installed", f"pip install {name}")
             continue
-        wanted = [str(each.specifier) for each in asked if each.name == name and found not in each.specifier]
+        asked = [each for each in _requirements(OURS) if each.name == name]
+        wanted = [str(each.specifier) for each in asked if not _is_met(each)]
         if wanted:
             yield Finding(name, "fail", f"{found}, not {wanted[0]}", f"pip install '{name}{wanted[0]}'")
         else:
@@ -210,15 +209,28 @@ def disks() -> Iterator[Finding]:
 
 def extras() -> Iterator[Finding]:
     """What is not needed, and good to have."""
-    for name, packages in {"chat": ["rich", "prompt-toolkit"], "benchmark": ["rich", "matplotlib"]}.items():
-        missing = []
-        for package in packages:
-            try:
-                metadata.version(package)
-            except metadata.PackageNotFoundError:
-                missing.append(package)
-        text = f"without {', '.join(missing)} (pip install '{OURS}[{name}]')" if missing else "installed"
-        yield Finding(f"extra {name}", "ok", text)
+    needed = {str(requirement) for requirement in _requirements(OURS)}
+    for name in metadata.metadata(OURS).get_all("Provides-Extra") or []:
+        more = [each for each in _requirements(OURS, name) if str(each) not in needed]
+        missing = [str(Requirement(str(each).partition(";")[0])) for each in more if not _is_met(each)]
+        if more:
+            text = f"lacks {', '.join(missing)} (pip install '{OURS}[{name}]')" if missing else "installed"
+            yield Finding(f"extra {name}", "ok", text)
+
+
+def _requirements(package: str, extra: str = "") -> list[Requirement]:
+    """What a package asks for on this machine; with an extra, what that asks for too."""
+    asked = [Requirement(text) for text in metadata.requires(package) or []]
+    return [each for each in asked if each.marker is None or each.marker.evaluate({"extra": extra})]
+
+
+def _is_met(wanted: Requirement) -> bool:
+    try:
+        fits = wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+        parts = [each for extra in wanted.extras for each in _requirements(wanted.name, extra)]
+        return fits and all(map(_is_met, parts))
+    except metadata.PackageNotFoundError:
+        return False
 
 
 # --- A model -----------------------------------------------------------------------------------------
