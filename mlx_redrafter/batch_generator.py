@@ -76,7 +76,7 @@ class BatchGenerator:
 
     def __new__(cls, model: SpeculativeModel | nn.Module, **options: Any) -> Any:
         own = model if isinstance(model, SpeculativeModel) else SpeculativeModel(model, None)
-        if own.prepare() is None or options.get("max_kv_size") is not None:
+        if own.prepare_or_tell() is None or options.get("max_kv_size") is not None:
             return PlainBatchGenerator(own.model, **options)
         made = super().__new__(cls)
         made.model = own

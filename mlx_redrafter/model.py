@@ -1,6 +1,7 @@
 """Find a model and its drafter, and load both."""
 
 import operator
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class SpeculativeModel:
         self.model = model
         self.drafter = drafter
         self.context_length = context_length
-        self.refusal = ""
+        self.refusal = self._told = ""
         self._given_policies: dict[int | None, Chooser] = {}
         self._policies: dict[int | None, Chooser] = {}
         self._runner: Runner | None = None
@@ -72,6 +73,15 @@ class SpeculativeModel:
             if len(found) != len(self._parts) or not all(map(operator.is_, found, self._parts)):
                 self._take_in(found)
             return self._runner
+
+    def prepare_or_tell(self) -> Runner | None:
+        """As ``prepare``; a model that cannot verify drafts is told, with the reason, once."""
+        runner, told = self.prepare(), self._told
+        self._told = self.refusal
+        if self.refusal and self.refusal != told:
+            what = "drafts" if self.drafter is None else "the drafter"
+            warnings.warn(f"decoding without {what}: {self.refusal}", stacklevel=4)
+        return runner
 
     def _take_in(self, found: list[Any]) -> None:
         """Start anew with the model and the drafter as they are now, of these parts."""
@@ -220,7 +230,8 @@ def load(
     loaded = drafter_for(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
     if loaded is not None and speculative.prepare() is None:
-        raise ValueError(speculative.refusal)
+        remedy = "load it without one, as with --drafter none."
+        raise ValueError(f"{speculative.refusal.removesuffix('.')}: {remedy}")
     return speculative, tokenizer
 
 

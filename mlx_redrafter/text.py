@@ -306,10 +306,8 @@ def _usable(shape: DraftShape, model: SpeculativeModel) -> DraftShape:
 def _can_draft(
     model: SpeculativeModel, request: Request, max_kv_size: int | None, options: Mapping[str, Any]
 ) -> bool:
-    """Whether drafting can do what is asked; warns where a drafter is there but cannot."""
-    if (runner := model.prepare()) is None:
-        if model.drafter is not None:
-            warnings.warn(f"decoding without the drafter: {model.refusal}", stacklevel=3)
+    """Whether drafting can do what is asked; warns where the model, or a drafter that is there, cannot."""
+    if (runner := model.prepare_or_tell()) is None:
         return False
     unknown = [name for name in options if name not in (*PLAIN_ONLY, *QUANTIZATION.values())]
     reasons = [name for name in PLAIN_ONLY if name in options] or unknown

@@ -20,7 +20,15 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from models import make_model
 from test_stream import PROMPT, Silent
 
-from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, load, stream_generate
+from mlx_redrafter import (
+    BatchGenerator,
+    DraftShape,
+    Sampling,
+    SpeculativeModel,
+    generate,
+    load,
+    stream_generate,
+)
 from mlx_redrafter import text as stream
 from mlx_redrafter.engine import backend
 from mlx_redrafter.engine.loop import Fixed
@@ -254,6 +262,23 @@ def test_what_no_longer_fits_is_decoded_plainly_and_told(change, message):
     vars(base).pop("make_cache", None)
     assert drafted(model) == first
     assert model.refusal == ""
+
+
+def test_a_model_that_cannot_verify_drafts_is_told_once_also_without_a_drafter(recwarn):
+    base = make_model("llama")
+    base.make_cache = lambda: [RotatingKVCache(99, keep=4) for _ in base.layers]
+    model = SpeculativeModel(base, None)
+    wanted = plain(model)
+    assert not recwarn.list  # nobody asked for drafts
+    assert [drafted(model), drafted(model)] == [wanted, wanted]
+    BatchGenerator(model).close()
+    (told,) = [str(each.message) for each in recwarn.list]
+    assert told.startswith(
+        "decoding without drafts: Model type llama cannot verify drafts: its RotatingKVCache"
+    )
+    generate(SpeculativeModel(base, None), Silent(), PROMPT, max_tokens=2)
+    BatchGenerator(base).close()
+    assert [str(each.message) for each in recwarn.list] == [told] * 3
 
 
 def by_threads(responses):

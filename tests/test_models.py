@@ -81,8 +81,8 @@ def tried(name, prompts, count):
         target = Target(model)
         target.check()
     except ValueError as error:
-        reason = re.sub(r"^Model type \S+ ", "", str(error)).split(": load it")[0]
-        return "plain", reason.removeprefix("cannot verify a draft tree: ").rstrip(".")
+        reason = re.sub(r"^Model type \S+ ", "", str(error))
+        return "plain", reason.removeprefix("cannot verify drafts: ").rstrip(".")
     drafter = ScriptedDrafter(target, prompts[0] + texts[0])
     engine = Engine(Runner(target, drafter), Fixed(SHAPE), CHUNK)
     found, numbers, drafted = {}, [], 0

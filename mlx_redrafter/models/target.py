@@ -230,7 +230,7 @@ class Target:
         """
         trial, failed = begin(self)
         if failed := failed or failure(trial.chains):
-            raise ValueError(f"{_name(self.model)} cannot verify a draft tree: {failed}.")
+            raise ValueError(f"{_name(self.model)} cannot verify drafts: {failed}.")
         self.trees = self.trees and not failure(trial.tree)
         self.batches = not failure(trial.batch)
 
@@ -411,8 +411,8 @@ def _window(cache: Any, model: nn.Module) -> int | None:
     if type(cache) is RotatingKVCache and cache.keep == 0:
         return int(cache.max_size)
     raise ValueError(
-        f"{_name(model)} cannot be decoded with a drafter: its {type(cache).__name__} cannot be rolled "
-        "back after a rejected draft: load it without one, as with --drafter none."
+        f"{_name(model)} cannot verify drafts: its {type(cache).__name__} cannot be rolled back after a "
+        "rejected one."
     )
 
 
