@@ -93,7 +93,7 @@ class SpeculativeModel:
             target = Target(self.model, drafter.config.context_layers if drafter else ())
             if self.refusal or not same:
                 _check_fit(drafter, target.embed)
-                target.check()
+                target.check(f"{backend.current().name} {backend.chip()}")
             elif self._runner is not None:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
             drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter

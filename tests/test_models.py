@@ -15,6 +15,7 @@ import mlx_redrafter  # noqa: F401 - loads its BLAS before MLX is loaded
 # isort: split
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from decoding import start
@@ -25,13 +26,14 @@ from tiny import CONFIGS, make_tiny, modules
 
 from mlx_redrafter import SpeculativeModel
 from mlx_redrafter.batch_generator import BatchGenerator
-from mlx_redrafter.decoding.layers import View, commit, one_text, visible
+from mlx_redrafter.decoding.layers import View, commit, fit_rows, one_text, visible
 from mlx_redrafter.decoding.state import DraftShape, join
 from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.engine.step_times import candidates
+from mlx_redrafter.models import trial
 from mlx_redrafter.models.hooks import RECURRENCES, leaves
 from mlx_redrafter.models.target import Target
 
@@ -165,6 +167,17 @@ def failing_window(tree, start, columns, window=None):
     return visible(tree, start, columns, window and window + 1)
 
 
+def rows_after_the_nodes(tree, start, columns, window=None):
+    end = (start + tree.tokens.shape[1])[:, None, None]
+    return visible(tree, start, columns, window) | (mx.arange(columns) >= end)
+
+
+def every_node(tree, start, columns, window=None):
+    column = mx.arange(columns) - start[:, None, None]
+    before = (column >= 0) & (column <= mx.arange(tree.tokens.shape[1])[:, None])
+    return visible(tree, start, columns, window) | before
+
+
 def no_rollback(tape, state, after):
     tape.moves[id(state)] = state, lambda count: state
 
@@ -174,6 +187,12 @@ def no_rollback(tape, state, after):
     [
         ("plamo3", "target.visible", failing_window),
         ("gemma3_text", "target.visible", failing_window),
+        ("llama", "target.visible", rows_after_the_nodes),
+        (
+            "llama",
+            "trial.fit_rows",
+            lambda layers, size: fit_rows(fit_rows(layers, layers.capacity - 9), size),
+        ),
         ("lfm2", "hooks._slide", lambda rows, state, nodes: lambda count: state),
         ("mamba2", "hooks.Tape.note", no_rollback),
         ("rwkv7", "hooks._slide", lambda rows, state, nodes: lambda count: state),
@@ -187,10 +206,95 @@ def test_the_self_check_sees_windows_and_rollbacks(monkeypatch, name, place, ins
         Target(model).check()
 
 
+def test_the_self_check_tells_trees_from_chains(monkeypatch):
+    monkeypatch.setattr("mlx_redrafter.models.target.visible", every_node)  # of a chain, all are ancestors
+    target = Target(make_tiny("llama"))
+    target.check()
+    assert not target.trees and target.batches
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("name", ["gemma3_text", "olmo_hybrid", "mamba2"])
+def test_the_self_check_sees_them_in_half_precision_too(monkeypatch, name, dtype):
+    model = make_tiny(name)
+    model.set_dtype(dtype)
+    Target(model).check()
+    windows = name == "gemma3_text"
+    place = "target.visible" if windows else "hooks.Tape.note"
+    monkeypatch.setattr(f"mlx_redrafter.models.{place}", failing_window if windows else no_rollback)
+    with pytest.raises(ValueError, match="its logits differ"):
+        Target(model).check()
+
+
 def test_a_state_that_nobody_watches_is_refused(monkeypatch):
     monkeypatch.delitem(RECURRENCES, "gated_delta_update")
     with pytest.raises(ValueError, match="is not known, so that it cannot be rolled back"):
         Target(make_tiny("qwen3_next")).check()
+
+
+def trials(model, monkeypatch):
+    """How often the model is tried out by a self-check on a device, and the target."""
+    tried, begin = [], trial.begin
+    monkeypatch.setattr(trial, "begin", lambda target: tried.append(0) or begin(target))
+    target = Target(model)
+    target.check("a device")
+    monkeypatch.setattr(trial, "begin", begin)
+    return len(tried), target
+
+
+def double(self, x, *args, **options):
+    return 2 * self.unlike(x, *args, **options)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "gpt_bigcode"])
+def test_self_checks_are_remembered(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    first, target = trials(make_tiny(name), monkeypatch)
+    again, known = trials(make_tiny(name, seed=1), monkeypatch)  # other weights
+    assert (first, again) == (1, 0)
+    assert (known.trees, known.batches) == (target.trees, target.batches)
+    assert target.trees == (name == "gemma3_text") and target.batches == (name != "gpt_bigcode")
+
+
+def test_self_checks_are_remembered_for_what_was_checked(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    assert trials(make_tiny("lfm2"), monkeypatch)[0] == 1
+    model = make_tiny("lfm2")
+    model.set_dtype(mx.bfloat16)
+    assert trials(model, monkeypatch)[0] == 1
+    nn.quantize(model, 32, 4)
+    assert trials(model, monkeypatch)[0] == 1
+    model.layers[0].ffn_norm.eps = 1e-3
+    assert trials(model, monkeypatch)[0] == 1
+    kind = type(model.layers[0].feed_forward)
+    monkeypatch.setattr(kind, "unlike", kind.__call__, raising=False)
+    monkeypatch.setattr(kind, "__call__", double)
+    assert trials(model, monkeypatch)[0] == 1
+    assert trials(model, monkeypatch)[0] == 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"trees": 1, "batches": true}', "nan", "[" * 100_000])
+def test_a_damaged_note_of_a_self_check_harms_nothing(monkeypatch, tmp_path, content):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    model = make_tiny("lfm2")
+    trials(model, monkeypatch)
+    (note,) = tmp_path.glob("self-checks/*")
+    note.write_text(content)
+    tried, target = trials(model, monkeypatch)
+    assert tried == 1 and not target.trees
+    note.unlink()
+    note.mkdir()
+    assert trials(model, monkeypatch)[0] == 1
+
+
+def test_a_failed_self_check_is_not_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    monkeypatch.setattr(trial, "failure", lambda part: "no memory")
+    with pytest.raises(ValueError, match="no memory"):
+        Target(make_tiny("lfm2")).check("a device")
+    monkeypatch.undo()
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path))
+    assert trials(make_tiny("lfm2"), monkeypatch)[0] == 1
 
 
 def test_chains_only_are_chosen_from_and_run_where_trees_are_not_verified():

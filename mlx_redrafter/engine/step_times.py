@@ -7,17 +7,13 @@ is measured again, and so is, at the next use, what was measured while the machi
 
 import contextlib
 import functools
-import hashlib
-import json
 import math
 import os
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from ..blas import blas_threads, load_blas
 from ..decoding.state import PLAIN, DraftShape
-from ..loading.cache import cache_folder
+from ..loading.cache import read_note, versions, write_note
 from ..models.identity import identity_of
 from . import backend
 from .loop import Chooser, Fixed
@@ -33,7 +29,6 @@ from .policy import Policies, StepTimes, policy_for, reason, times_for
 from .runner import Runner
 
 OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
-LARGEST = 1 << 20  # bytes of a file of step times
 
 
 def make_policy(runner: Callable[[], Runner], lookup: int | None = None) -> Chooser:
@@ -101,18 +96,7 @@ def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
 def keep(runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1) -> Path | None:
     """Write step times to the cache folder; return the file, or None if it cannot be written."""
     seconds = [value if value < math.inf else None for value in times.seconds]
-    report = {"conditions": conditions(runner, shapes, texts), "seconds": seconds, "per_row": times.per_row}
-    with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
-        file = _file(runner, shapes, texts)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and not file.is_file():  # writing to a pipe would wait for its reader
-            return None
-        from ..loading.files import atomic_file
-
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
-        return file
-    return None
+    return write_note("step-times", conditions(runner, shapes, texts), seconds=seconds, per_row=times.per_row)
 
 
 def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> dict[str, Any]:
@@ -132,7 +116,7 @@ def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
         "drafter_weights": drafter and weight_bytes(drafter.weights()),
         "shapes": [list(astuple(shape)) for shape in shapes],
         "texts": texts,
-        "versions": {name: metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")},
+        "versions": versions(),
     }
 
 
@@ -145,19 +129,10 @@ def weight_bytes(parameters: Mapping[str, Any]) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-def _file(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> Path:
-    text = json.dumps(conditions(runner, shapes, texts), sort_keys=True)
-    return cache_folder() / "step-times" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-
-
 def _read(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
     """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
-        file = _file(runner, shapes, texts)
-        known = file.stat()
-        if not file.is_file() or known.st_size > LARGEST or abs(time.time() - known.st_mtime) > OLD:
-            return None
-        report = json.loads(file.read_text())
+        report = read_note("step-times", conditions(runner, shapes, texts), OLD)
         seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
         per_row = [float(value) for value in report["per_row"]]
         usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)

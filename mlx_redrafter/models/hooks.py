@@ -25,6 +25,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList
 
 ROPE_NAMES = ("rope", "rotary_emb")
 WINDOW_TYPES = ("Conv1d", "TokenShift")
+ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)  # of code that does not fit
 
 States = list[list[mx.array]]  # of each recurrent layer, arrays [B, ...]
 After = Callable[[mx.array], mx.array]  # a state after the first `count` [B] nodes

@@ -36,9 +36,10 @@ from ..decoding.layers import (
 )
 from ..decoding.step import Verified
 from ..decoding.tree import Tree
-from .hooks import Recorder, States, StatesView, Tape, leaves, parts, view, watch, with_each
+from ..loading.cache import read_note, write_note
+from .hooks import ERRORS, Recorder, States, StatesView, Tape, leaves, parts, view, watch, with_each
 from .identity import token_embedding
-from .trial import ERRORS, begin, failure
+from .tried import conditions
 
 RMS_EPS = 1e-6
 INNER_NAMES = ("model", "transformer", "backbone")
@@ -220,19 +221,31 @@ class Target:
                 f"{how.group_size} ({reason}): give others, or leave kv_bits out."
             ) from error
 
-    def check(self) -> None:
+    def check(self, device: str = "") -> None:
         """Compare logits with sequential decoding's on this very model (``trial.py``).
 
         If only those of trees, or of several texts at once, differ, ``trees`` or ``batches`` becomes false.
 
+        Args:
+            device: on which, by name; what is found is kept in the cache folder then, and taken from there.
+
         Raises:
             ValueError: a chain's differ, so drafting would change what the model says.
         """
+        known = conditions(self, device) if device else {}
+        match read_note("self-checks", known):
+            case {"trees": bool(trees), "batches": bool(batches)} if known:
+                self.trees, self.batches = self.trees and trees, batches
+                return
+        from .trial import begin, failure
+
         trial, failed = begin(self)
         if failed := failed or failure(trial.chains):
             raise ValueError(f"{_name(self.model)} cannot verify drafts: {failed}.")
         self.trees = self.trees and not failure(trial.tree)
         self.batches = not failure(trial.batch)
+        if known:
+            write_note("self-checks", known, trees=self.trees, batches=self.batches)
 
 
 def from_prompt_cache(caches: Sequence[Any]) -> Layers:

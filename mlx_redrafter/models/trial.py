@@ -9,11 +9,10 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from ..decoding.layers import Layers, commit, fit_rows, join_rows, leave_path
 from ..decoding.tree import build_chain, make_tree
-from .hooks import leaves
+from .hooks import ERRORS, leaves
 
 TRIED_WINDOW = 6  # tokens, in a trial: all windows act as they do in a long text
 TRIED = 13  # tokens of a trial's prompt
-ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
 
 
 def begin(target: Any) -> "tuple[Trial, str]":
