@@ -259,6 +259,26 @@ RECURRENCES: dict[str, Callable[..., Any]] = {
 UNMASKED = {"recurrent_gla": partial(_by_node, {"q": 2, "k": 2, "v": 2}, "h")}  # an older form of it
 
 
+class FirstToken:
+    """Stands for ``mlx.core`` in RG-LRU's code, which takes the root of a text's first token as 1.
+
+    It knows the first token by the lack of a state, but what is verified has one from the beginning.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+
+    def sqrt(self, x: mx.array) -> mx.array:
+        root, start = mx.sqrt(x), self.tape.offset
+        if start is None:
+            return root
+        first = (start == 0)[:, None] & (mx.arange(x.shape[1]) == 0)  # [B, N]
+        return mx.where(first[..., None], mx.ones_like(root), root)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+
 def _watched(tape: Tape, name: str, function: Function) -> Function:
     """A function of ``RECURRENCES`` that notes what moves the state on, if anything is to be noted."""
     signature, how = inspect.signature(function), RECURRENCES[name]
@@ -309,7 +329,9 @@ def _rebound(kind: type, tape: Tape) -> dict[str, Any]:
                 continue
             used = [f for f in method.__code__.co_names if f in RECURRENCES and f in method.__globals__]
             if used:
-                names = {f: _watched(tape, f, method.__globals__[f]) for f in used}
+                names: dict[str, Any] = {f: _watched(tape, f, method.__globals__[f]) for f in used}
+                if "rnn_scan" in used:
+                    names["mx"] = FirstToken(tape)
                 twin = FunctionType(
                     method.__code__,
                     {**method.__globals__, **names},
