@@ -34,7 +34,8 @@ from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.engine.step_times import candidates
 from mlx_redrafter.models import trial
-from mlx_redrafter.models.hooks import RECURRENCES, leaves
+from mlx_redrafter.models.hooks import leaves
+from mlx_redrafter.models.recurrent import RECURRENCES
 from mlx_redrafter.models.target import Target
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -106,7 +107,12 @@ def memory(name):
     """What the layers of a module remember, in words."""
     if name == "olmo":
         return "rows"
-    kinds = {"KVCache": "rows", "RotatingKVCache": "a window", "ArraysCache": "states"}
+    kinds = {
+        "KVCache": "rows",
+        "ChunkedKVCache": "a chunk",
+        "RotatingKVCache": "a window",
+        "ArraysCache": "states",
+    }
     caches = make_prompt_cache(make_tiny(name))
     words = {kinds.get(type(cache).__name__, type(cache).__name__) for cache in leaves(caches)}
     return ", ".join(sorted(words)) + (" (in lists)" if any(isinstance(c, CacheList) for c in caches) else "")
@@ -135,6 +141,7 @@ KINDS = {
     "jamba": "Mamba-1, a prompt at once",
     "lfm2": "short convolution",
     "rwkv7": "RWKV7",
+    "recurrent_gemma": "RG-LRU",
     "baichuan_m1": "convolution of keys and values",
 }
 
@@ -193,9 +200,9 @@ def no_rollback(tape, state, after):
             "trial.fit_rows",
             lambda layers, size: fit_rows(fit_rows(layers, layers.capacity - 9), size),
         ),
-        ("lfm2", "hooks._slide", lambda rows, state, nodes: lambda count: state),
-        ("mamba2", "hooks.Tape.note", no_rollback),
-        ("rwkv7", "hooks._slide", lambda rows, state, nodes: lambda count: state),
+        ("lfm2", "recurrent._slide", lambda rows, state, nodes: lambda count: state),
+        ("mamba2", "recurrent.Notes.note", no_rollback),
+        ("rwkv7", "recurrent._slide", lambda rows, state, nodes: lambda count: state),
     ],
 )
 def test_the_self_check_sees_windows_and_rollbacks(monkeypatch, name, place, instead):
@@ -220,7 +227,7 @@ def test_the_self_check_sees_them_in_half_precision_too(monkeypatch, name, dtype
     model.set_dtype(dtype)
     Target(model).check()
     windows = name == "gemma3_text"
-    place = "target.visible" if windows else "hooks.Tape.note"
+    place = "target.visible" if windows else "recurrent.Notes.note"
     monkeypatch.setattr(f"mlx_redrafter.models.{place}", failing_window if windows else no_rollback)
     with pytest.raises(ValueError, match="its logits differ"):
         Target(model).check()

@@ -2,12 +2,13 @@
 
 The model's own code runs unmodified. Attention asks its cache for three things: ``offset`` (positions),
 ``make_mask`` and ``update_and_fetch``; ``TreeCache`` answers them for a tree of drafted nodes. Recurrent
-layers are given their states. What else must be known is watched in a *view* of the model (``hooks.py``).
+layers are given their states. What else must be known is watched in a *view* of the model (``hooks.py``; for
+recurrent layers ``recurrent.py``).
 """
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from typing import Any
@@ -17,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
+    ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
@@ -37,7 +39,7 @@ from ..decoding.layers import (
 from ..decoding.step import Verified
 from ..decoding.tree import Tree
 from ..loading.cache import read_note, write_note
-from .hooks import ERRORS, Recorder, States, StatesView, Tape, leaves, parts, view, watch, with_each
+from .hooks import ERRORS, Recorder, States, Tape, leaves, parts, view, with_each
 from .identity import token_embedding
 from .tried import conditions
 
@@ -73,29 +75,34 @@ class Target:
         self.batches = True
         self.layers_read = tuple(layers)
         self._has_inner_head = False
-        self._watch(view(model))
+        self._watch(model)
         self.vocabulary = int(self.embed.weight.shape[0])
         with contextlib.suppress(*ERRORS):  # ``check`` will tell
             logits, hidden, _ = self._forward(mx.array([[0]]), self.make_cache())  # nothing is computed
             wanted = self.no_context().shape[-1]
             if hidden.shape[-1] - wanted == logits.shape[-1] - wanted // (1 + len(layers)) != 0:  # V - H
                 self._has_inner_head = True  # what the inner model gives are logits
-                self._watch(view(model))
+                self._watch(model)
 
     def with_weights(self, weights: list[mx.array]) -> "Target":
         """A twin that computes with other arrays in the places of its ``weights``."""
         twin = copy.copy(self)
-        twin._watch(view(self._view, iter(weights)))
+        twin._watch(self._view, iter(weights))
         return twin
 
-    def _watch(self, model: Any) -> None:
-        self._view = model
-        self.embed: Any = token_embedding(model)
-        self.weights = [part for part in parts(model) if isinstance(part, mx.array)]
+    def _watch(self, model: Any, weights: Iterator[mx.array] | None = None) -> None:
         self._lock = Lock()  # the recorders and the tape are shared
-        self._tape = Tape()
-        watch(model, self._tape)
-        inner: Any = _inner_place(model)
+        self.tape: Any = Tape()
+        if is_watched := any(type(x) in (ArraysCache, ChunkedKVCache) for x in leaves(self._caches)):
+            from .recurrent import Notes, watch
+
+            self.tape = Notes()
+        self._view = view(model, self.tape, weights)
+        self.embed: Any = token_embedding(self._view)
+        self.weights = [part for part in parts(self._view) if isinstance(part, mx.array)]
+        if is_watched:
+            watch(self._view, self.tape)
+        inner: Any = _inner_place(self._view)
         self.layers = _layers(inner[0][inner[1]])
         read = [Recorder.put_into(*_layer_place(self.layers, layer)) for layer in self.layers_read]
         if self._has_inner_head:
@@ -110,6 +117,8 @@ class Target:
             if isinstance(cache, ArraysCache):
                 return _StatesCache(len(cache.cache))
             window = next(windows)
+            if isinstance(cache, ChunkedKVCache):
+                return _ChunksCache()
             return KVCache() if window is None else _WindowedCache(window)
 
         return with_each(self._caches, empty)
@@ -149,14 +158,15 @@ class Target:
         self,
         tokens: mx.array,
         caches: Sequence[Any],
-        watched: Sequence[StatesView] = (),
+        watched: Sequence[Any] = (),
         offset: mx.array | None = None,
+        columns: int = 0,
     ) -> tuple[mx.array, mx.array, Callable[[mx.array], States]]:
         with self._lock:
-            self._tape.start(tokens.shape[1] if watched else 0, offset)
+            self.tape.start(tokens.shape[1], bool(watched), offset, columns)
             logits = self._view(tokens, cache=caches)
             last, *layers = [recorder.take() for recorder in self._recorders]
-            after = self._tape.stop(watched)
+            after = self.tape.stop(watched)
         states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
         return logits, mx.concatenate(states, axis=-1) if layers else last, after
 
@@ -191,18 +201,18 @@ class Target:
         shown = view or View(layers.capacity)
         kept, states = zip(layers.rows, self.windows, strict=True), iter(layers.states)
         trees: list[TreeCache] = []
-        watched: list[StatesView] = []
+        watched: list[Any] = []
 
         def stand_in(cache: Any) -> Any:
             if isinstance(cache, ArraysCache):
-                watched.append(StatesView(next(states)))
+                watched.append(self.tape.seen(next(states)))
                 return watched[-1]
             trees.append(TreeCache(tree, start, shown, masks, *next(kept)))
             return trees[-1]
 
         caches = with_each(self._caches, stand_in)
         offset = positions(tree, start)
-        logits, hidden, after = self._forward(tree.tokens, caches, watched, offset)
+        logits, hidden, after = self._forward(tree.tokens, caches, watched, offset, shown.columns)
         return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
 
     def check_quantized(self, how: Quantization) -> None:
@@ -325,6 +335,11 @@ class TreeCache:
         self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
         self.offset = positions(tree, start)
 
+    start_position = 0  # that, and what follows, is asked of a cache of chunks
+
+    def maybe_trim_front(self) -> None:
+        """Earlier chunks stay, hidden by the model's own mask."""
+
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
@@ -364,6 +379,12 @@ class _StatesCache(ArraysCache):  # type: ignore[misc]
     """Counts its tokens; ``Target.forward`` does."""
 
     offset = 0
+
+
+class _ChunksCache(KVCache):  # type: ignore[misc]
+    """Keeps every token."""
+
+    start_position, maybe_trim_front = TreeCache.start_position, TreeCache.maybe_trim_front
 
 
 class _WindowedCache(KVCache):  # type: ignore[misc]
@@ -419,7 +440,7 @@ def _layers(inner: Any) -> list[Any]:
 
 def _window(cache: Any, model: nn.Module) -> int | None:
     """The attention window behind an mlx-lm cache; None where it keeps everything."""
-    if type(cache) is KVCache:
+    if type(cache) in (KVCache, ChunkedKVCache):
         return None
     if type(cache) is RotatingKVCache and cache.keep == 0:
         return int(cache.max_size)

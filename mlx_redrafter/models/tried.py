@@ -1,6 +1,7 @@
 """What the result of a self-check depends on, so that it can be remembered: all but the weights' values."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from types import CodeType, FunctionType
@@ -16,12 +17,13 @@ from .hooks import parts
 def conditions(target: Any, device: str) -> dict[str, Any]:
     """All that decides whether a target's drafts are right on a device, as JSON."""
     found = parts(target.model)
-    kinds = dict.fromkeys(type(part) for part in found if isinstance(part, nn.Module))
+    kinds = list(dict.fromkeys(type(part) for part in found if isinstance(part, nn.Module)))
+    watching = vars(sys.modules[type(target.tape).__module__]).values()
     return {
         "device": device,
         "model": _name(type(target.model)),
         "parts": _digest([*map(_told, found), str((target.windows, target.layers_read))]),
-        "code": _digest(sorted(_code([type(target), type(target.model), *kinds]))),
+        "code": _digest(sorted(_code(kinds, [type(target), *watching]))),
         "versions": versions(),
     }
 
@@ -41,10 +43,10 @@ def _told(part: Any) -> str:
     return repr(part) if plain else _name(type(part))
 
 
-def _code(kinds: list[type]) -> Iterator[str]:
+def _code(kinds: list[type], ours: list[Any]) -> Iterator[str]:
     """The code that the classes may come to, as it is in this process, followed through MLX's, mlx-lm's and
     this package's; and that of what was put there from elsewhere."""
-    seen, todo = set[int](), list[Any](kinds)
+    seen, todo = set[int](), [*kinds, *ours]
     while todo:
         item = todo.pop()
         item = getattr(item, "fget", None) or getattr(item, "__func__", item)  # of a property, a class method
