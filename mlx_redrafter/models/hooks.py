@@ -27,11 +27,11 @@ class Tape:
     def __init__(self) -> None:
         self.offset: mx.array | None = None  # positions while nodes are verified
 
-    def start(self, size: int, is_noted: bool, offset: mx.array | None, columns: int) -> None:
+    def start(self, tokens: mx.array, is_noted: bool, offset: mx.array | None, columns: int) -> None:
         """From now on tokens are read, or nodes verified.
 
         Args:
-            size: N.
+            tokens: [B, N], the nodes'.
             is_noted: recurrent layers verify nodes.
             offset: the nodes' positions; None: tokens are read.
             columns: rows of the buffers that attention is shown.

@@ -37,9 +37,10 @@ class Notes(Tape):
         self.nodes = 0  # N while something is noted
         self.kinds: dict[type, type] = {}  # a class -> the one that takes its place
 
-    def start(self, size: int, is_noted: bool, offset: mx.array | None, columns: int) -> None:
+    def start(self, tokens: mx.array, is_noted: bool, offset: mx.array | None, columns: int) -> None:
         """Note what is read from now on; of a single node nothing is of interest."""
-        self.nodes, self.size = size if is_noted and size > 1 else 0, size
+        self.tokens, size = tokens, tokens.shape[1]
+        self.nodes = size if is_noted and size > 1 else 0
         self.offset, self.columns = offset, columns
         self.windows: list[mx.array] = []  # [B, K - 1 + N, ...]: rows before, and the nodes'
         self.moves: dict[int, tuple[mx.array, After]] = {}  # by the identity of a state after all nodes
@@ -67,7 +68,13 @@ class Notes(Tape):
         for cache in caches:
             ways = [partial(lambda state, count: state, state) for state in cache.cache]
             for slot, state in cache.stored:
-                way = moves[id(state)][1] if id(state) in moves else _slide(next(windows, None), state, nodes)
+                if id(state) in moves:
+                    way = moves[id(state)][1]
+                elif mx.issubdtype(state.dtype, mx.integer):  # the last token ids
+                    ids = mx.concatenate([cache.before[slot], self.tokens.astype(state.dtype)], axis=1)
+                    way = _slide(ids, state, nodes)
+                else:
+                    way = _slide(next(windows, None), state, nodes)
                 ways[slot] = partial(lambda way, count: way(count), way)
             found.append(ways)
         if next(windows, None) is not None:
@@ -81,6 +88,7 @@ class StatesView(ArraysCache):  # type: ignore[misc]
 
     def __init__(self, states: list[mx.array]) -> None:
         super().__init__(len(states))
+        self.before = states
         self.cache: list[Any] = [*states]
         self.stored: list[tuple[int, mx.array]] = []
 
@@ -211,7 +219,7 @@ class Places(StandIn):
         if stop.size > 1:
             raise ValueError("it counts the places of one text only")
         if isinstance(start, mx.array):
-            return start + mx.arange(self.tape.size)
+            return start + mx.arange(self.tape.tokens.shape[1])
         return mx.arange(self.tape.columns)
 
 

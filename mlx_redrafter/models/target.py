@@ -74,11 +74,13 @@ class Target:
         self.trees = len(kept) == len(self.windows)
         self.batches = True
         self.layers_read = tuple(layers)
-        self._has_inner_head = False
+        self._has_inner_head, self._full = False, list[list[mx.array]]()
         self._watch(model)
         self.vocabulary = int(self.embed.weight.shape[0])
         with contextlib.suppress(*ERRORS):  # ``check`` will tell
-            logits, hidden, _ = self._forward(mx.array([[0]]), self.make_cache())  # nothing is computed
+            caches = self.make_cache()
+            logits, hidden, _ = self._forward(mx.zeros((1, 16), mx.int32), caches)  # nothing is computed
+            self._full = from_prompt_cache(caches).states
             wanted = self.no_context().shape[-1]
             if hidden.shape[-1] - wanted == logits.shape[-1] - wanted // (1 + len(layers)) != 0:  # V - H
                 self._has_inner_head = True  # what the inner model gives are logits
@@ -136,6 +138,10 @@ class Target:
             caches = copy.deepcopy(list(caches))
             self.forward(mx.array([[0]]), caches)
         layers = from_prompt_cache(caches)
+        layers.states = [
+            [_padded(state, full) for state, full in zip(*pair, strict=True)]
+            for pair in zip(layers.states, self._full, strict=True)
+        ]
         if rows == 0:
             layers.states = [[mx.zeros_like(state) for state in states] for states in layers.states]
         fits = rows < layers.capacity or not layers.rows
@@ -163,7 +169,7 @@ class Target:
         columns: int = 0,
     ) -> tuple[mx.array, mx.array, Callable[[mx.array], States]]:
         with self._lock:
-            self.tape.start(tokens.shape[1], bool(watched), offset, columns)
+            self.tape.start(tokens, bool(watched), offset, columns)
             logits = self._view(tokens, cache=caches)
             last, *layers = [recorder.take() for recorder in self._recorders]
             after = self.tape.stop(watched)
@@ -275,6 +281,12 @@ def from_prompt_cache(caches: Sequence[Any]) -> Layers:
         # Copies, since a model writes to its lists.
         states=[list[Any](x.cache) for x in kept if isinstance(x, ArraysCache)],
     )
+
+
+def _padded(state: mx.array, full: mx.array) -> mx.array:
+    """A state of the last token ids, with zeros before them in a short text; others are as they are."""
+    missing = full.shape[1] - state.shape[1] if mx.issubdtype(state.dtype, mx.integer) else 0
+    return mx.pad(state, [(0, 0), (missing, 0)]) if missing else state
 
 
 def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantization | None = None) -> None:
