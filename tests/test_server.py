@@ -463,6 +463,29 @@ def test_metrics_and_health(served, client):
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
 
 
+def test_what_was_read_is_known_after_a_restart(folders, tmp_path):
+    body = {"model": "default", "messages": HELLO * 20, "max_tokens": 5}
+    found = []
+    for _ in range(2):
+        with serving(folders / "random", prompt_cache_dir=tmp_path / "kept") as served:
+            found.append(httpx.post(f"{served.url}/v1/chat/completions", json=body).json())
+    cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in found]
+    assert cached == [0, found[0]["usage"]["prompt_tokens"] - 1]
+    assert found[0]["choices"] == found[1]["choices"]
+
+
+def test_models_that_nobody_asks_for_are_let_go(folders):
+    with serving(folders / "random", idle_unload=0.2) as served:
+        body = {"model": "default", "messages": HELLO, "max_tokens": 5}
+        first = httpx.post(f"{served.url}/v1/chat/completions", json=body).json()
+        catalog, deadline = served.server.service.catalog, time.monotonic() + 15
+        while catalog.loaded and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not catalog.loaded
+        again = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).json()
+        assert again["choices"] == first["choices"]
+
+
 # --- Structured output -----------------------------------------------------------------------------------
 
 PERSON = {

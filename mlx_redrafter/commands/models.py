@@ -1,11 +1,9 @@
 """``mlx-redrafter models``."""
 
 import argparse
-import contextlib
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +14,9 @@ from mlx_lm.utils import dequantize_model
 
 from ..engine import backend
 from ..engine.runner import Runner
-from ..engine.step_times import LARGEST, OLD, conditions, weight_bytes
+from ..engine.step_times import OLD, conditions, weight_bytes
 from ..loading.base import cast_model, load_base
-from ..loading.cache import cache_folder
+from ..loading.cache import noted_conditions
 from ..loading.fit import KnownDrafter, drafter_of, known_drafters
 from ..loading.library import Entry, library
 from ..loading.read import first_line
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"--model-dir {folder} is no folder: check the path.")
     entries = library(args.model_dir)
-    drafters, kept = known_drafters(entries), _kept_conditions()
+    drafters, kept = known_drafters(entries), noted_conditions("step-times", OLD)
     rows = [described(entry, drafters, kept) for entry in entries if not entry.is_drafter]
     if args.json:
         others = [
@@ -101,18 +99,6 @@ def _is_tuned(model: nn.Module, kept: Sequence[Conditions]) -> bool:
         return False
     now = conditions(Runner(Target(model), None), ())
     return any(all(each.get(key) == now[key] for key in SAME) for each in alike)
-
-
-def _kept_conditions() -> list[Conditions]:
-    """What the step times that are kept depend on."""
-    found = []
-    with contextlib.suppress(OSError, RuntimeError):  # there is no such folder
-        for path in sorted((cache_folder() / "step-times").glob("*.json")):
-            with contextlib.suppress(Exception):  # anything may be there
-                known = path.stat()
-                if path.is_file() and known.st_size <= LARGEST and time.time() - known.st_mtime < OLD:
-                    found.append(dict(json.loads(path.read_text("utf-8"))["conditions"]))
-    return found
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

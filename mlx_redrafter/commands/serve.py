@@ -21,6 +21,7 @@ BOUNDS = (
     ("max_models", 1, math.inf),
     ("prefill_step_size", 1, math.inf),
     ("prompt_cache_bytes", 0, math.inf),
+    ("prompt_cache_dir_bytes", 0, math.inf),
     ("max_body_bytes", 1, math.inf),
     ("shutdown_timeout", 0, math.inf),
 )
@@ -54,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-step-size", type=int, default=512, help="prompt tokens read between two steps")
     text = "of texts kept for reuse, of each model (default: a quarter of what is free)"
     add("--prompt-cache-bytes", type=int, help=text)
+    text = "keep texts on the disk too, in this folder, so that they are known after a restart"
+    add("--prompt-cache-dir", type=Path, help=text)
+    add("--prompt-cache-dir-bytes", type=int, default=20 << 30, help="that may be kept there")
     add("--max-body-bytes", type=int, default=16 << 20, help="of a request")
     add("--idle-unload", help="let go of models that nobody asks for in so long, such as 30m")
     add("--shutdown-timeout", type=float, default=30.0, help="seconds for running answers to end in")
@@ -89,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         args.prefill_step_size,
         args.max_models,
         args.prompt_cache_bytes,
+        args.prompt_cache_dir,
+        args.prompt_cache_dir_bytes,
         _seconds(args.idle_unload),
     )
     serve(

@@ -50,8 +50,21 @@ def write_note(kind: str, conditions: dict[str, Any], **note: Any) -> Path | Non
 
 def read_note(kind: str, conditions: dict[str, Any], age: float = math.inf) -> dict[str, Any]:
     """What was kept under these conditions in the last ``age`` seconds; {} if there is no such thing."""
+    with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
+        return _read(_file(kind, conditions), age)
+    return {}
+
+
+def noted_conditions(kind: str, age: float = math.inf) -> list[dict[str, Any]]:
+    """The conditions of all notes of a kind that were kept in the last ``age`` seconds."""
+    with contextlib.suppress(OSError, RuntimeError):
+        notes = [_read(file, age) for file in sorted((cache_folder() / kind).glob("*.json"))]
+        return [dict(note["conditions"]) for note in notes if isinstance(note.get("conditions"), dict)]
+    return []
+
+
+def _read(file: Path, age: float) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # anything may be there
-        file = _file(kind, conditions)
         known = file.stat()
         if file.is_file() and known.st_size <= LARGEST and abs(time.time() - known.st_mtime) <= age:
             return dict(json.loads(file.read_text()))

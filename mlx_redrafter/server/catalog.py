@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..engine import backend
+from ..engine.prefix_folder import PrefixFolder, prefix_identity
 from ..engine.prefixes import Prefixes
 from ..loading.find import DEFAULT_MODEL
 from ..loading.library import Entry, find, library
@@ -34,6 +35,8 @@ class ServingOptions:
         chunk: prompt tokens read between two steps.
         models: that are loaded at once.
         prompt_cache_bytes: of texts kept for reuse, of each model; None: a quarter of what is free.
+        prompt_cache_dir: where these are kept on the disk too, and found after a restart; None: nowhere.
+        prompt_cache_dir_bytes: that may be kept there.
         idle_unload: seconds after which a model that nobody asks for is let go; None: never.
     """
 
@@ -42,6 +45,8 @@ class ServingOptions:
     chunk: int = 512
     models: int = 2
     prompt_cache_bytes: int | None = None
+    prompt_cache_dir: Path | None = None
+    prompt_cache_dir_bytes: int = 20 << 30
     idle_unload: float | None = None
 
     def __post_init__(self) -> None:
@@ -145,14 +150,18 @@ class Catalog:
         return Loaded(name, served, model, tokenizer, tuple(never_dropped(tokenizer)))
 
     def _begin(self, model: SpeculativeModel, tokenizer: TokenizerWrapper) -> Served:
-        prefixes = Prefixes(self._options.prompt_cache_bytes)
-        served = Served(model, tokenizer, prefixes, self._options.chunk, self._options.texts)
+        options, folder = self._options, None
+        if options.prompt_cache_dir is not None:
+            identity = prefix_identity(model.model)
+            folder = PrefixFolder(options.prompt_cache_dir, identity, options.prompt_cache_dir_bytes)
+        prefixes = Prefixes(options.prompt_cache_bytes, folder)
+        served = Served(model, tokenizer, prefixes, folder, options.chunk, options.texts)
         self._worker.serve(served)
         return served
 
     async def _make_room(self, path: str) -> None:
         """Let go of the models that were used longest ago, until another one may be loaded."""
-        needed = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
+        needed = _weight_bytes(Path(path))
         while self.loaded:
             fits = needed <= backend.free_memory() and len(self.loaded) < self._options.models
             idle = [each for each in self.loaded.values() if not each.served.texts]
@@ -169,6 +178,12 @@ class Catalog:
     async def _apart(self, work: Callable[[], Any]) -> Any:
         """What takes long is done in a thread of its own, one thing after the other."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _weight_bytes(path: Path) -> int:
+    """Of a model on the disk; 0 if it is not there yet."""
+    files = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*.gguf")]
+    return sum(file.stat().st_size for file in files)
 
 
 def _load(options: ModelOptions) -> tuple[SpeculativeModel, TokenizerWrapper]:

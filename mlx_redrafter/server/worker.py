@@ -22,6 +22,7 @@ from ..decoding.sampling import Sampling
 from ..decoding.state import PLAIN
 from ..engine.engine import Request
 from ..engine.loop import Emitted, Fixed
+from ..engine.prefix_folder import PrefixFolder
 from ..engine.prefixes import Prefixes
 from ..model import SpeculativeModel
 from ..plain import decode
@@ -141,9 +142,15 @@ class Served:
     """
 
     def __init__(
-        self, model: SpeculativeModel, tokenizer: TokenizerWrapper, prefixes: Prefixes, chunk: int, texts: int
+        self,
+        model: SpeculativeModel,
+        tokenizer: TokenizerWrapper,
+        prefixes: Prefixes,
+        folder: PrefixFolder | None,
+        chunk: int,
+        texts: int,
     ) -> None:
-        self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
+        self.model, self.tokenizer, self.prefixes, self.folder = model, tokenizer, prefixes, folder
         self._chunk, self._texts = chunk, texts
         self.used = time.monotonic()
         self._begin()
@@ -292,6 +299,8 @@ class Worker:
         if served in self._served:
             self._served.remove(served)
         served.close()
+        if served.folder is not None:
+            served.folder.flush()
         served.prefixes.clear()
         mx.clear_cache()
 
