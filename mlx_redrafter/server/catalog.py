@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..loading.library import Entry, find, library
 from ..model import SpeculativeModel
 from ..options import DecodingOptions, ModelOptions, choose_drafter, load_model, never_dropped
 from .errors import BadRequest
-from .worker import Served, Worker
+from .worker import Helper, Served, Worker
 
 LISTED = 30.0  # seconds for which a list of the models on this machine is good
 
@@ -86,7 +85,7 @@ class Catalog:
         self.default_name = default.model or DEFAULT_MODEL
         self.loaded: dict[str, Loaded] = {}
         self._loading = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, "loading")
+        self._helper = Helper("loading")
         self._listed: tuple[float, list[Entry]] = (-LISTED, [])
 
     async def get(self, name: str | None) -> Loaded:
@@ -177,7 +176,7 @@ class Catalog:
 
     async def _apart(self, work: Callable[[], Any]) -> Any:
         """What takes long is done in a thread of its own, one thing after the other."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.wrap_future(self._helper.do(work))
 
 
 def _weight_bytes(path: Path) -> int:

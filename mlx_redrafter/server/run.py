@@ -69,7 +69,6 @@ async def make_server(settings: Settings) -> "Server":
         ValueError: the model cannot be loaded.
     """
     worker = Worker()
-    worker.start()
     catalog = Catalog(worker, settings.model, settings.serving)
     try:
         await catalog.get(None)

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from .metrics import Metrics
 from .output import Reader, Update
 from .prompts import Prompt
 from .schemas import SEEDS, Decoding, JsonSchema, ResponseFormat
-from .worker import Job, Reading, Worker
+from .worker import Helper, Job, Reading, Worker
 
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -78,11 +77,11 @@ class Service:
     leaves: bool = False  # the server is shutting down
 
     def __post_init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "text")  # tokenizers are used by one thread at a time
+        self._helper = Helper("text")  # tokenizers are used by one thread at a time
 
     async def encode(self, work: Callable[..., Any], *args: Any) -> Any:
         """What tokenizers take long for, apart from the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *args))
+        return await asyncio.wrap_future(self._helper.do(partial(work, *args)))
 
     async def generation(
         self, loaded: Loaded, asked: Decoding, wanted: Wanted, prompts: Sequence[Prompt]

@@ -253,30 +253,19 @@ def likeliest(logits: mx.array, tokens: list[int], count: int) -> list[Logprobs]
     return found
 
 
-class Worker:
-    """Runs the engines of all loaded models in one thread, step after step while any has texts."""
+class Helper:
+    """A thread that does what it is asked, one thing after the other, and never ends.
 
-    def __init__(self) -> None:
+    One that ends lets go of what MLX has compiled in it, which needs Python: that may be gone by then, and
+    the process would be aborted.
+    """
+
+    def __init__(self, name: str) -> None:
         self._messages: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._served: list[Served] = []
-        self._goes_on = True
-        self._thread = Thread(target=self._run, name="decoding", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Let go of all texts and models, and end."""
-
-        def end() -> None:
-            self._goes_on = False
-
-        self._messages.put(end)
-        self._thread.join()
+        Thread(target=self._run, name=name, daemon=True).start()
 
     def do(self, work: Callable[[], T]) -> "Future[T]":
-        """Have something done in the worker's thread, between two steps."""
+        """Have something done in this thread."""
         done: Future[T] = Future()
 
         def act() -> None:
@@ -289,6 +278,30 @@ class Worker:
 
         self._messages.put(act)
         return done
+
+    def _run(self) -> None:
+        while True:
+            self._messages.get()()
+
+
+class Worker(Helper):
+    """Runs the engines of all loaded models in one thread, step after step while any has texts.
+
+    What it is asked to do, it does between two steps.
+    """
+
+    def __init__(self) -> None:
+        self._served: list[Served] = []
+        super().__init__("decoding")
+
+    def stop(self) -> None:
+        """Let go of all texts and models."""
+
+        def release_all() -> None:
+            for served in list(self._served):
+                self.release(served)
+
+        self.do(release_all).result()
 
     def serve(self, served: Served) -> None:
         """Decode this model's texts from now on; to be called in the worker's thread."""
@@ -322,20 +335,16 @@ class Worker:
         self._messages.put(lambda: served.cancel(job))
 
     def _run(self) -> None:
-        old_limit = maybe_set_recommended_wired_limit()
-        while self._goes_on:
+        maybe_set_recommended_wired_limit()
+        while True:
             busy = [served for served in self._served if served.is_busy]
             self._take_messages(wait=not busy)
             for served in busy:
                 served.step()
-        for served in list(self._served):
-            self.release(served)
-        if old_limit is not None:
-            mx.set_wired_limit(old_limit)
 
     def _take_messages(self, wait: bool) -> None:
         with contextlib.suppress(Empty):
             if wait:
                 self._messages.get()()
-            while self._goes_on:
+            while True:
                 self._messages.get_nowait()()
