@@ -27,6 +27,7 @@ from .service import Service, answer
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+LEFT = 499  # a status for the log: nobody reads the answer
 BODY_SECONDS = 60.0  # in which a request's body must have come
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -137,12 +138,15 @@ def make_app(
 
 def refusal(request: Request, error: Exception) -> Response:
     """An error as the interface that was asked tells it."""
+    path = request.scope["path"]  # request.url is made from the header Host, too
     if isinstance(error, HTTPException):
-        error = BadRequest(f"{request.method} {request.url.path[:200]}: {error.detail}.", error.status_code)
+        error = BadRequest(f"{request.method} {path[:200]}: {error.detail}.", error.status_code)
+    if isinstance(error, ClientDisconnect):
+        error = BadRequest("the client has left.", LEFT)
     if not isinstance(error, BadRequest):
         log.error("%s", json.dumps({"error": f"{type(error).__name__}: {error}"}), exc_info=error)
         error = BadRequest("something went wrong in the server: its log says what.", 500)
-    if request.url.path.startswith("/v1/messages"):
+    if path.startswith("/v1/messages"):
         content: Any = {"type": "error", "error": {"type": error.kind, "message": str(error)}}
     else:
         content = openai.error_object(str(error), error.status, error.kind, error.code, error.param)
@@ -219,21 +223,20 @@ class Guard:
         own = origin is not None and origin.split("://")[-1] == headers.get("host")
         if origin is not None and not own and not {origin, "*"} & set(access.origins):
             raise BadRequest(f"pages of {origin[:100]!r} may not ask: use --allow-origin for it.", 403)
-        if access.api_key is None or request.method == "OPTIONS" or not _is_guarded(request.url.path):
+        if access.api_key is None or request.method == "OPTIONS" or _is_open(request.scope["path"]):
             return
         given = headers.get("authorization", "")
         given = given[7:] if given[:7].lower() == "bearer " else headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), access.api_key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), access.api_key.encode()):  # as it was sent
             raise BadRequest("a wrong API key, or none: send it as Authorization: Bearer KEY.", 401)
 
     def _record(self, request: Request, status: int, seconds: float) -> None:
-        path = request.url.path if request.scope.get("endpoint") else "other"
-        path = request.scope["route"].path if "route" in request.scope else path
+        path = getattr(request.scope.get("route"), "path", "other")
         self._service.metrics.requests.labels(path, str(status)).inc()
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "method": request.method,
-            "path": request.url.path[:200],
+            "path": request.scope["path"][:200],
             "status": status,
             "seconds": round(seconds, 3),
         }
@@ -251,5 +254,5 @@ def _name(host: str) -> str:
     return (name if name and port.isdecimal() else host).lower()
 
 
-def _is_guarded(path: str) -> bool:
-    return path.startswith(("/v1", "/metrics"))
+def _is_open(path: str) -> bool:
+    return path in ("/", "/health") or path.startswith("/page/")

@@ -19,6 +19,7 @@ from ..loading.library import Entry, find, library
 from ..model import SpeculativeModel
 from ..options import DecodingOptions, ModelOptions, choose_drafter, load_model, never_dropped
 from .errors import BadRequest
+from .prompts import control_tokens
 from .worker import Helper, Served, Worker
 
 LISTED = 30.0  # seconds for which a list of the models on this machine is good
@@ -189,4 +190,5 @@ def _load(options: ModelOptions) -> tuple[SpeculativeModel, TokenizerWrapper]:
     model, tokenizer = load_model(options, choose_drafter(options, DecodingOptions()))
     for part in filter(None, (model.model, model.drafter)):  # other threads cannot compute what this one left
         mx.eval(part.parameters())
+    tokenizer.chat_control_tokens = control_tokens(tokenizer)
     return model, tokenizer

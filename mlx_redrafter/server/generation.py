@@ -111,7 +111,8 @@ class Generation:
         for number, reader in enumerate(self.readers):
             if not reader.ended:
                 self._worker.cancel(self._served, self._jobs[number])
-                self._queue.put_nowait((number, Said(finish="error", error="the server is shutting down.")))
+                error = Said(finish="error", error="the server is shutting down.", status=503)
+                self._queue.put_nowait((number, error))
 
     @property
     def usage(self) -> Usage:

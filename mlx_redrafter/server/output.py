@@ -41,6 +41,7 @@ class Update:
     finish: str | None = None  # "stop", "length", "tool_calls", "error"
     stop: str | None = None  # the stop text that ended it
     error: str = ""
+    status: int = 500  # HTTP's, of an error
 
     def text(self, kind: str = "content") -> str:
         """All that was added of one kind."""
@@ -89,7 +90,7 @@ class Reader:
 
     def take(self, said: Said) -> Update:
         """What a step added."""
-        update = Update(logprobs=said.logprobs, finish=said.finish, error=said.error)
+        update = Update(logprobs=said.logprobs, finish=said.finish, error=said.error, status=said.status)
         self.steps += bool(self.tokens)  # the first token comes from the prompt
         if self.tokens:
             self.offered, self.accepted = self.offered + said.offered, self.accepted + said.drafted
@@ -153,13 +154,19 @@ class Reader:
         text, self._tool_text = self._tool_text, ""
         try:
             parsed = self._tokenizer.tool_parser(text, self._tools)
-            calls = [
-                Call(str(each["name"]), json.dumps(each["arguments"], ensure_ascii=False))
-                for each in (parsed if isinstance(parsed, list) else [parsed])
-            ]
+            calls = [_whole_call(**each) for each in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # a model may write anything
             start, end = self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""
             update.pieces.append(Piece("content", start + text + end))
             return
         self._called = True
         update.pieces += calls
+
+
+def _whole_call(name: str, arguments: dict[str, Any], **_: Any) -> Call:
+    """A call that can be told; an error for names and arguments that JSON or UTF-8 cannot hold."""
+    if not isinstance(arguments, dict):
+        raise TypeError("arguments that are no object")
+    call = Call(str(name), json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    (call.name + call.arguments).encode()
+    return call

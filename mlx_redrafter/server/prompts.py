@@ -1,11 +1,13 @@
 """Conversations become prompts by the chat template; what users say is never taken for control tokens."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from ..chat import Message, refusal
 from .errors import BadRequest
@@ -46,11 +48,14 @@ def encode_chat(
         direct: the answer must follow at once, without reasoning, where the template can have it so.
 
     Raises:
-        BadRequest: the template refuses them.
+        BadRequest: the template refuses them, or a name in them holds a control token.
     """
+    _check_names(tokenizer, [messages, list(tools), dict(options or {})])
     if not tokenizer.has_chat_template:
-        text = "\n".join(f"{each['role']}: {each['content']}" for each in messages)
-        return Prompt(list(tokenizer.encode(text if goes_on else f"{text}\nassistant:")))
+        marked = mark_control_tokens(messages, _pattern(tokenizer))
+        text = "\n".join(f"{each['role']}: {each['content']}" for each in marked)
+        ids = encode_marked_chat(tokenizer._tokenizer, text if goes_on else f"{text}\nassistant:")
+        return Prompt([*tokenizer.encode(""), *ids])
     given: dict[str, Any] = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
     given |= {
         "tools": list(tools) or None,
@@ -60,11 +65,44 @@ def encode_chat(
     try:
         shown = _suited(tokenizer, messages, given)
         ids = _encode(tokenizer, shown, given)
-        return Prompt(ids, _system_end(tokenizer, shown, given, ids), _begins_in(tokenizer, ids))
+        return Prompt(ids, _system_end(tokenizer, shown, given, ids), _begins_in(tokenizer, ids, goes_on))
     except BadRequest:
         raise
     except Exception as error:
         raise BadRequest(str(refusal(messages, error)), param="messages") from error
+
+
+def control_tokens(tokenizer: TokenizerWrapper) -> list[str]:
+    """The added tokens that what users say must not become: special ones, marks of reasoning and of calls,
+    and those that the chat template writes, as ``transformers`` would find them by its text alone.
+    """
+    marks = [tokenizer.think_start, tokenizer.think_end, tokenizer.tool_call_start, tokenizer.tool_call_end]
+    marks += [str(tokenizer.chat_template or ""), *(getattr(tokenizer, "chat_control_tokens", None) or ())]
+    written = "\0".join(filter(None, marks))
+    known = tokenizer.added_tokens_decoder.values()
+    return [
+        token.content
+        for token in known
+        if token.special or (token.content in written and not token.content.isspace())
+    ]
+
+
+def _pattern(tokenizer: TokenizerWrapper) -> re.Pattern[str]:
+    longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which is nowhere
+
+
+def _check_names(tokenizer: TokenizerWrapper, given: list[Any]) -> None:
+    """Raise ``BadRequest`` for an entry's name with a control token: such names are written as they are."""
+    pattern, left = _pattern(tokenizer), given
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if bad := next(filter(pattern.search, value), None):
+                raise BadRequest(f"the name {bad[:100]!r} holds a control token: give another.")
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def with_tools_called(messages: Sequence[Message]) -> list[Message]:
@@ -96,6 +134,7 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
 def _suited(tokenizer: TokenizerWrapper, messages: list[Message], options: dict[str, Any]) -> list[Message]:
     """The messages in a form that the template keeps: content as a text, or in parts."""
     heard = [m["content"].strip() for m in messages if m["role"] in ("system", "user")]
+    heard = heard[:8] + heard[8:][-8:]  # of thousands, to look for all would take too long
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
     for form in (messages, parts):
         try:
@@ -110,6 +149,10 @@ def _suited(tokenizer: TokenizerWrapper, messages: list[Message], options: dict[
 
 def _encode(tokenizer: TokenizerWrapper, messages: list[Message], options: dict[str, Any]) -> list[int]:
     """Token ids; control tokens that a message spells out become plain text."""
+    if tokenizer._chat_template is not None:  # mlx-lm's own code, which knows of no such thing
+        messages, options = mark_control_tokens([messages, options], _pattern(tokenizer))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return list(encode_marked_chat(tokenizer._tokenizer, text))
     made = tokenizer.apply_chat_template(messages, tokenize=True, sanitize_control_tokens=True, **options)
     return list(made)
 
@@ -133,11 +176,14 @@ def _system_end(
     return (common,) if 0 < common < len(ids) - 1 else ()
 
 
-def _begins_in(tokenizer: TokenizerWrapper, ids: list[int]) -> str:
-    """Whether the prompt has opened the model's reasoning, as mlx-lm's server finds out."""
+def _begins_in(tokenizer: TokenizerWrapper, ids: list[int], goes_on: bool) -> str:
+    """Whether the prompt has opened the model's reasoning: at its end, unless its own text goes on."""
     if tokenizer.response_initial_state:
         return str(tokenizer.response_initial_state)
     if not tokenizer.has_thinking:
         return "normal"
-    is_open = tokenizer.rfind_think_start(ids) > tokenizer.rfind_think_end(ids)
+    start = tokenizer.rfind_think_start(ids)
+    is_open = start > tokenizer.rfind_think_end(ids)
+    if is_open and not goes_on:
+        is_open = not tokenizer.decode(ids[start + len(tokenizer.think_start_tokens) :]).strip()
     return "reasoning" if is_open else "normal"

@@ -1,9 +1,11 @@
 """What requests may say, checked: OpenAI's fields, mlx-lm's and vLLM's names for what OpenAI has not."""
 
+import inspect
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import PreTrainedTokenizerBase
 
 from ..decoding.sampling import CONTEXT, Sampling
 from .errors import BadRequest
@@ -11,7 +13,15 @@ from .errors import BadRequest
 Model = TypeVar("Model", bound=BaseModel)
 STOPS = 16  # stop texts; OpenAI takes four
 MOST_TEXTS = 32  # of one request
+MOST_PROMPTS = 256
+LONGEST_STOP = 512  # characters: all beginnings of it are looked for, after each token
 SEEDS = 1 << 64
+# Names that options of chat templates cannot have: a request brings no template, nor takes protection away.
+ARGUMENTS = {
+    *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
+    *PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES,
+    "messages",
+}
 
 
 class Strict(BaseModel):
@@ -29,16 +39,38 @@ def parse(kind: type[Model], body: bytes) -> Model:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        parts = [str(part) for part in first["loc"] if not _is_branch(part)]
-        place = ".".join(parts)[:200]
-        text = first["msg"].removeprefix("Value error, ")
-        raise BadRequest(f"{place}: {text}" if place else text, param=place or None) from error
+        raise _refusal(error) from error
+
+
+def _refusal(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    parts = [str(part) for part in first["loc"] if not _is_branch(part)]
+    place = ".".join(parts)[:200]
+    text = first["msg"].removeprefix("Value error, ")
+    return BadRequest(f"{place}: {text}" if place else text, param=place or None)
 
 
 def _is_branch(part: int | str) -> bool:
     """Whether a part of an error's place is not the request's but pydantic's, for one of several types."""
     return isinstance(part, str) and (not part.isidentifier() or part in ("str", "int", "dict"))
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be written as JSON again ({error}).") from error
+    return value
+
+
+def _of_templates(value: dict[str, Any]) -> dict[str, Any]:
+    if bad := ARGUMENTS & value.keys():
+        raise ValueError(f"chat_template_kwargs cannot set {min(bad)}: leave it out.")
+    return value
+
+
+Object = Annotated[dict[str, Any], AfterValidator(_finite)]
+TemplateOptions = Annotated[Object, AfterValidator(_of_templates)]
 
 
 class StreamOptions(Strict):
@@ -48,7 +80,7 @@ class StreamOptions(Strict):
 class Function(Strict):
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Object | None = None
     strict: bool | None = None
 
 
@@ -59,7 +91,7 @@ class Tool(Strict):
 
 class JsonSchema(Strict):
     name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Object | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -83,7 +115,9 @@ class ResponseFormat(Strict):
         return self
 
 
-Stop = str | Annotated[list[str], Field(max_length=STOPS)] | None
+StopText = Annotated[str, Field(max_length=LONGEST_STOP)]
+StopTexts = Annotated[list[StopText], Field(max_length=STOPS)]
+Stop = StopText | StopTexts | None
 
 
 class Decoding(Strict):
@@ -107,7 +141,7 @@ class Decoding(Strict):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: int | None = Field(None, gt=-SEEDS, lt=SEEDS)
     draft: bool | None = None
-    guided_json: str | dict[str, Any] | None = None
+    guided_json: str | Object | None = None
     guided_regex: str | None = None
     guided_grammar: str | None = None
     guided_choice: list[str] | None = None
@@ -142,25 +176,21 @@ class Decoding(Strict):
     @property
     def format(self) -> ResponseFormat | None:
         """What the answer must look like, by vLLM's fields; None if they say nothing."""
-        if self.guided_json is not None:
-            schema = self.guided_json
-            if isinstance(schema, str):
-                try:
-                    schema = json.loads(schema)
-                except (ValueError, RecursionError) as error:
-                    message = f"guided_json: is no JSON ({error})."
-                    raise BadRequest(message, param="guided_json") from error
-            if not isinstance(schema, dict):
-                raise BadRequest("guided_json: is no object.", param="guided_json")
-            return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=schema))
-        if self.guided_regex is not None:
-            return ResponseFormat(type="regex", pattern=self.guided_regex)
-        if self.guided_grammar is not None:
-            return ResponseFormat(type="grammar", grammar=self.guided_grammar)
-        if self.guided_choice is not None:
-            if not self.guided_choice:
-                raise BadRequest("guided_choice: is empty.", param="guided_choice")
-            return ResponseFormat(type="choice", choices=self.guided_choice)
+        try:
+            if self.guided_json is not None:
+                schema = self.guided_json
+                schema = json.loads(schema) if isinstance(schema, str) else schema
+                return ResponseFormat(type="json_schema", json_schema=JsonSchema(schema=schema))
+            if self.guided_regex is not None:
+                return ResponseFormat(type="regex", pattern=self.guided_regex)
+            if self.guided_grammar is not None:
+                return ResponseFormat(type="grammar", grammar=self.guided_grammar)
+            if self.guided_choice is not None:
+                return ResponseFormat(type="choice", choices=self.guided_choice)
+        except ValidationError as error:
+            raise _refusal(error) from error
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"guided_json: is no JSON ({error}).", param="guided_json") from error
         return None
 
 
@@ -235,7 +265,7 @@ class ChatRequest(Decoding):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
@@ -251,7 +281,12 @@ class ChatRequest(Decoding):
 
 
 class CompletionRequest(Decoding):
-    prompt: str | list[str] | list[int] | list[list[int]] = ""
+    prompt: (
+        str
+        | Annotated[list[str], Field(max_length=MOST_PROMPTS)]
+        | list[int]
+        | Annotated[list[list[int]], Field(max_length=MOST_PROMPTS)]
+    ) = ""
     max_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=MOST_TEXTS)
     best_of: int | None = None
@@ -290,13 +325,13 @@ class ResponseTool(Strict):
     type: str
     name: str | None = None
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Object | None = None
 
 
 class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Object | None = Field(None, alias="schema")
 
 
 class TextOptions(Strict):
@@ -320,7 +355,7 @@ class ResponsesRequest(Decoding):
     text: TextOptions | None = None
     metadata: dict[str, str] | None = None
     stop: Stop = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
 
 # --- Anthropic's messages --------------------------------------------------------------------------------
@@ -334,7 +369,7 @@ class Block(Strict):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: dict[str, Any] | None = None
+    input: Object | None = None
     tool_use_id: str | None = None
     content: str | list[Part] | None = None
     is_error: bool | None = None
@@ -349,7 +384,7 @@ class AnthropicTool(Strict):
     name: str = Field(min_length=1, max_length=256)
     type: str | None = None
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: Object | None = None
 
 
 class ToolChoice(Strict):
@@ -362,12 +397,12 @@ class CountRequest(Decoding):
     system: str | list[Part] | None = None
     tools: list[AnthropicTool] | None = None
     tool_choice: ToolChoice | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
 
 class MessagesRequest(CountRequest):
     max_tokens: int = Field(ge=1)
-    stop_sequences: Annotated[list[str], Field(max_length=STOPS)] | None = None
+    stop_sequences: StopTexts | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "MessagesRequest":

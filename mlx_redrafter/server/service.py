@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -91,11 +91,7 @@ class Service:
         Raises:
             BadRequest: a prompt is empty or too long, a value cannot be used, or there are too many texts.
         """
-        running = sum(len(each.readers) for each in self.generations)
-        if self.leaves:
-            raise BadRequest("the server is shutting down.", 503, "shutting_down")
-        if running + len(prompts) * wanted.n > self.queue:
-            raise BadRequest(f"{running} texts are decoded or wait: come back later.", 429, "queue_full")
+        self._check_queue(len(prompts) * wanted.n)
         sampling = asked.sampling(dict(self.usual), loaded.xtc_special)
         vocabulary = loaded.model.vocabulary or SEEDS
         if bad := [token for token, _ in sampling.logit_bias if token >= vocabulary]:
@@ -110,7 +106,10 @@ class Service:
             form = None
         elif form is not None:
             structured = False  # all of it is the answer
-        grammar = None if form is None else await self.encode(make_grammar, loaded.tokenizer, form)
+        grammar = None
+        if form is not None:
+            grammar = await self.encode(make_grammar, loaded.tokenizer, form)
+            self._check_queue(len(prompts) * wanted.n)  # others may have come
         texts = []
         tokenizer = loaded.tokenizer if wanted.structured else Continuing(loaded.tokenizer)
         for prompt in prompts:
@@ -133,6 +132,14 @@ class Service:
                 reader = Reader(tokenizer, wanted.stop, structured, wanted.tools, begins_in)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
+
+    def _check_queue(self, texts: int) -> None:
+        """Raise ``BadRequest`` if there is no room for so many more texts."""
+        running = sum(len(each.readers) for each in self.generations)
+        if self.leaves:
+            raise BadRequest("the server is shutting down.", 503, "shutting_down")
+        if running + texts > self.queue:
+            raise BadRequest(f"{running} texts are decoded or wait: come back later.", 429, "queue_full")
 
     def _calling(
         self, tokenizer: TokenizerWrapper, wanted: Wanted, prompts: Sequence[Prompt]
@@ -174,6 +181,7 @@ class Service:
 
         Raises:
             BadRequest: a text could not be decoded.
+            ClientDisconnect: the client has left.
         """
         found = [Update() for _ in generation.readers]
         leaving = asyncio.ensure_future(_disconnected(request))
@@ -182,8 +190,10 @@ class Service:
             async for each in generation.updates():
                 if isinstance(each, tuple):
                     number, update = each
+                    if update.error and leaving.done():
+                        raise ClientDisconnect
                     if update.error:
-                        raise BadRequest(update.error, 503 if self.leaves else 500)
+                        raise BadRequest(update.error, update.status)
                     found[number].pieces += update.pieces
                     found[number].logprobs += update.logprobs
                     found[number].finish = update.finish or found[number].finish

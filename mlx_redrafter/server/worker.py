@@ -41,6 +41,7 @@ class Said:
     logprobs: list[Logprobs] = field(default_factory=list)  # for each token, if they are wanted
     finish: str | None = None  # "stop", "length", "error", or None: it goes on
     error: str = ""
+    status: int = 500  # HTTP's, of an error
 
 
 @dataclass
@@ -229,11 +230,12 @@ def _deliver(emitted: Emitted, jobs: dict[int, Job]) -> None:
     if emitted.finish:
         del jobs[emitted.number]
     error = "" if emitted.error is None else told(emitted.error)
+    status = 400 if isinstance(emitted.error, ValueError) else 500
     logprobs = []
     if job.logprobs is not None and emitted.logits is not None:
         logprobs = likeliest(emitted.logits, emitted.tokens, job.logprobs)
     offered = emitted.shape.size - 1
-    job.deliver(Said(emitted.tokens, emitted.drafted, offered, logprobs, emitted.finish, error))
+    job.deliver(Said(emitted.tokens, emitted.drafted, offered, logprobs, emitted.finish, error, status))
 
 
 def told(error: BaseException) -> str:
@@ -323,10 +325,13 @@ class Worker(Helper):
         def begin() -> None:
             try:
                 if served not in self._served:
-                    raise ValueError("the model was unloaded: ask again.")
+                    text = "the model was unloaded: ask again."
+                    job.deliver(Said(finish="error", error=text, status=503))
+                    return
                 served.submit(job)
             except Exception as error:
-                job.deliver(Said(finish="error", error=told(error)))
+                status = 400 if isinstance(error, ValueError) else 500
+                job.deliver(Said(finish="error", error=told(error), status=status))
 
         self._messages.put(begin)
 
