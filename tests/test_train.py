@@ -16,8 +16,10 @@ import pytest
 import test_data
 from bundles import make_folder
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3_5
 from models import VOCABULARY, make_model
 
+from mlx_redrafter import DraftShape, stream_generate
 from mlx_redrafter.commands import train as train_command
 from mlx_redrafter.commands.main import main
 from mlx_redrafter.model import load
@@ -437,10 +439,13 @@ def test_another_vocabulary_keeps_what_is_known(target):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
+    return easy(make_folder(tmp_path_factory.mktemp("models") / "cycle"))
+
+
+def easy(folder, head="lm_head.weight"):
     """A model whose next token is mostly one that follows from the last: easy to draft, but not constant."""
-    folder = make_folder(tmp_path_factory.mktemp("models") / "cycle")
     weights = {name: mx.array(x) for name, x in mx.load(str(folder / "model.safetensors")).items()}
-    weights["lm_head.weight"] = 0.1 * weights["lm_head.weight"]
+    weights[head] = 0.1 * weights[head]
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     template = folder / "chat_template.jinja"
@@ -480,6 +485,48 @@ def test_generate_train_decode(model_folder, tmp_path, capsys):
     assert not (tmp_path / "drafter.train" / "features").exists()
     assert main(["export", "--drafter", str(output), "--output", str(tmp_path / "apple")]) == 2
     assert "context of several layers" in capsys.readouterr().err
+
+
+def windowed(folder):
+    kinds = ["sliding_attention", "full_attention"]
+    return easy(make_folder(folder, layer_types=kinds, sliding_window=16))
+
+
+def recurrent(folder):
+    """Gated delta net and attention, in which what came before has a say in what comes next."""
+    make_folder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "qwen3_5", "full_attention_interval": 2, "head_dim": 16}
+    config |= {"linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_conv_kernel_dim": 3}
+    config |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    model = qwen3_5.Model(qwen3_5.ModelArgs.from_dict(config))
+    mx.random.seed(3)
+    weights = dict(tree_flatten(model.parameters()))
+    known = mx.load(str(folder / "model.safetensors"))
+    for name, value in weights.items():
+        outer = "model.embed_tokens.weight" if "embed" in name else "lm_head.weight"
+        inner = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+        noise = (0.02 if name.endswith(inner) else 0.2) * mx.random.normal(value.shape)
+        is_outer = "embed_tokens" in name or "lm_head" in name
+        weights[name] = known[outer] if is_outer else value + noise if value.ndim > 1 else value
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return easy(folder, "language_model.lm_head.weight")
+
+
+@pytest.mark.parametrize("make", [windowed, recurrent])
+def test_models_beyond_plain_keys_and_values(tmp_path, make, capsys):
+    folder, output = make(tmp_path / "model"), tmp_path / "out"
+    flags = [*FLAGS, "--tokens", "1200", "--epochs", "8"]
+    assert main(["train", "--model", str(folder), "--output", str(output), *flags]) == 0
+    assert "Tokens per step, held-out conversations" in capsys.readouterr().out
+    assert measured(output, folder) > 1.4 > measured(untrained(folder, tmp_path), folder)
+    model, tokenizer = load(folder, drafter=output)
+    said = [
+        [x.token for x in stream_generate(model, tokenizer, "lazy dog", 40, **how)]
+        for how in ({"shape": DraftShape(3, 3, 8, 2)}, {"draft": False})
+    ]
+    assert said[0] == said[1]
 
 
 def measured(drafter, model_folder):
