@@ -26,7 +26,7 @@ from .loading.tokenizer import load_tokenizer
 from .models.bundle import load_drafter
 from .models.drafter import Drafter
 from .models.fused import FusedDrafter
-from .models.hooks import parts
+from .models.hooks import ERRORS, parts
 from .models.identity import identity_of, token_embedding
 from .models.target import Target
 
@@ -98,8 +98,8 @@ class SpeculativeModel:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
             drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
             self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""
-        except ValueError as error:
-            self._runner, self.refusal = None, str(error)
+        except ERRORS as error:  # mlx-lm's code may have changed
+            self._runner, self.refusal = None, str(error).partition("\n")[0] or type(error).__name__
         self._parts, self._kinds = found, kinds
         self._policies = self._policies if same else dict(self._given_policies)
 

@@ -6,6 +6,8 @@ with longer texts and writes that file anew; names of modules as arguments try t
 
 import re
 import sys
+from functools import wraps
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +24,10 @@ from decoding import start
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 from models import ScriptedDrafter
+from test_stream import Silent
 from tiny import CONFIGS, make_tiny, modules
 
-from mlx_redrafter import SpeculativeModel
+from mlx_redrafter import SpeculativeModel, stream_generate
 from mlx_redrafter.batch_generator import BatchGenerator
 from mlx_redrafter.decoding.layers import View, commit, fit_rows, one_text, visible
 from mlx_redrafter.decoding.state import DraftShape, join
@@ -248,6 +251,78 @@ def test_a_state_that_nobody_watches_is_refused(monkeypatch):
     monkeypatch.delitem(RECURRENCES, "gated_delta_update")
     with pytest.raises(ValueError, match="is not known, so that it cannot be rolled back"):
         Target(make_tiny("qwen3_next")).check()
+
+
+def other_name(monkeypatch, method, name, kind=None):
+    """mlx-lm calls a function, or a method of a class, by another name."""
+    names = tuple("moved_on" if each == name else each for each in method.__code__.co_names)
+    assert "moved_on" in names
+    if kind is None:
+        monkeypatch.setitem(method.__globals__, "moved_on", method.__globals__[name])
+    else:
+        monkeypatch.setattr(kind, "moved_on", vars(kind)[name], raising=False)
+    monkeypatch.setattr(method, "__code__", method.__code__.replace(co_names=names))
+
+
+def other_kind(monkeypatch, layers, name):
+    """mlx-lm has a class of its own for a convolution."""
+    for layer in layers:
+        inner = layer[name]
+        inner.__class__ = type("CausalConvolution", (type(inner),), {})
+
+
+def deaf(monkeypatch, module, name):
+    """mlx-lm's function no longer does what its arguments say."""
+    function = getattr(module, name)
+
+    @wraps(function)
+    def call(*args, **options):
+        given = signature(function).bind(*args, **options).arguments
+        return function(**{**given, "mask": None})
+
+    monkeypatch.setattr(module, name, call)
+
+
+def no_embedding(monkeypatch, model):
+    """mlx-lm looks tokens up with a class of its own."""
+    table = model.backbone.embeddings
+    table.__class__ = type(
+        "Table", (nn.Module,), {"__call__": nn.Embedding.__call__, "as_linear": nn.Embedding.as_linear}
+    )
+
+
+CHANGES = {
+    "mamba2 without an embedding": no_embedding,
+    "qwen3_next": lambda patch, model: other_name(
+        patch, type(model.layers[0].linear_attn).__call__, "gated_delta_update"
+    ),
+    "mamba2": lambda patch, model: deaf(patch, sys.modules["mlx_lm.models.mamba2"], "ssm_update"),
+    "lfm2": lambda patch, model: other_kind(
+        patch, [layer.conv for layer in model.layers if "conv" in layer], "conv"
+    ),
+    "rwkv7": lambda patch, model: other_kind(patch, [layer.attn for layer in model.layers], "token_shift"),
+    "recurrent_gemma": lambda patch, model: other_name(
+        patch, type(model.layers[0].temporal_block.rg_lru).__call__, "rnn_scan"
+    ),
+    "mamba": lambda patch, model: other_name(
+        patch, type(model.layers[0].mixer)._process_sequence, "ssm_step", type(model.layers[0].mixer)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_mlx_lm_is_decoded_plainly_with_one_warning(monkeypatch, recwarn, name):
+    model = make_tiny(name.split()[0])
+    checked = SpeculativeModel(model, None)
+    assert checked.prepare() is not None  # which is remembered
+    CHANGES[name](monkeypatch, model)
+    wanted = plain(model, LONG[:40], 24)
+    changed = SpeculativeModel(model, None)
+    for _ in range(2):
+        responses = stream_generate(changed, Silent(), LONG[:40], 24, shape=DraftShape(0, 0, None, 3))
+        assert [response.token for response in responses] == wanted
+    (told,) = [str(each.message) for each in recwarn.list]
+    assert told.startswith("decoding without drafts: ") and changed.refusal
 
 
 def trials(model, monkeypatch):
