@@ -1,3 +1,4 @@
+# ruff: noqa: E501, UP031
 """The server attacked: keys, bodies, headers, paths, hostile fields, mutated requests, clients that leave."""
 
 import contextlib
@@ -11,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -1201,7 +1201,8 @@ VALUES = [
     {"type": "array", "items": {"$ref": "#"}},
 ]
 KEYS = sorted(
-    {word for names in FIELDS.values() for word in names.split()} | set("role content type text name".split())
+    {word for names in FIELDS.values() for word in names.split()}
+    | set(["role", "content", "type", "text", "name"])
 )
 
 
