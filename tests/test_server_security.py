@@ -1202,7 +1202,7 @@ VALUES = [
 ]
 KEYS = sorted(
     {word for names in FIELDS.values() for word in names.split()}
-    | set(["role", "content", "type", "text", "name"])
+    | {"role", "content", "type", "text", "name"}
 )
 
 
