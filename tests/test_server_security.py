@@ -1085,7 +1085,7 @@ def test_a_signal_ends_streams_properly(folder, path, tmp_path):
 
 # --- Mutated requests ------------------------------------------------------------------------------------
 
-COUNT = 3334 if os.environ.get("MLX_REDRAFTER_LONG") else 500  # for each of three seeds
+COUNT = 3334 if os.environ.get("MLX_REDRAFTER_LONG") else 150  # for each of three seeds
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
