@@ -59,6 +59,12 @@ def encode_messages(messages: list[Message], tokenizer: TokenizerWrapper, text: 
     return list(ids)
 
 
+def encode_text(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """Token ids of a text as it is, with the usual special tokens unless it begins with one."""
+    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(text, add_special_tokens=special))
+
+
 class Continuing(TokenizerWrapper):  # type: ignore[misc]
     """A tokenizer for output that goes on from a text: mlx-lm's drop a space that the output begins with."""
 

@@ -13,13 +13,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
 
 from .engine import backend
 from .engine.engine import CHUNK, Engine, engine_here
 from .engine.loop import Chooser
 from .engine.runner import Runner
-from .loading.base import LOAD_ERRORS, cast_model, load_base
+from .loading.base import LOAD_ERRORS, as_floats, load_base
 from .loading.find import DEFAULT_MODEL, drafter_folder, find_drafter, model_folder
 from .loading.read import check_finite
 from .loading.tokenizer import load_tokenizer
@@ -221,8 +220,7 @@ def load(
         model = apply_adapters(model, adapter_path)
     _read_weights(model, folder)
     if (wanted := backend.current().dtype if dtype == "auto" else dtype) is not None:
-        cast_model(model, wanted)
-        dequantize_model(model)
+        as_floats(model, wanted)
         weights: Any = tree_flatten(model.parameters())
         for _, weight in weights:
             mx.eval(weight)  # one at a time: dequantizing takes several times its memory

@@ -15,6 +15,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, GenerationResponse, wire
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .chat import encode_text
 from .decoding.layers import Layers, Quantization
 from .decoding.sampling import Sampling
 from .decoding.state import DraftShape
@@ -248,8 +249,7 @@ def _encode(
     prompt_cache: Sequence[Any] | None,
 ) -> list[int]:
     if isinstance(prompt, str):
-        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-        ids = list(tokenizer.encode(prompt, add_special_tokens=special))
+        ids = encode_text(tokenizer, prompt)
     else:
         ids = _flat(prompt.tolist() if isinstance(prompt, mx.array) else prompt)
     held = getattr(prompt_cache[0], "offset", 0) if prompt_cache else 0

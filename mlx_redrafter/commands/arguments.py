@@ -12,6 +12,7 @@ from ..model import DTYPES
 from ..options import CHOICES, DecodingOptions, ModelOptions, PromptOptions
 
 Options = TypeVar("Options")
+TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # what a terminal may obey
 
 
@@ -67,6 +68,19 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     usual = vars(ModelOptions()) | vars(DecodingOptions()) | vars(PromptOptions())
     usual |= {name: [] for name, value in usual.items() if value == ()}  # which argparse appends to
     parser.set_defaults(**{a.dest: usual[a.dest] for a in parser._actions if a.dest in usual})
+
+
+def seconds(text: str | None, name: str = "time") -> float | None:
+    """A duration such as 90, 90s, 30m or 1h30m in seconds; ``ValueError``, with the name of what it is of."""
+    if text is None:
+        return None
+    found = TIME.fullmatch(text.strip().lower())
+    total = 0.0
+    if found:
+        total = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+    if total <= 0:
+        raise ValueError(f"{name} {text!r} is not usable: give a duration such as 30m or 1h30m.")
+    return total
 
 
 def colours() -> bool:

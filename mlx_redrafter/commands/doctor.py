@@ -22,12 +22,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model
 from packaging.requirements import Requirement
 
 from ..blas import load_blas, packaged
 from ..engine import backend
-from ..loading.base import cast_model, load_base
+from ..loading.base import as_floats, load_base
 from ..loading.cache import cache_folder
 from ..loading.files import check_writable
 from ..loading.find import PACKAGED, find_model
@@ -405,8 +404,6 @@ def _weights(model: Model) -> int:
         tensors = model.known("gguf").tensors.values()
         return sum(4 * math.prod(each.shape) if dtype else each.rows.nbytes for each in tensors)
     base, _ = model.known("loaded")
-    if dtype is not None:
-        cast_model(base, dtype)
-        dequantize_model(base)
+    as_floats(base, dtype)
     weights: Any = tree_flatten(base.parameters())
     return sum(weight.nbytes for _, weight in weights)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.utils import dequantize_model
 
 from ..engine import backend
 from ..engine.runner import Runner
 from ..engine.step_times import OLD, conditions, weight_bytes
-from ..loading.base import cast_model, load_base
+from ..loading.base import as_floats, load_base
 from ..loading.cache import noted_conditions
 from ..loading.fit import KnownDrafter, drafter_of, known_drafters
 from ..loading.library import Entry, library
@@ -90,9 +89,7 @@ def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Con
 
 
 def _is_tuned(model: nn.Module, kept: Sequence[Conditions]) -> bool:
-    if (dtype := backend.current().dtype) is not None:  # as when it is used
-        cast_model(model, dtype)
-        dequantize_model(model)
+    as_floats(model, backend.current().dtype)  # as when it is used
     weights = weight_bytes(model.parameters())
     alike = [each for each in kept if each.get("weights") == weights]
     if not alike:  # then no weights are read

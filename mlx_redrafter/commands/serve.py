@@ -3,16 +3,14 @@
 import argparse
 import math
 import os
-import re
 from pathlib import Path
 
 from ..loading.find import DEFAULT_MODEL
 from ..model import DTYPES
 from ..options import DecodingOptions, ModelOptions, check_range, check_text
-from .arguments import taken
+from .arguments import seconds, taken
 
 KEY = "MLX_REDRAFTER_API_KEY"
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "": 1}
 BOUNDS = (
     ("port", 0, 65535),
     ("max_tokens", 1, math.inf),
@@ -95,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompt_cache_bytes,
         args.prompt_cache_dir,
         args.prompt_cache_dir_bytes,
-        _seconds(args.idle_unload),
+        seconds(args.idle_unload, "--idle-unload"),
     )
     serve(
         Settings(
@@ -112,13 +110,3 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     return 0
-
-
-def _seconds(text: str | None) -> float | None:
-    """A duration such as 90, 30m or 2h in seconds."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"--idle-unload {text} is not usable: give a duration such as 30m or 2h.")
-    return float(found[1]) * UNITS[found[2]]

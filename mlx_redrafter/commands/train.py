@@ -1,7 +1,6 @@
 """``mlx-redrafter train``."""
 
 import argparse
-import re
 import shlex
 import sys
 import warnings
@@ -21,9 +20,8 @@ from ..train.evaluate import Measured, parse_shape
 from ..train.loss import Objective
 from ..train.selfgen import Recipe, read_openings
 from ..train.trainer import Settings
-from .arguments import taken
+from .arguments import seconds, taken
 
-TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
 NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on resuming
 
@@ -153,19 +151,6 @@ def _warn_of_idle(args: argparse.Namespace, given: Collection[str]) -> None:
 def _flags(names: Sequence[str], given: Collection[str]) -> tuple[str, ...]:
     """Those options that are ``given``, as they are typed."""
     return tuple("--" + name.replace("_", "-") for name in names if name in given)
-
-
-def seconds(text: str | None) -> float | None:
-    """A duration such as 90, 90s, 30m or 1h30m in seconds."""
-    if text is None:
-        return None
-    found = TIME.fullmatch(text.strip().lower())
-    total = 0.0
-    if found:
-        total = sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
-    if total <= 0:
-        raise ValueError(f"time {text!r} is not usable: give a duration such as 30m or 1h30m.")
-    return total
 
 
 def _limit_memory(limit: float | None) -> int:

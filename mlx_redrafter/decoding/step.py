@@ -40,14 +40,15 @@ def step(
         state: with room for ``shape.room`` rows after the text.
         view: what attention is shown of the buffers.
     """
-    state, proposed, seen = verify(target, drafter, shape, state, view)
+    state, proposed, seen = look_ahead(target, drafter, shape, state, view)
     return conclude(pick, shape, state, proposed, seen)
 
 
-def verify(
+def look_ahead(
     target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State, view: View
 ) -> tuple[State, "Proposed", "Verified"]:
-    """All that takes the device long: the state with the tree's rows written, the tree, and what it saw."""
+    """Commit, propose, verify, which is all that takes the device long: the state with the tree's rows
+    written, what was proposed, and what the target says of it."""
     layers = commit(state.layers)
     proposed = propose(target, drafter, shape, state)
     seen = target.verify(proposed.tree, layers, state.rows, view)

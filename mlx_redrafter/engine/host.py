@@ -13,7 +13,7 @@ import numpy as np
 
 from ..decoding.layers import View
 from ..decoding.state import DraftShape, State
-from ..decoding.step import Pick, conclude, pick, verify
+from ..decoding.step import Pick, conclude, look_ahead, pick
 from ..decoding.tree import Tree
 from .grammar import masked
 from .loop import Text, Unfinished, without_frames
@@ -28,7 +28,7 @@ def host_step(
     It is not compiled.
     """
     shape = shape if usual.target.trees else shape.chain
-    state, proposed, seen = verify(usual.target, usual.drafter, shape, state, view)
+    state, proposed, seen = look_ahead(usual.target, usual.drafter, shape, state, view)
     finish = partial(conclude, host_pick(texts), shape, proposed=proposed, seen=seen)
     return state, Unfinished(proposed.tree, seen.logits, finish)
 

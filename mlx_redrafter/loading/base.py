@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.utils import MODEL_REMAPPING, load_model
+from mlx_lm.utils import MODEL_REMAPPING, dequantize_model, load_model
 
 from ..models.bundle import cast
 from .read import first_line, read_index, read_object, read_tensors, refuse_pickles
@@ -140,6 +140,13 @@ def _listed(folder: Path, shards: list[Path]) -> set[str]:
         return read_index(index)
     names = [re.fullmatch(r"(.+-)\d{5}-of-(\d{5})(\..+)", shard.name) for shard in shards]
     return {f"{m[1]}{number:05d}-of-{m[2]}{m[3]}" for m in names if m for number in range(1, int(m[2]) + 1)}
+
+
+def as_floats(model: Module, dtype: str | None) -> None:
+    """Give a model's float parameters this type, and dequantize the others; None leaves it as it is."""
+    if dtype is not None:
+        cast_model(model, dtype)
+        dequantize_model(model)
 
 
 def cast_model(model: Module, dtype: Any) -> None:

@@ -59,6 +59,7 @@ class Target:
             its root mean square. So F = H * (1 + len(layers)).
 
     Attributes:
+        has_states: whether it has recurrent layers.
         trees: whether it verifies trees that branch; found by ``check``.
         batches: whether it verifies several texts at once; found by ``check``.
 
@@ -71,7 +72,8 @@ class Target:
         self._caches = make_prompt_cache(model)  # empty
         kept = list(leaves(self._caches))
         self.windows = [_window(cache, model) for cache in kept if type(cache) is not ArraysCache]
-        self.trees = len(kept) == len(self.windows)
+        self.has_states = len(kept) > len(self.windows)
+        self.trees = not self.has_states
         self.batches = True
         self.layers_read = tuple(layers)
         self._has_inner_head, self._full = False, list[list[mx.array]]()

@@ -6,14 +6,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from .errors import BadRequest
 from .generation import Generation, Usage
 from .output import Call, Piece, Update
-from .prompts import Prompt, encode_chat
 from .schemas import Block, CountRequest, MessagesRequest, Part, parse
-from .service import Service, Wanted, answer, keep_alive
+from .service import Service, Wanted, keep_alive
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -23,9 +22,14 @@ async def messages(service: Service, request: Request, body: bytes) -> Response:
     asked = parse(MessagesRequest, body)
     loaded = await service.catalog.get(asked.model)
     tools = _tools(asked)
-    wanted = Wanted(asked.max_tokens, stop=asked.stop_sequences or (), tools=tools, format=asked.format)
-    wanted.must_call = asked.tool_choice is not None and asked.tool_choice.type in ("any", "tool")
-    prompt = await service.encode(_prompt, loaded.tokenizer, asked, tools, wanted.is_direct)
+    wanted = Wanted(
+        asked.max_tokens,
+        stop=asked.stop_sequences,
+        tools=tools,
+        format=asked.format,
+        must_call=asked.tool_choice is not None and asked.tool_choice.type in ("any", "tool"),
+    )
+    prompt = await service.prompt(loaded, wanted, *_conversation(asked))
     generation = await service.generation(loaded, asked, wanted, [prompt])
     head: dict[str, Any] = {
         "id": f"msg_{uuid.uuid4().hex}",
@@ -40,15 +44,15 @@ async def messages(service: Service, request: Request, body: bytes) -> Response:
         return service.streamed(request, generation, _events(generation, head, len(prompt.ids)))
     (text,) = await service.whole(request, generation)
     head["content"] = [_block(each) for each in text.runs]
-    return answer({**head, **_ending(text), "usage": _usage(generation.usage)})
+    return JSONResponse({**head, **_ending(text), "usage": _usage(generation.usage)})
 
 
 async def count_tokens(service: Service, request: Request, body: bytes) -> Response:
     """POST /v1/messages/count_tokens."""
     asked = parse(CountRequest, body)
     loaded = await service.catalog.get(asked.model)
-    prompt = await service.encode(_prompt, loaded.tokenizer, asked, _tools(asked))
-    return answer({"input_tokens": len(prompt.ids)})
+    prompt = await service.prompt(loaded, Wanted(tools=_tools(asked)), *_conversation(asked))
+    return JSONResponse({"input_tokens": len(prompt.ids)})
 
 
 async def _events(generation: Generation, head: dict[str, Any], prompt_tokens: int) -> AsyncIterator[str]:
@@ -149,7 +153,8 @@ def _tools(asked: CountRequest) -> list[dict[str, Any]]:
     return found
 
 
-def _prompt(tokenizer: Any, asked: CountRequest, tools: list[dict[str, Any]], direct: bool = False) -> Prompt:
+def _conversation(asked: CountRequest) -> tuple[list[dict[str, Any]], dict[str, Any] | None, bool]:
+    """The messages, options of the chat template, and whether the last message is to be continued."""
     found: list[dict[str, Any]] = []
     if asked.system:
         found.append({"role": "system", "content": _text(asked.system)})
@@ -158,7 +163,7 @@ def _prompt(tokenizer: Any, asked: CountRequest, tools: list[dict[str, Any]], di
     goes_on = found[-1]["role"] == "assistant" and not found[-1].get("tool_calls")
     if goes_on and not found[-1]["content"].strip():
         raise BadRequest("messages: the last one, which is to be continued, is empty.", param="messages")
-    return encode_chat(tokenizer, found, tools, asked.chat_template_kwargs, goes_on, direct)
+    return found, asked.chat_template_kwargs, goes_on
 
 
 def _turn(role: str, content: str | list[Block]) -> list[dict[str, Any]]:

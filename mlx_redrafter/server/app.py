@@ -16,14 +16,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import anthropic, openai, responses
 from .errors import BadRequest
-from .service import Service, answer
+from .service import Service
 
 PAGE = Path(__file__).parent / "page"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
@@ -82,7 +82,9 @@ def make_app(
         return await openai.model(service, request.path_params["name"])
 
     async def health(request: Request) -> Response:
-        return answer({"status": "shutting down" if service.leaves else "ok"}, 503 if service.leaves else 200)
+        return JSONResponse(
+            {"status": "shutting down" if service.leaves else "ok"}, 503 if service.leaves else 200
+        )
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -150,7 +152,7 @@ def refusal(request: Request, error: Exception) -> Response:
         content: Any = {"type": "error", "error": {"type": error.kind, "message": str(error)}}
     else:
         content = openai.error_object(str(error), error.status, error.kind, error.code, error.param)
-    response = answer(content, error.status)
+    response = JSONResponse(content, error.status)
     if error.status in (429, 503):
         response.headers["Retry-After"] = "2"
     if error.status == 401:

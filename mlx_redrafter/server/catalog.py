@@ -107,11 +107,8 @@ class Catalog:
     async def names(self) -> list[str]:
         """The names of all models, the default one first."""
         entries = await self._entries()
-        return list(
-            dict.fromkeys(
-                [self.default_name, *(each.name for each in entries if not (each.is_drafter or each.problem))]
-            )
-        )
+        usable = [each.name for each in entries if not (each.is_drafter or each.problem)]
+        return list(dict.fromkeys([self.default_name, *usable]))
 
     async def unload_idle(self) -> None:
         """Let go of models that nobody has asked for in a while."""

@@ -70,7 +70,6 @@ class Generation:
         self._begun = time.monotonic()
         self._first: float | None = None
         self._last = self._begun
-        self.is_stopped = False
 
     async def updates(self) -> AsyncGenerator[tuple[int, Update] | Reading | None, None]:
         """What is added to which text; how far a prompt has been read; None after a while without news."""
@@ -108,11 +107,10 @@ class Generation:
 
     def stop(self) -> None:
         """End all texts at once: the server leaves."""
-        for number, reader in enumerate(self.readers):
-            if not reader.ended:
-                self._worker.cancel(self._served, self._jobs[number])
-                error = Said(finish="error", error="the server is shutting down.", status=503)
-                self._queue.put_nowait((number, error))
+        self.close()
+        for number in range(len(self._jobs)):  # those that have ended take no more
+            error = Said(finish="error", error="the server is shutting down.", status=503)
+            self._queue.put_nowait((number, error))
 
     @property
     def usage(self) -> Usage:

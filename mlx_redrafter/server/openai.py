@@ -8,15 +8,16 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from ..chat import encode_text
 from .catalog import Loaded
 from .errors import BadRequest
 from .generation import Generation, Usage
 from .output import Call, Piece, Update
-from .prompts import Prompt, encode_chat, with_tools_called
-from .schemas import ChatRequest, CompletionRequest, NamedTool, Stop, parse
-from .service import Service, Wanted, answer, keep_alive
+from .prompts import Prompt, with_tools_called
+from .schemas import ChatRequest, CompletionRequest, NamedTool, parse
+from .service import Service, Wanted, keep_alive
 from .token_text import token_bytes, token_text
 from .worker import Logprobs
 
@@ -28,14 +29,14 @@ async def models(service: Service) -> Response:
     created = int(time.time())
     names = await service.catalog.names()
     rows = [{"id": n, "object": "model", "created": created, "owned_by": "mlx-redrafter"} for n in names]
-    return answer({"object": "list", "data": rows})
+    return JSONResponse({"object": "list", "data": rows})
 
 
 async def model(service: Service, name: str) -> Response:
     """GET /v1/models/NAME."""
     if name not in await service.catalog.names():
         raise BadRequest(f"there is no model {name[:200]!r} here.", 404, "model_not_found", "model")
-    return answer({"id": name, "object": "model", "created": 0, "owned_by": "mlx-redrafter"})
+    return JSONResponse({"id": name, "object": "model", "created": 0, "owned_by": "mlx-redrafter"})
 
 
 # --- Chat ------------------------------------------------------------------------------------------------
@@ -50,15 +51,13 @@ async def chat(service: Service, request: Request, body: bytes) -> Response:
     wanted = Wanted(
         asked.max_completion_tokens or asked.max_tokens,
         asked.n or 1,
-        texts_of(asked.stop),
+        asked.stop,
         tools=tools,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         format=asked.format or asked.response_format,
         must_call=asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedTool),
     )
-    prompt = await service.encode(
-        encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs, False, wanted.is_direct
-    )
+    prompt = await service.prompt(loaded, wanted, messages, asked.chat_template_kwargs)
     generation = await service.generation(loaded, asked, wanted, [prompt])
     head = head_of("chatcmpl", "chat.completion", asked.model or service.catalog.default_name)
     if asked.stream:
@@ -80,7 +79,7 @@ async def chat(service: Service, request: Request, body: bytes) -> Response:
         choices.append(
             {"index": number, "message": message, "logprobs": logprobs, "finish_reason": text.finish}
         )
-    return answer({**head, "choices": choices, "usage": usage_of(generation.usage)})
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(generation.usage)})
 
 
 def chosen_tools(asked: ChatRequest) -> list[dict[str, Any]]:
@@ -154,7 +153,7 @@ def _call(call: Call) -> dict[str, Any]:
 def _chat_logprobs(tokenizer: TokenizerWrapper, rows: Sequence[Logprobs]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
-        said, *top = ({**_token(tokenizer, token), "logprob": _finite(value)} for token, value in row)
+        said, *top = ({**_token(tokenizer, token), "logprob": _logprob(value)} for token, value in row)
         found.append({**said, "top_logprobs": top})
     return found
 
@@ -163,7 +162,7 @@ def _token(tokenizer: TokenizerWrapper, token: int) -> dict[str, Any]:
     return {"token": token_text(tokenizer, token), "bytes": list(token_bytes(tokenizer, token))}
 
 
-def _finite(value: float) -> float:
+def _logprob(value: float) -> float:
     return max(value, -9999.0)  # OpenAI's number for what cannot be: JSON has no infinity
 
 
@@ -178,7 +177,7 @@ async def completions(service: Service, request: Request, body: bytes) -> Respon
     wanted = Wanted(
         asked.max_tokens or 16,  # as OpenAI's
         asked.n or 1,
-        texts_of(asked.stop),
+        asked.stop,
         structured=False,
         logprobs=asked.logprobs,
         format=asked.format or asked.response_format,
@@ -195,7 +194,7 @@ async def completions(service: Service, request: Request, body: bytes) -> Respon
         said = echoes[number // wanted.n] + text.text()
         logprobs = _logprobs(loaded.tokenizer, text.logprobs) if asked.logprobs is not None else None
         choices.append({"index": number, "text": said, "logprobs": logprobs, "finish_reason": text.finish})
-    return answer({**head, "choices": choices, "usage": usage_of(generation.usage)})
+    return JSONResponse({**head, "choices": choices, "usage": usage_of(generation.usage)})
 
 
 async def _completion_events(
@@ -236,10 +235,7 @@ def _prompts(asked: CompletionRequest) -> list[str | list[int]]:
 
 
 def _ids(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(prompt, add_special_tokens=special))
+    return encode_text(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
 
 
 def _echo(tokenizer: TokenizerWrapper, prompt: str | list[int]) -> str:
@@ -250,8 +246,8 @@ def _logprobs(tokenizer: TokenizerWrapper, rows: Sequence[Logprobs]) -> dict[str
     """OpenAI's older form."""
     texts = [token_text(tokenizer, row[0][0]) for row in rows]
     offsets = [sum(len(text) for text in texts[:place]) for place in range(len(texts))]
-    top = [{token_text(tokenizer, token): _finite(value) for token, value in row[1:]} for row in rows]
-    chosen = [_finite(row[0][1]) for row in rows]
+    top = [{token_text(tokenizer, token): _logprob(value) for token, value in row[1:]} for row in rows]
+    chosen = [_logprob(row[0][1]) for row in rows]
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets}
 
 
@@ -282,11 +278,6 @@ def usage_of(usage: Usage) -> dict[str, Any]:
         },
         **usage.extensions,
     }
-
-
-def texts_of(stop: Stop) -> list[str]:
-    """Stop texts as a list."""
-    return [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
 
 
 def event(content: Any) -> str:

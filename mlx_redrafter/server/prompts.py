@@ -37,6 +37,7 @@ def encode_chat(
     options: Mapping[str, Any] | None = None,
     goes_on: bool = False,
     direct: bool = False,
+    ends: bool = False,
 ) -> Prompt:
     """The prompt of a conversation.
 
@@ -46,6 +47,7 @@ def encode_chat(
         options: of the chat template.
         goes_on: the last message is the model's own, and is to be continued.
         direct: the answer must follow at once, without reasoning, where the template can have it so.
+        ends: find out where the system prompt ends, which takes rendering it once more.
 
     Raises:
         BadRequest: the template refuses them, or a name in them holds a control token.
@@ -65,7 +67,8 @@ def encode_chat(
     try:
         shown = _suited(tokenizer, messages, given)
         ids = _encode(tokenizer, shown, given)
-        return Prompt(ids, _system_end(tokenizer, shown, given, ids), _begins_in(tokenizer, ids, goes_on))
+        checkpoints = _system_end(tokenizer, shown, given, ids) if ends else ()
+        return Prompt(ids, checkpoints, _begins_in(tokenizer, ids, goes_on))
     except BadRequest:
         raise
     except Exception as error:
@@ -88,7 +91,8 @@ def control_tokens(tokenizer: TokenizerWrapper) -> list[str]:
 
 
 def _pattern(tokenizer: TokenizerWrapper) -> re.Pattern[str]:
-    longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
+    tokens = tokenizer.chat_control_tokens or control_tokens(tokenizer)  # known once it serves
+    longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which is nowhere
 
 

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from .errors import BadRequest
 from .generation import Generation, Usage
 from .memory import Messages
 from .output import Call, Piece, Update
-from .prompts import encode_chat, with_tools_called
+from .prompts import with_tools_called
 from .schemas import (
     Item,
     JsonSchema,
@@ -23,7 +23,7 @@ from .schemas import (
     ResponsesRequest,
     parse,
 )
-from .service import Service, Wanted, answer, keep_alive
+from .service import Service, Wanted, keep_alive
 
 
 async def respond(service: Service, request: Request, body: bytes) -> Response:
@@ -37,12 +37,14 @@ async def respond(service: Service, request: Request, body: bytes) -> Response:
     instructions = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
     tools = _tools(asked)
     messages = with_tools_called(_system_first([*instructions, *conversation]))
-    stop = [] if asked.stop is None else [asked.stop] if isinstance(asked.stop, str) else asked.stop
-    wanted = Wanted(asked.max_output_tokens, stop=stop, tools=tools, format=asked.format or _format(asked))
-    wanted.must_call = asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedResponseTool)
-    prompt = await service.encode(
-        encode_chat, loaded.tokenizer, messages, tools, asked.chat_template_kwargs, False, wanted.is_direct
+    wanted = Wanted(
+        asked.max_output_tokens,
+        stop=asked.stop,
+        tools=tools,
+        format=asked.format or _format(asked),
+        must_call=asked.tool_choice == "required" or isinstance(asked.tool_choice, NamedResponseTool),
     )
+    prompt = await service.prompt(loaded, wanted, messages, asked.chat_template_kwargs)
     generation = await service.generation(loaded, asked, wanted, [prompt])
     writer = _Writer(service, asked, generation, conversation)
     if asked.stream:
@@ -50,7 +52,7 @@ async def respond(service: Service, request: Request, body: bytes) -> Response:
     (text,) = await service.whole(request, generation)
     for run in text.runs:
         writer.add(run)
-    return answer(writer.end(text))
+    return JSONResponse(writer.end(text))
 
 
 class _Writer:

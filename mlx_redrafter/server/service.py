@@ -5,25 +5,27 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..chat import Continuing
+from ..chat import Continuing, Message
 from ..engine.grammar import Grammar
+from ..text import check_stop
 from .catalog import Catalog, Loaded
 from .errors import BadRequest
 from .generation import Generation
 from .memory import Memory
 from .metrics import Metrics
 from .output import Reader, Update
-from .prompts import Prompt
+from .prompts import Prompt, encode_chat
 from .schemas import SEEDS, Decoding, JsonSchema, ResponseFormat
 from .worker import Helper, Job, Reading, Worker
 
+T = TypeVar("T")
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -43,7 +45,7 @@ class Wanted:
 
     max_tokens: int | None = None
     n: int = 1
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] | None = None
     structured: bool = True
     tools: Sequence[dict[str, Any]] = ()
     logprobs: int | None = None
@@ -79,7 +81,23 @@ class Service:
     def __post_init__(self) -> None:
         self._helper = Helper("text")  # tokenizers are used by one thread at a time
 
-    async def encode(self, work: Callable[..., Any], *args: Any) -> Any:
+    async def prompt(
+        self,
+        loaded: Loaded,
+        wanted: Wanted,
+        messages: list[Message],
+        options: Mapping[str, Any] | None = None,
+        goes_on: bool = False,
+    ) -> Prompt:
+        """A conversation as the model reads it; arguments are ``encode_chat``'s.
+
+        Raises:
+            BadRequest: the chat template refuses it.
+        """
+        how = goes_on, wanted.is_direct, loaded.served.has_states
+        return await self.encode(encode_chat, loaded.tokenizer, messages, wanted.tools, options, *how)
+
+    async def encode(self, work: Callable[..., T], *args: Any) -> T:
         """What tokenizers take long for, apart from the event loop."""
         return await asyncio.wrap_future(self._helper.do(partial(work, *args)))
 
@@ -97,8 +115,10 @@ class Service:
         if bad := [token for token, _ in sampling.logit_bias if token >= vocabulary]:
             text = f"logit_bias: {bad[0]} is no token of the model, which knows {vocabulary}."
             raise BadRequest(text, param="logit_bias")
-        if "" in wanted.stop:
-            raise BadRequest("stop: an empty text would end the answer at once.", param="stop")
+        try:
+            stop = check_stop(() if wanted.stop is None else wanted.stop)
+        except ValueError as error:
+            raise BadRequest(f"stop: {error}", param="stop") from error
         form, structured = wanted.format, wanted.structured
         if wanted.must_call:
             form, prompts = self._calling(loaded.tokenizer, wanted, prompts)
@@ -129,7 +149,7 @@ class Service:
                     logprobs=wanted.logprobs,
                 )
                 begins_in = prompt.begins_in if structured else "normal"
-                reader = Reader(tokenizer, wanted.stop, structured, wanted.tools, begins_in)
+                reader = Reader(tokenizer, stop, structured, wanted.tools, begins_in)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
 
@@ -266,8 +286,3 @@ def _call_of(tools: Sequence[dict[str, Any]]) -> ResponseFormat:
 def keep_alive(reading: Reading | None) -> str:
     """A comment that only says that the server is there, and how far a prompt has been read."""
     return ": keep-alive\n\n" if reading is None else f": keep-alive {reading.done}/{reading.total}\n\n"
-
-
-def answer(content: Any, status: int = 200) -> Response:
-    """JSON."""
-    return JSONResponse(content, status)

@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..decoding.sampling import Sampling
 from ..decoding.state import PLAIN
 from ..engine.engine import Request
+from ..engine.grammar import Grammar
 from ..engine.loop import Emitted, Fixed
 from ..engine.prefix_folder import PrefixFolder
 from ..engine.prefixes import Prefixes
@@ -69,7 +70,7 @@ class Job:
     deliver: Callable[[Said | Reading], None]
     seed: int | None = None
     checkpoints: tuple[int, ...] = ()
-    grammar: Any = None
+    grammar: Grammar | None = None
     draft: bool = True
     logprobs: int | None = None
     number: int = field(default=0, init=False)  # the engine's
@@ -93,7 +94,7 @@ class PlainEngine:
         self._decode = partial(
             decode, model.model, tokenizer, vocabulary=model.vocabulary or 1 << 30, prefill_step_size=chunk
         )
-        self._texts: dict[int, tuple[Request, Iterator[Any]]] = {}
+        self._texts: dict[int, Iterator[Any]] = {}
         self._count = 0
 
     @property
@@ -104,18 +105,16 @@ class PlainEngine:
     def submit(self, request: Request) -> int:
         """Take in a text and return its number."""
         self._count += 1
-        told = request.progress
-        responses = self._decode(
-            request=request, max_tokens=request.max_tokens, prompt_progress_callback=told
+        self._texts[self._count] = self._decode(
+            request=request, max_tokens=request.max_tokens, prompt_progress_callback=request.progress
         )
-        self._texts[self._count] = request, responses
         return self._count
 
     def step(self) -> list[Emitted]:
         """One token of each text."""
-        return [self._next(number, *text) for number, text in list(self._texts.items())]
+        return [self._next(number, text) for number, text in list(self._texts.items())]
 
-    def _next(self, number: int, request: Request, responses: Iterator[Any]) -> Emitted:
+    def _next(self, number: int, responses: Iterator[Any]) -> Emitted:
         try:
             response = next(responses)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
@@ -158,7 +157,10 @@ class Served:
 
     def _begin(self) -> None:
         engines: list[Decoding]
-        if self.model.prepare() is None:
+        runner = self.model.prepare()
+        # Recurrent layers', which are known only where reading stopped.
+        self.has_states = runner is not None and runner.target.has_states
+        if runner is None:
             engines = [PlainEngine(self.model, self.tokenizer, self._chunk)]
         else:
             engines = [
@@ -181,7 +183,6 @@ class Served:
         """Begin a text."""
         self.used = time.monotonic()
         engine, jobs = self._lanes[0 if job.draft else -1]
-        optional = {} if job.grammar is None else {"grammar": job.grammar}
         request = Request(
             job.prompt,
             job.max_tokens,
@@ -190,7 +191,7 @@ class Served:
             frozenset(self.tokenizer.eos_token_ids),
             progress=lambda done, total: job.deliver(Reading(done, total)),
             checkpoints=job.checkpoints,
-            **optional,
+            grammar=job.grammar,
         )
         job.number = engine.submit(request)
         jobs[job.number] = job
