@@ -4,7 +4,7 @@
 cd "$(dirname "$0")" || exit
 in=$1 out=$2 seconds=$3 write=$4 batch=${5:-1024} python=${PYTHON:-python3}
 start=../../mlx_redrafter/drafters/smollm2-135m-instruct/model.safetensors
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 rm -f "$in"/*.npz
 $python run.py "$in/smol" "$out" --name smol --seconds "$seconds" --write "$write" --batch "$batch" \
     --layers 8 16 23 --exit 576 --start $start --rows "$in/smol.npz" > "$out/smol.log" 2>&1 &
