@@ -81,12 +81,12 @@ def conclude(
     tree = proposed.tree
     all_logits, picks = pick(tree, state, seen.logits)  # [B, N, V], [B, N]
     accepted = accept(tree, picks, shape.depth)
-    layers = Layers(seen.rows, states=seen.states(accepted.count))
+    end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
+    last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
+    layers = Layers(seen.rows, states=seen.states(last[:, 0]))
     if not tree.is_chain:  # a chain's accepted rows are where they belong already
         layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
 
-    end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
-    last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
     token = mx.take_along_axis(accepted.tokens, end, axis=1)[:, 0]  # [B]
     context = mx.take_along_axis(seen.context, last[..., None], axis=1)[:, 0]  # [B, F]
     logits = mx.take_along_axis(all_logits, accepted.path[..., None], axis=1)  # [B, L+1, V]
@@ -127,8 +127,8 @@ class Verified:
     context: mx.array  # [B, N, F]
     rows: list[Rows]  # per layer [B, Hkv, C, ...]
     nodes: list[Rows]  # per layer [B, Hkv, N, ...]
-    # The recurrent layers' states after the first `count` [B] nodes, where the tree is a chain.
-    states: Callable[[mx.array], list[list[mx.array]]] = lambda count: []
+    # The recurrent layers' states after a node [B] of each text and those that it comes after.
+    states: Callable[[mx.array], list[list[mx.array]]] = lambda last: []
 
 
 class Verifier(Protocol):

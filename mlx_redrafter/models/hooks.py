@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
+from ..decoding.tree import Tree
+
 ROPE_NAMES = ("rope", "rotary_emb")
 ERRORS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)  # of code that does not fit
 
@@ -27,21 +29,21 @@ class Tape:
     def __init__(self) -> None:
         self.offset: mx.array | None = None  # positions while nodes are verified
 
-    def start(self, tokens: mx.array, is_noted: bool, offset: mx.array | None, columns: int) -> None:
+    def start(self, tokens: mx.array, tree: Tree | None, offset: mx.array | None, columns: int) -> None:
         """From now on tokens are read, or nodes verified.
 
         Args:
             tokens: [B, N], the nodes'.
-            is_noted: recurrent layers verify nodes.
+            tree: that recurrent layers verify.
             offset: the nodes' positions; None: tokens are read.
             columns: rows of the buffers that attention is shown.
         """
         self.offset = offset
 
     def stop(self, caches: Sequence[Any]) -> Callable[[mx.array], States]:
-        """The states after the first ``count`` [B] nodes."""
+        """The states after a node [B] of each text."""
         self.offset = None
-        return lambda count: []
+        return lambda last: []
 
 
 class StandIn:

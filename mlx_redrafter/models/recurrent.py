@@ -1,9 +1,12 @@
 """How recurrent layers, whose code runs unmodified, are watched in a view (``hooks.py``) of a model.
 
 They keep only their state after the last token. What they read is noted, from which follows their state after
-any number of a chain's nodes: rows that go into a convolution (``Window``), and calls of the functions in
-``RECURRENCES``. The layers' classes are replaced by ones whose code is the same but finds watched functions
-under these names. So is code that counts from its cache's offset, which is an array here (``Places``).
+any node: rows that go into a convolution (``Window``), and calls of the functions in ``RECURRENCES``. These
+are run again up to a chain's last accepted node. Along a tree, and along a chain where mlx-lm has no kernel,
+those in ``CLOSED`` are computed in closed form, in which a matrix says what nodes read of their ancestors.
+
+The layers' classes are replaced by ones whose code is the same but finds watched functions under these names.
+So is code that counts from its cache's offset, which is an array here (``Places``).
 
 If mlx-lm's code changes so that what is noted does not fit what the layers store, ``Notes.stop`` raises
 ``ValueError``, and what fits but is not right shows in ``Target.check``: such a model is decoded plainly.
@@ -11,7 +14,7 @@ If mlx-lm's code changes so that what is noted does not fit what the layers stor
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -19,28 +22,31 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
+from ..decoding.tree import Tree
 from .hooks import NodeRope, StandIn, States, Tape
 
 WINDOW_TYPES = ("Conv1d", "TokenShift")
 
-After = Callable[[mx.array], mx.array]  # a state after the first `count` [B] nodes
+After = Callable[[mx.array], mx.array]  # a state after a node [B] of each text
 Function = Callable[
     ..., tuple[mx.array, mx.array]
 ]  # of a recurrence: outputs and the state after all of them
 
 
 class Notes(Tape):
-    """What the recurrent layers of one view read while they verify a chain of N nodes."""
+    """What the recurrent layers of one view read while they verify N nodes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nodes = 0  # N while something is noted
         self.kinds: dict[type, type] = {}  # a class -> the one that takes its place
 
-    def start(self, tokens: mx.array, is_noted: bool, offset: mx.array | None, columns: int) -> None:
+    def start(self, tokens: mx.array, tree: Tree | None, offset: mx.array | None, columns: int) -> None:
         """Note what is read from now on; of a single node nothing is of interest."""
         self.tokens, size = tokens, tokens.shape[1]
-        self.nodes = size if is_noted and size > 1 else 0
+        self.nodes = size if tree and size > 1 else 0
+        self.tree, self.branches = tree, tree is not None and not tree.is_chain
+        self.above = cache(partial(_above, tree))  # for all layers, by the width
         self.offset, self.columns = offset, columns
         self.windows: list[mx.array] = []  # [B, K - 1 + N, ...]: rows before, and the nodes'
         self.moves: dict[int, tuple[mx.array, After]] = {}  # by the identity of a state after all nodes
@@ -55,32 +61,32 @@ class Notes(Tape):
         self.moves[id(state)] = state, after
 
     def stop(self, caches: Sequence["StatesView"]) -> Callable[[mx.array], States]:
-        """The states after the first ``count`` [B] nodes, of the caches that the layers were given.
+        """The states after a node [B] of each text, of the caches that the layers were given.
 
         Raises:
             ValueError: what was noted does not fit what the layers stored.
         """
         nodes, self.nodes, self.offset = self.nodes, 0, None
         if not nodes:
-            return lambda count: [list(cache.cache) for cache in caches]
+            return lambda last: [list(cache.cache) for cache in caches]
         windows, moves = iter(self.windows), self.moves
         found = []
-        for cache in caches:
-            ways = [partial(lambda state, count: state, state) for state in cache.cache]
-            for slot, state in cache.stored:
+        for seen in caches:
+            ways = [partial(lambda state, last: state, state) for state in seen.cache]
+            for slot, state in seen.stored:
                 if id(state) in moves:
                     way = moves[id(state)][1]
-                elif mx.issubdtype(state.dtype, mx.integer):  # the last token ids
-                    ids = mx.concatenate([cache.before[slot], self.tokens.astype(state.dtype)], axis=1)
+                elif mx.issubdtype(state.dtype, mx.integer) and not self.branches:  # the last token ids
+                    ids = mx.concatenate([seen.before[slot], self.tokens.astype(state.dtype)], axis=1)
                     way = _slide(ids, state, nodes)
                 else:
-                    way = _slide(next(windows, None), state, nodes)
-                ways[slot] = partial(lambda way, count: way(count), way)
+                    way = _slide(next(windows, None), state, nodes, self.above if self.branches else None)
+                ways[slot] = partial(lambda way, last: way(last), way)
             found.append(ways)
         if next(windows, None) is not None:
             raise ValueError("its convolutions are not those of its recurrent layers")
         self.windows, self.moves, self.paths = [], {}, {}
-        return lambda count: [[way(count) for way in ways] for ways in found]
+        return lambda last: [[way(last) for way in ways] for ways in found]
 
 
 class StatesView(ArraysCache):  # type: ignore[misc]
@@ -97,8 +103,10 @@ class StatesView(ArraysCache):  # type: ignore[misc]
         self.stored.append((slot, state))
 
 
-def _slide(rows: mx.array | None, state: mx.array, nodes: int) -> After:
-    """Of rows K - 1 + N along one axis, the last K - 1 after the first ``count`` nodes, as in ``state``."""
+def _slide(
+    rows: mx.array | None, state: mx.array, nodes: int, above: Callable[[int], mx.array] | None = None
+) -> After:
+    """Of rows K - 1 + N along one axis, the last K - 1 after a node, as in ``state``."""
     shapes = ((), ()) if rows is None else (rows.shape, state.shape)
     differ = [axis for axis, (a, b) in enumerate(zip(*shapes, strict=False)) if a != b]
     if rows is None or len(differ) != 1 or rows.shape[differ[0]] - state.shape[differ[0]] != nodes:
@@ -107,12 +115,25 @@ def _slide(rows: mx.array | None, state: mx.array, nodes: int) -> After:
         )
     axis, width = differ[0], state.shape[differ[0]]
 
-    def after(count: mx.array) -> mx.array:
+    def after(last: mx.array) -> mx.array:
         shape = [width if i == axis else -1 if i == 0 else 1 for i in range(state.ndim)]
-        places = (count[:, None] + mx.arange(width)).reshape(shape)
-        return mx.take_along_axis(rows, places, axis=axis).astype(state.dtype)
+        if above is None:
+            places = last[:, None] + 1 + mx.arange(width)
+        else:
+            places = mx.take_along_axis(above(width + 1), last[:, None, None], axis=1)[:, 0, 1:]
+        return mx.take_along_axis(rows, places.reshape(shape), axis=axis).astype(state.dtype)
 
     return after
+
+
+def _above(tree: Tree | None, width: int) -> mx.array:
+    """Of rows K - 1 + N, those [B, N, K] that each node comes after, itself the last; ``width`` is K."""
+    assert tree is not None
+    node, found = mx.broadcast_to(mx.arange(tree.tokens.shape[1]), tree.tokens.shape), []
+    for up in range(width):
+        found.append(width - 1 + mx.where(up <= tree.depths, node, tree.depths - up))
+        node = mx.take_along_axis(tree.parents, node, axis=1)
+    return mx.stack(found[::-1], axis=-1)
 
 
 def _convolution(tape: Notes, function: Callable[..., mx.array], given: dict[str, Any]) -> mx.array:
@@ -132,6 +153,13 @@ class Window(StandIn):
         if self.tape.nodes:
             states = [state for state in (*before, *named.values()) if isinstance(state, mx.array)]
             self.tape.windows.append(mx.concatenate([*states, x], axis=1))
+        if self.tape.nodes and self.tape.branches:
+            if before or named:
+                raise ValueError(UNBRANCHED)
+            size, nodes, width = x.shape[0], self.tape.nodes, x.shape[1] - self.tape.nodes + 1
+            places = self.tape.above(width).reshape(size, -1, 1)
+            x = mx.take_along_axis(x, places, axis=1).reshape(size * nodes, width, -1)
+            return self.inner(x).reshape(size, nodes, -1)  # of each node's window
         return self.inner(x, *before, **named)
 
 
@@ -139,10 +167,10 @@ def _masked(tape: Notes, function: Function, given: dict[str, Any]) -> tuple[mx.
     """A recurrence that takes a mask: run again with that of the accepted nodes."""
     nodes, outcome = tape.nodes, function(**given)
 
-    def after(count: mx.array) -> mx.array:
-        accepted: dict[str, mx.array] = {"mask": mx.arange(nodes) < count[:, None]}  # [B, N]
+    def after(last: mx.array) -> mx.array:
+        accepted: dict[str, mx.array] = {"mask": mx.arange(nodes) <= last[:, None]}  # [B, N]
         if "lengths" in inspect.signature(function).parameters:
-            accepted["lengths"] = count
+            accepted["lengths"] = last + 1
         return function(**{**given, **accepted})[1]
 
     tape.note(outcome[1], after)
@@ -155,8 +183,8 @@ def _neutral(
     """A recurrence that some inputs [B, N, ...] leave as it is: run again with these for all other nodes."""
     nodes, outcome = tape.nodes, function(**given)
 
-    def after(count: mx.array) -> mx.array:
-        accepted = mx.arange(nodes) < count[:, None]  # [B, N]
+    def after(last: mx.array) -> mx.array:
+        accepted = mx.arange(nodes) <= last[:, None]  # [B, N]
         inputs = {}
         for name, value in neutral.items():
             shown = accepted.reshape(*accepted.shape, *[1] * (given[name].ndim - 2))
@@ -183,13 +211,89 @@ def _by_node(
 
     path = tape.paths[id(now)]
 
-    def after(count: mx.array) -> mx.array:
+    def after(last: mx.array) -> mx.array:
         states = mx.stack(path, axis=1)  # [B, N, ...]
-        place = (count - 1).reshape(-1, 1, *[1] * (states.ndim - 2))
+        place = last.reshape(-1, 1, *[1] * (states.ndim - 2))
         return mx.take_along_axis(states, place, axis=1)[:, 0]
 
     tape.note(now, after)
     return (mx.concatenate(outputs, axis=axis) if split else outputs[0]), now
+
+
+def _gated_delta(tape: Notes, given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+    """Gated delta net and KDA along a tree: what a node writes depends on what its ancestors wrote."""
+    values, rate, strength = given["v"], mx.exp(given["A_log"].astype(mx.float32)), mx.sigmoid(given["b"])
+    if given.get("allow_neg_eigval"):
+        strength = 2 * strength
+    if given.get("lower_bound") is None:
+        decay = -rate * nn.softplus(given["a"] + given["dt_bias"])
+    else:
+        decay = given["lower_bound"] * mx.sigmoid(rate * (given["a"].astype(mx.float32) + given["dt_bias"]))
+    return _along(tape, decay, given["q"], given["k"], values, given["state"], strength)
+
+
+def _mamba2(tape: Notes, given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+    """Mamba-2 along a tree."""
+    x, (low, high) = given["hidden_states"], given.get("time_step_limit", (0.001, 100.0))
+    step = mx.clip(nn.softplus(given["dt"].astype(mx.float32) + given["dt_bias"]), low, high)  # [B, N, H]
+    decay = -mx.exp(given["A_log"]) * step
+    y, state = _along(tape, decay, given["C"], given["B"], step[..., None] * x, given["state"])
+    return (y + x * given["D"][:, None]).astype(x.dtype), state
+
+
+def _along(
+    tape: Notes,
+    decay: mx.array,
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    state: mx.array,
+    strength: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """S = exp(decay) S + w k^T and y = S q along a tree, in closed form, so that no node needs a state.
+
+    Args:
+        decay: [B, N, H], or [B, N, H, Dk] by channel, logarithms.
+        q, k: [B, N, Hk, Dk].
+        v: [B, N, H, Dv]; w is v, or ``strength`` [B, N, H] times what v differs by from exp(decay) S k.
+        state: S before, [B, H, Dv, Dk].
+
+    Returns:
+        y [B, N, H, Dv], and what stands for the state after all nodes.
+    """
+    assert tape.tree is not None
+    above = tape.tree.ancestors[:, None]  # [B, 1, N, N]
+    q, k = (mx.repeat(x, v.shape[2] // x.shape[2], axis=2).swapaxes(1, 2).astype(mx.float32) for x in (q, k))
+    w, before = v.swapaxes(1, 2).astype(mx.float32), state.astype(mx.float32).swapaxes(-1, -2)
+    decay = decay[..., None] if decay.ndim < 4 else decay
+    total = above.astype(mx.float32) @ decay.swapaxes(1, 2).astype(
+        mx.float32
+    )  # [B, H, N, D], from the root on
+    between = total[:, :, :, None] - total[:, :, None]  # [B, H, N, N, D]
+    left, first = mx.exp(mx.where(above[..., None], between, -mx.inf)), mx.exp(total)
+
+    def products(x: mx.array) -> mx.array:  # with each ancestor's key, as far as it has not decayed
+        if left.shape[-1] == 1:
+            return (x @ k.swapaxes(-1, -2)) * left[..., 0]
+        return (x[:, :, :, None] * k[:, :, None] * left).sum(axis=-1)
+
+    if strength is not None:
+        strength = strength.swapaxes(1, 2)[..., None].astype(mx.float32)
+        w = strength * (w - (k * first) @ before)
+        taken = -strength * products(k) * (1 - mx.eye(tape.nodes))  # by what ancestors wrote
+        for _ in range((tape.nodes - 1).bit_length()):  # w + taken w + taken^2 w + ..., which ends
+            w, taken = w + taken @ w, taken @ taken
+    y = (q * first) @ before + products(q) @ w
+
+    def after(last: mx.array) -> mx.array:
+        at = last[:, None, None, None]
+        kept = mx.take_along_axis(first, at, axis=2)  # [B, H, 1, D]
+        weights = mx.take_along_axis(left, at[..., None], axis=2)[:, :, 0]  # [B, H, N, D]
+        return (kept * state + w.swapaxes(-1, -2) @ (weights * k)).astype(state.dtype)
+
+    unused = mx.zeros_like(state)
+    tape.note(unused, after)
+    return y.swapaxes(1, 2).astype(v.dtype), unused
 
 
 # Functions and methods by which mlx-lm's layers move a state on; how each is watched.
@@ -202,6 +306,8 @@ RECURRENCES: dict[str, Callable[..., Any]] = {
     "rnn_scan": partial(_neutral, {"a": 1.0, "x": 0.0}),  # RG-LRU
     "_custom_convolution": _convolution,  # of keys and values
 }
+CLOSED = {"gated_delta_update": _gated_delta, "ssm_update": _mamba2}  # how they are run along a tree
+UNBRANCHED = "how its recurrent layers run along a tree is not known"
 UNMASKED = {"recurrent_gla": partial(_by_node, {"q": 2, "k": 2, "v": 2}, "h")}  # an older form of it
 
 
@@ -247,6 +353,11 @@ def _watched(tape: Notes, name: str, function: Function) -> Function:
         if not tape.nodes:
             return function(*args, **named)
         given = dict(signature.bind(*args, **named).arguments)
+        has_kernel = mx.metal.is_available() and mx.default_device() == mx.gpu
+        if name in CLOSED and (tape.branches or not has_kernel):
+            return CLOSED[name](tape, given)
+        if tape.branches:
+            raise ValueError(UNBRANCHED)
         own = given.pop("self", None)
         return how(tape, function if own is None else partial(function, own), given)
 

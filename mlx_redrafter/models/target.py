@@ -73,8 +73,7 @@ class Target:
         kept = list(leaves(self._caches))
         self.windows = [_window(cache, model) for cache in kept if type(cache) is not ArraysCache]
         self.has_states = len(kept) > len(self.windows)
-        self.trees = not self.has_states
-        self.batches = True
+        self.trees = self.batches = True
         self.layers_read = tuple(layers)
         self._has_inner_head, self._full = False, list[list[mx.array]]()
         self._watch(model)
@@ -167,11 +166,12 @@ class Target:
         tokens: mx.array,
         caches: Sequence[Any],
         watched: Sequence[Any] = (),
+        tree: Tree | None = None,
         offset: mx.array | None = None,
         columns: int = 0,
     ) -> tuple[mx.array, mx.array, Callable[[mx.array], States]]:
         with self._lock:
-            self.tape.start(tokens, bool(watched), offset, columns)
+            self.tape.start(tokens, tree if watched else None, offset, columns)
             logits = self._view(tokens, cache=caches)
             last, *layers = [recorder.take() for recorder in self._recorders]
             after = self.tape.stop(watched)
@@ -220,7 +220,7 @@ class Target:
 
         caches = with_each(self._caches, stand_in)
         offset = positions(tree, start)
-        logits, hidden, after = self._forward(tree.tokens, caches, watched, offset, shown.columns)
+        logits, hidden, after = self._forward(tree.tokens, caches, watched, tree, offset, shown.columns)
         return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
 
     def check_quantized(self, how: Quantization) -> None:
