@@ -1,4 +1,3 @@
-# ruff: noqa: E501, UP031
 """The server attacked: keys, bodies, headers, paths, hostile fields, mutated requests, clients that leave."""
 
 import contextlib
@@ -33,7 +32,8 @@ ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 MARKS = ["<s>", "</s>", *CONTROL, *ADDED]
 SPOKEN = "".join(MARKS)
 CHATML = (
-    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.name or '' }}\n"
     "{% if m.reasoning_content %}{{ m.reasoning_content }}{% endif %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}{% set tool_call = call.function %}"
@@ -41,6 +41,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}{# <tool_call> #}"
 )
 HELLO = [{"role": "user", "content": "the quick brown fox"}]
+LONG = bool(os.environ.get("MLX_REDRAFTER_LONG"))
 SECRET = "xyzzy-plugh"  # what no line of the log may hold
 
 
@@ -368,18 +369,20 @@ WRONG = [
 ]
 FIELDS = {
     "chat/completions": (
-        "model messages max_tokens max_completion_tokens n stop logprobs top_logprobs response_format tools "
-        "tool_choice parallel_tool_calls chat_template_kwargs stream stream_options temperature top_p top_k min_p "
-        "xtc_probability xtc_threshold presence_penalty frequency_penalty repetition_penalty logit_bias seed draft "
-        "presence_context_size guided_json guided_regex guided_grammar guided_choice user"
+        "model messages max_tokens max_completion_tokens n stop logprobs top_logprobs response_format "
+        "tools tool_choice parallel_tool_calls chat_template_kwargs stream stream_options temperature "
+        "top_p top_k min_p xtc_probability xtc_threshold presence_penalty frequency_penalty "
+        "repetition_penalty logit_bias seed draft presence_context_size guided_json guided_regex "
+        "guided_grammar guided_choice user"
     ),
     "completions": "model prompt max_tokens n best_of echo suffix stop logprobs response_format stream seed",
     "responses": (
-        "model input instructions max_output_tokens tools tool_choice previous_response_id store text metadata stop "
-        "chat_template_kwargs stream"
+        "model input instructions max_output_tokens tools tool_choice previous_response_id store text "
+        "metadata stop chat_template_kwargs stream"
     ),
     "messages": (
-        "model messages max_tokens system tools tool_choice stop_sequences stream temperature chat_template_kwargs"
+        "model messages max_tokens system tools tool_choice stop_sequences stream temperature "
+        "chat_template_kwargs"
     ),
     "messages/count_tokens": "model messages system tools tool_choice chat_template_kwargs",
 }
@@ -390,8 +393,8 @@ def test_wrong_types_everywhere(served, path):
     usual = {"prompt": "x"} if path == "completions" else {"messages": HELLO, "input": "x"}
     usual |= {"max_tokens": 2, "max_output_tokens": 2}
     with httpx.Client() as client:
-        for name in FIELDS[path].split():
-            for value in WRONG:
+        for place, name in enumerate(FIELDS[path].split()):
+            for value in WRONG if LONG else WRONG[place % 5 :: 5]:
                 body = json.dumps({**usual, name: value})
                 answer = client.post(f"{served.url}/v1/{path}", content=body, timeout=20)
                 assert answer.status_code in (200, 400, 404), (name, value, answer.text)
@@ -408,21 +411,23 @@ HOSTILE = ["NaN", "Infinity", "1e999", "-1e999", "9" * 6000, '"\\ud800"', '{"a":
 
 @pytest.mark.parametrize("number", HOSTILE)
 def test_numbers_that_json_has_not_are_not_echoed(served, number):
-    tool = '{"type": "function", "name": "f", "parameters": {"x": %s}}' % number
-    for body in (
-        '{"input": "x", "max_output_tokens": 2, "tools": [%s]}' % tool,
-        '{"input": "x", "max_output_tokens": 2, "stream": true, "tools": [%s]}' % tool,
-        '{"input": "x", "max_output_tokens": 2, "text": {"format": {"type": "json_schema", "schema": {"x": %s}}}}'
-        % number,
-        '{"input": "x", "max_output_tokens": 2, "metadata": {"x": %s}}' % number,
-        '{"input": "x", "max_output_tokens": 2, "temperature": %s}' % number,
+    tool = '{"type": "function", "name": "f", "parameters": {"x": NUMBER}}'
+    form = '{"type": "json_schema", "schema": {"x": NUMBER}}'
+    for field in (
+        f'"tools": [{tool}]',
+        f'"stream": true, "tools": [{tool}]',
+        f'"text": {{"format": {form}}}',
+        '"metadata": {"x": NUMBER}',
+        '"temperature": NUMBER',
     ):
+        body = f'{{"input": "x", "max_output_tokens": 2, {field}}}'.replace("NUMBER", number)
         answer = httpx.post(f"{served.url}/v1/responses", content=body, timeout=20)
         assert answer.status_code in (200, 400), answer.text
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": %s}' % number}}
+    arguments = f'{{"x": {number}}}'
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
     assert ask(served, messages=messages).status_code in (200, 400)
-    assert ask(served, guided_json='{"type": "object", "x": %s}' % number).status_code in (200, 400)
+    assert ask(served, guided_json=arguments).status_code in (200, 400)
 
 
 # --- Headers and paths -----------------------------------------------------------------------------------
@@ -610,7 +615,6 @@ SCHEMAS = [
 def test_schemas_that_explode(served, number):
     schema = SCHEMAS[number]
     tool = {"name": "f", "parameters": schema}
-    began = time.monotonic()
     for path, body in (
         ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}),
         ("chat/completions", {"guided_json": json.dumps(schema)}),
@@ -621,9 +625,10 @@ def test_schemas_that_explode(served, number):
         ("messages", {"tools": [{"name": "f", "input_schema": schema}], "tool_choice": {"type": "any"}}),
         ("responses", {"input": "x", "text": {"format": {"type": "json_schema", "schema": schema}}}),
     ):
+        began = time.monotonic()
         answer = ask(served, path, **body)
         assert answer.status_code in (200, 400), answer.text[:300]
-    assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 10
     wait_until_free(served)
 
 
@@ -653,7 +658,6 @@ PATTERNS = [
 @pytest.mark.parametrize("number", range(len(PATTERNS)))
 def test_patterns_that_explode(served, number):
     pattern = PATTERNS[number]
-    began = time.monotonic()
     for body in (
         {"guided_regex": pattern},
         {"response_format": {"type": "regex", "pattern": pattern}},
@@ -661,9 +665,10 @@ def test_patterns_that_explode(served, number):
         {"guided_choice": [pattern] * 3},
         {"guided_json": {"type": "string", "pattern": pattern}},
     ):
+        began = time.monotonic()
         answer = ask(served, **body)
         assert answer.status_code in (200, 400), answer.text[:300]
-    assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 10
     wait_until_free(served)
 
 
@@ -932,7 +937,7 @@ def test_without_a_template_nothing_becomes_a_control_token_either(tmp_path, log
     "arguments", ['{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', '"text"', "[1]", "5", "null", "{" * 2000]
 )
 def test_calls_with_hostile_arguments_are_told_in_whole_json(served, arguments):
-    says = '<tool_call>{"name": "f", "arguments": %s}</tool_call>' % arguments
+    says = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
     tool = {"name": "f", "parameters": {"type": "object"}}
     requests = [
         ("chat/completions", {"tools": [{"type": "function", "function": tool}]}),
@@ -1085,7 +1090,7 @@ def test_a_signal_ends_streams_properly(folder, path, tmp_path):
 
 # --- Mutated requests ------------------------------------------------------------------------------------
 
-COUNT = 3334 if os.environ.get("MLX_REDRAFTER_LONG") else 150  # for each of three seeds
+COUNT = 3334 if LONG else 150  # for each of three seeds
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
