@@ -6,6 +6,7 @@ Each is evaluated alone, so their times add up to more than a step, in which MLX
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import harness
@@ -13,7 +14,7 @@ import harness
 from mlx_redrafter.decoding import lookup
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import draft
-from mlx_redrafter.decoding.layers import Layers, View, commit, leave_path, visible
+from mlx_redrafter.decoding.layers import View, commit, leave_path, visible
 from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, seeds_at
 from mlx_redrafter.decoding.state import DraftShape, State, with_capacity
 from mlx_redrafter.decoding.step import propose
@@ -101,8 +102,9 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     box = [commit(state.layers)]  # the only reference, so that buffers are written in place
 
     def verify() -> Any:
-        seen = target.verify(tree, box.pop(), state.rows, shown)
-        box.append(Layers(seen.rows))
+        layers = box.pop()
+        seen = target.verify(tree, layers, state.rows, shown)
+        box.append(replace(layers, rows=seen.rows))
         return vars(seen)
 
     yield "verify", verify

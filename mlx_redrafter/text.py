@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, GenerationResponse, wired_limit
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat import encode_text
@@ -314,8 +314,10 @@ def _can_draft(
     needed = len(request.prompt) + request.max_tokens
     if max_kv_size is not None and request.caches is None and needed > max_kv_size:
         reasons.append(f"max_kv_size={max_kv_size}, less than prompt and max tokens together")
-    for kind in {type(cache) for cache in request.caches or ()} - {KVCache, QuantizedKVCache}:
+    for kind in {type(x) for x in request.caches or ()} - {KVCache, QuantizedKVCache, RotatingKVCache}:
         reasons.append(f"a prompt cache of {kind.__name__}")
+    if request.caches is not None and not runner.target.suits(request.caches):
+        reasons.append("a prompt cache of other windows")
     kept = {kept_as(cache) for cache in request.caches or ()}
     if len(kept) > 1:
         reasons.append("a prompt cache of several kinds")

@@ -141,7 +141,8 @@ def test_checkpoints_are_kept_before_the_prompt_is_read(engine):
     engine.step()
     engine.step()
     caches = engine.target.make_cache()
-    assert engine.prefixes.restore(SYSTEM, caches) == 21 == caches[0].offset
+    kept = 32 if any(engine.target.windows) else 21  # rows before a window are kept as soon as they are read
+    assert engine.prefixes.restore(SYSTEM, caches) == kept == caches[0].offset
     engine.close()
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -176,7 +176,7 @@ def _time_verification(target: Target, layers: Layers, length: mx.array, size: i
     start = time.perf_counter()
     seen = target.verify(tree, layers, length)
     mx.eval(seen.logits, seen.rows)
-    return time.perf_counter() - start, Layers(seen.rows)
+    return time.perf_counter() - start, replace(layers, rows=seen.rows)
 
 
 def _fared(found: Sequence[Swept], shape: DraftShape | None) -> dict[str, Any]:

@@ -8,7 +8,17 @@ import mlx.core as mx
 import numpy as np
 
 from . import lookup
-from .layers import Layers, Quantization, commit, fit_rows, join_rows, one_text, quantized, take_rows
+from .layers import (
+    Layers,
+    Quantization,
+    commit,
+    fit_rows,
+    join_rows,
+    one_text,
+    quantized,
+    take_rows,
+    with_room,
+)
 
 
 @dataclass(frozen=True)
@@ -149,12 +159,18 @@ def begin(known: Sequence[int], rows: int, layers: Layers, context: mx.array, se
     )
 
 
-def with_capacity(state: State, capacity: int) -> State:
-    """The committed state with room for exactly ``capacity`` tokens, in place of the given one."""
+def with_capacity(state: State, capacity: int, room: int = 0) -> State:
+    """The committed state with room for exactly ``capacity`` tokens, in place of the given one.
+
+    Args:
+        room: of rings, at least.
+    """
+    layers = state.layers
+    if room > layers.room:
+        layers = with_room(layers, capacity, room, state.rows)
     if capacity == state.capacity:
-        return replace(state, layers=commit(state.layers))
-    history = _fitted(state.history, capacity)
-    return replace(state, layers=fit_rows(state.layers, capacity), history=history)
+        return replace(state, layers=commit(layers))
+    return replace(state, layers=fit_rows(layers, capacity), history=_fitted(state.history, capacity))
 
 
 def take(state: State, texts: Sequence[int], capacity: int) -> State:
@@ -179,7 +195,8 @@ def quantize(state: State, text: int, how: Quantization) -> State:
 
 def join(states: Sequence[State], capacity: int) -> State:
     """One committed state of all texts, in place of the given ones."""
-    fitted = [with_capacity(state, capacity) for state in states]
+    room = max(state.layers.room for state in states)
+    fitted = [with_capacity(state, capacity, room) for state in states]
     layers = join_rows([state.layers for state in fitted])
     names = (*PER_TEXT, "history")
     per_text: dict[str, Any] = {

@@ -37,7 +37,7 @@ def step(
         drafter: may be None if the shape has no beams.
         pick: how the target picks tokens.
         shape: how much is drafted.
-        state: with room for ``shape.room`` rows after the text.
+        state: with room for ``shape.room`` rows after the text, and in rings for ``shape.size`` nodes.
         view: what attention is shown of the buffers.
     """
     state, proposed, seen = look_ahead(target, drafter, shape, state, view)
@@ -49,6 +49,7 @@ def look_ahead(
 ) -> tuple[State, "Proposed", "Verified"]:
     """Commit, propose, verify, which is all that takes the device long: the state with the tree's rows
     written, what was proposed, and what the target says of it."""
+    assert state.layers.has_room(shape.size)
     layers = commit(state.layers)
     proposed = propose(target, drafter, shape, state)
     seen = target.verify(proposed.tree, layers, state.rows, view)
@@ -83,7 +84,8 @@ def conclude(
     accepted = accept(tree, picks, shape.depth)
     end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
     last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
-    layers = Layers(seen.rows, states=seen.states(last[:, 0]))
+    states = seen.states(last[:, 0])
+    layers = replace(state.layers, rows=seen.rows, path=[], path_start=None, states=states)
     if not tree.is_chain:  # a chain's accepted rows are where they belong already
         layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from ..decoding.layers import Layers, Quantization
+from ..decoding.layers import Layers, Quantization, in_order
 from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
-from ..models.target import kept_as, quantize
+from ..models.target import kept_as, quantize, read_rows
 from . import backend
 from .loop import (
     Batch,
@@ -167,8 +167,11 @@ class Engine:
         """Take in a text and return its number.
 
         Raises:
-            ValueError: the model's keys and values cannot be quantized as the request wants it.
+            ValueError: the model's keys and values cannot be quantized as the request wants it, or the caches
+                keep other rows than the model needs.
         """
+        if request.caches is not None and not self.target.suits(request.caches):
+            raise ValueError("the caches have other windows than the model: use mlx-lm's make_prompt_cache.")
         if request.kv is not None:
             self.target.check_quantized(request.kv)
         self._count += 1
@@ -183,7 +186,7 @@ class Engine:
             release=request.release,
         )
         if (prefixes := self._prefixes_for(request)) is not None:
-            text.release = partial(_keep, prefixes, request, text.said)
+            text.release = partial(_keep, prefixes, request, text)
         self._waiting.append(_Prompt(text, request))
         return text.number
 
@@ -284,8 +287,8 @@ class Engine:
             mx.eval([cache.state for cache in prompt.caches])
             mx.clear_cache()
             prompt.read += count
-            if prompt.read in request.checkpoints:
-                self._keep_prompt(request, *self.target.layers_of(prompt.caches))
+            if prompt.read in request.checkpoints or any(self.target.windows):  # which will forget them
+                self._keep_prompt(request, prompt.read, read_rows(prompt.caches))
             request.progress(prompt.read, total)
         return count
 
@@ -294,7 +297,7 @@ class Engine:
         text, request = prompt.text, prompt.request
         assert prompt.caches is not None
         text.rows, layers = self.target.layers_of(prompt.caches)
-        self._keep_prompt(request, text.rows, layers)
+        self._keep_prompt(request, text.rows, in_order(layers, text.rows))
         text.kept = kept_as(prompt.caches[0])
         if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
             text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
@@ -309,7 +312,7 @@ class Engine:
 
     def _keep_prompt(self, request: Request, rows: int, layers: Layers) -> None:
         if (prefixes := self._prefixes_for(request)) is not None:
-            prefixes.keep(request.prompt[:rows], replace(layers, rows=[[*parts] for parts in layers.rows]))
+            prefixes.keep(request.prompt[:rows], layers)
 
     def _place(self, text: Text, state: State) -> None:
         batch = next((batch for batch in self._batches if self._suits(text, batch)), None)
@@ -332,10 +335,11 @@ class Engine:
         running = [text for batch in self._batches for text in batch.everyone]
         if not running or self.max_memory is None:
             return len(running) < self.texts
-        rows = sum(self._rows_in_the_end(text, text.rows) for text in running)
-        rows += self._rows_in_the_end(prompt.text, len(prompt.request.prompt))
-        per_row = self.nbytes / sum(batch.rows for batch in self._batches)
-        return len(running) < self.texts and rows * per_row <= self.max_memory
+        own = self._rows_in_the_end(prompt.text, len(prompt.request.prompt))
+        needed = max(batch.nbytes_of(own) for batch in self._batches)
+        for batch in self._batches:
+            needed += sum(batch.nbytes_of(self._rows_in_the_end(x, x.rows)) for x in batch.everyone)
+        return len(running) < self.texts and needed <= self.max_memory
 
     def _rows_in_the_end(self, text: Text, rows: int) -> int:
         return bucket(min(rows + text.left, max(self._longest, rows)))
@@ -351,12 +355,12 @@ def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: 
     return Engine(runner, policy, chunk, **{**usual, **options})
 
 
-def _keep(prefixes: "Prefixes", request: Request, said: list[int], layers: Layers, rows: int) -> None:
+def _keep(prefixes: "Prefixes", request: Request, text: Text, layers: Layers, rows: int) -> None:
     """Keep a text that leaves for reuse."""
     if request.release is not None:
         request.release(layers, rows)
-        layers = replace(layers, rows=[[*parts] for parts in layers.rows])
-    prefixes.keep([*request.prompt, *said][:rows], layers, exact=False)  # a stop may have cut it
+    tokens = [*request.prompt, *text.said][:rows]
+    prefixes.keep(tokens, in_order(layers, rows, text.nodes), exact=False)  # a stop may have cut it
 
 
 def _runner_for(usual: Runner, texts: Sequence[Text]) -> Step:

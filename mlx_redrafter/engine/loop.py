@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
-from ..decoding.layers import Layers, Quantization, View, commit, one_text
+from ..decoding.layers import ROOM, Layers, Quantization, View, commit, one_text
 from ..decoding.penalties import penalty_settings
 from ..decoding.sampling import Sampling, filter_settings
 from ..decoding.state import PLAIN, DraftShape, Output, State, join, quantize, take, with_capacity
@@ -51,6 +51,7 @@ class Text:
         is_new: whether it has had no step yet, so that the drafter knows nothing of it.
         error: what a function of its raised; it ends with that.
         said: the tokens that it has emitted.
+        nodes: the most that a step of its had.
     """
 
     number: int
@@ -67,6 +68,7 @@ class Text:
     is_new: bool = True
     error: Exception | None = None
     said: list[int] = field(default_factory=list)
+    nodes: int = 0
 
     @property
     def asks_host(self) -> bool:
@@ -203,10 +205,9 @@ class Batch:
         """Bytes of the layers' buffers."""
         return sum(state.layers.nbytes for state in self._states)
 
-    @property
-    def rows(self) -> int:
-        """Rows of the buffers, of all texts."""
-        return sum(state.token.size * state.capacity for state in self._states)
+    def nbytes_of(self, rows: int) -> int:
+        """Bytes of the buffers that a text of so many rows needs."""
+        return self._states[0].layers.nbytes_of(rows)
 
     @property
     def _states(self) -> list[State]:
@@ -245,7 +246,7 @@ class Batch:
         following, ahead = None, None
         if not (self._changes or any(text.is_new for text in self.texts)):  # a first token must not wait
             following = self._choose(shape)
-            if self._rows(shape) + following.room <= self.capacity:
+            if self._has_room(following, shape):
                 ahead = self._step(following, shape)
         built = time.perf_counter()
         enqueue(self._state, output)
@@ -282,6 +283,12 @@ class Batch:
         """Rows of the longest text; at most, after a running step of the ``shape``."""
         return max(text.rows for text in self.texts) + (shape.depth + 1 if shape else 0)
 
+    def _has_room(self, shape: DraftShape, running: DraftShape | None = None) -> bool:
+        """Whether there is room for a step as things are, or after a running one."""
+        assert self._state is not None
+        fits = self._rows(running) + shape.room <= self.capacity
+        return fits and self._state.layers.has_room(shape.size)
+
     def _choose(self, running: DraftShape | None = None) -> DraftShape:
         shape = self.policy.choose(self._rows(running), [text.number for text in self.texts])
         rows = sum(each.depth + 1 for each in (running, shape) if each)  # at most, after both steps
@@ -306,14 +313,17 @@ class Batch:
         """Hand a step over to the device, one that is built already or a new one."""
         assert self._state is not None
         if built is None:
-            if (needed := self._rows() + shape.room) > self.capacity:
-                self._state = with_capacity(self._state, bucket(needed))
+            if not self._has_room(shape):
+                capacity = max(bucket(self._rows() + shape.room), self.capacity)
+                self._state = with_capacity(self._state, capacity, bucket(2 * shape.size, ROOM))
             built = self._step(shape)
         self._state, output = built
         if isinstance(output, Unfinished):  # first what the host reads while the device does the rest
             mx.async_eval(output.tree.tokens, output.tree.parents, output.tree.ancestors)
         self._hand_over(self._state, output)
         self._running = shape, output
+        for text in self.texts:
+            text.nodes = max(text.nodes, shape.size)
 
     def _read(self, shape: DraftShape, output: Output) -> list[Emitted]:
         """What each text gets of a step: the only wait for the device."""
@@ -388,12 +398,12 @@ def enqueue(state: State, output: Output) -> None:
 
 
 def bucket(rows: int, grain: int = GRAIN) -> int:
-    """The next larger of the sizes in use: eight for each doubling, multiples of ``grain``.
+    """The next larger of the sizes in use: multiples of ``grain``, at most 32 for each doubling.
 
-    So a text of T tokens meets few of them, about 8 * log2(T / grain), and wastes at most an eighth.
+    So a text of T tokens meets few of them, and wastes no more than a 32nd, if more than ``grain`` rows.
     With a ``grain`` of 1, all sizes are in use.
     """
-    unit = max(grain, 1 << max(rows.bit_length() - 4, 0)) if grain > 1 else 1
+    unit = max(grain, 1 << max(rows.bit_length() - 6, 0)) if grain > 1 else 1
     return -(-rows // unit) * unit
 
 

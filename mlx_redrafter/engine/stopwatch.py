@@ -10,7 +10,7 @@ from statistics import median
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
 
-from ..decoding.layers import Layers
+from ..decoding.layers import fit_rows
 from ..decoding.state import DraftShape, State, begin
 from .engine import engine_here
 from .loop import bucket
@@ -147,11 +147,8 @@ def after_text(runner: Runner, rows: int) -> State:
     """The state after a made-up text of ``rows`` tokens, whose keys and values are all zero."""
     target = runner.target
     empty = target.layers_of(target.make_cache())[1]
-    blank = [
-        [mx.zeros((1, x.shape[1], bucket(rows + 1), x.shape[3]), x.dtype) for x in parts]
-        for parts in empty.rows
-    ]
-    layers = Layers(blank, states=empty.states)
+    layers = fit_rows(empty, bucket(rows + 1))
+    layers.rows = [[mx.zeros_like(x) for x in parts] for parts in layers.rows]
     return begin(made_up_text(runner, rows + 1), rows, layers, target.no_context(), mx.random.key(0))
 
 

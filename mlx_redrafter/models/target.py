@@ -8,6 +8,7 @@ recurrent layers ``recurrent.py``).
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
@@ -30,7 +31,9 @@ from ..decoding.layers import (
     Quantization,
     Rows,
     View,
+    as_ring,
     fit_rows,
+    in_order,
     quantization_of,
     quantized_rows,
     visible,
@@ -113,7 +116,7 @@ class Target:
         self._recorders = [Recorder.put_into(*inner), *read]
 
     def make_cache(self) -> list[Any]:
-        """mlx-lm caches for prompt processing, one per layer, that keep every token."""
+        """mlx-lm caches for prompt processing, one per layer."""
         windows = iter(self.windows)
 
         def empty(cache: Any) -> Any:
@@ -122,9 +125,14 @@ class Target:
             window = next(windows)
             if isinstance(cache, ChunkedKVCache):
                 return _ChunksCache()
-            return KVCache() if window is None else _WindowedCache(window)
+            return KVCache() if window is None else RotatingKVCache(window)
 
         return with_each(self._caches, empty)
+
+    def suits(self, caches: Sequence[Any]) -> bool:
+        """Whether mlx-lm caches keep the rows that the model needs, and in places that are known."""
+        turning = [cache for cache in leaves(caches) if isinstance(cache, RotatingKVCache)]
+        return windows_of(caches) == self.windows and not any(cache.keep for cache in turning)
 
     def layers_of(self, caches: Sequence[Any]) -> tuple[int, Layers]:
         """How many tokens mlx-lm caches hold, and what they hold, with room for one row more at least.
@@ -145,8 +153,7 @@ class Target:
         ]
         if rows == 0:
             layers.states = [[mx.zeros_like(state) for state in states] for states in layers.states]
-        fits = rows < layers.capacity or not layers.rows
-        return rows, layers if fits else fit_rows(layers, rows + 1)
+        return rows, fit_rows(layers, rows + 1) if 0 < layers.capacity <= rows else layers
 
     def no_context(self) -> mx.array:
         """[1, F]: what the drafter reads before anything is known."""
@@ -205,9 +212,9 @@ class Target:
 
     def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View | None = None) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``start`` + its depth."""
-        masks: dict[int | None, mx.array] = {}
-        shown = view or View(layers.capacity)
-        kept, states = zip(layers.rows, self.windows, strict=True), iter(layers.states)
+        masks: dict[tuple[int | None, int], mx.array] = {}
+        shown = view or View(max((int(parts[0].shape[2]) for parts in layers.rows), default=0))
+        kept, states = zip(layers.rows, layers.windows, strict=True), iter(layers.states)
         trees: list[TreeCache] = []
         watched: list[Any] = []
 
@@ -266,23 +273,41 @@ class Target:
             write_note("self-checks", known, trees=self.trees, batches=self.batches)
 
 
-def from_prompt_cache(caches: Sequence[Any]) -> Layers:
-    """What mlx-lm caches hold after prompt processing."""
+def read_rows(caches: Sequence[Any]) -> Layers:
+    """What mlx-lm caches hold, in order (``in_order``), and copies of the lists of states."""
     kept: list[Any] = list(leaves(caches))
-    rows = [x for x in kept if not isinstance(x, ArraysCache)]
-    some: Any = next((x.keys[..., :0] for x in rows if isinstance(x.keys, mx.array)), None)  # of no width
-    return Layers(
-        [
-            [some, some]
-            if x.keys is None
-            else [x.keys, x.values]
-            if kept_as(x) is None
-            else [*x.keys, *x.values]
-            for x in rows
-        ],
-        # Copies, since a model writes to its lists.
-        states=[list[Any](x.cache) for x in kept if isinstance(x, ArraysCache)],
-    )
+    with_rows = [cache for cache in kept if not isinstance(cache, ArraysCache)]
+    some: Any = next((cache for cache in with_rows if isinstance(cache.keys, mx.array)), None)
+    rows: list[Rows] = []
+    for cache in with_rows:
+        holds = cache if cache.keys is not None else some  # what is never written to has no width
+        found: Rows = []
+        if isinstance(holds, RotatingKVCache):
+            found = [holds._temporal_order(part) for part in (holds.keys, holds.values)]
+        else:
+            quantized = kept_as(holds) is not None
+            found = [*holds.keys, *holds.values] if quantized else [holds.keys, holds.values]
+        rows.append(found if holds is cache else [part[..., :0] for part in found])
+    states = [list[Any](cache.cache) for cache in kept if isinstance(cache, ArraysCache)]
+    return Layers(rows, states=states, windows=windows_of(caches))
+
+
+def windows_of(caches: Sequence[Any]) -> list[int | None]:
+    """The last rows that each of mlx-lm's caches of rows keeps; None: all."""
+    kept = [cache for cache in leaves(caches) if not isinstance(cache, ArraysCache)]
+    return [cache.max_size if isinstance(cache, RotatingKVCache) else None for cache in kept]
+
+
+def from_prompt_cache(caches: Sequence[Any]) -> Layers:
+    """What mlx-lm caches hold after prompt processing, as buffers."""
+    layers = read_rows(caches)
+    count = max((int(getattr(cache, "offset", 0)) for cache in leaves(caches)), default=0)
+    pairs = list(zip(layers.rows, layers.windows, strict=True))
+    capacity = min((int(rows[0].shape[2]) for rows, window in pairs if window is None), default=count + 1)
+    for number, (rows, window) in enumerate(pairs):
+        if window is not None:
+            layers.rows[number] = [as_ring(part, count, layers.size(number, capacity)) for part in rows]
+    return layers
 
 
 def _padded(state: mx.array, full: mx.array) -> mx.array:
@@ -298,6 +323,11 @@ def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantizat
     """
     if layers.rows and len(layers.rows[0]) > 2:
         quantize(caches, how and replace(how, start=0))
+    fill(caches, in_order(layers, rows), rows)
+
+
+def fill(caches: Sequence[Any], layers: Layers, rows: int) -> None:
+    """Give mlx-lm caches what the layers, ``in_order``, remember of a text of ``rows`` tokens."""
     kept, states = iter(layers.rows), iter(layers.states)
     cache: Any
     for cache in leaves(caches):
@@ -306,6 +336,9 @@ def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantizat
         else:
             parts = next(kept)
             cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
+        if isinstance(cache, RotatingKVCache):
+            cache.keys, cache.values = (part[:, :, -cache.max_size :] for part in parts)
+            cache._idx = cache.keys.shape[2]
         cache.offset = rows
 
 
@@ -338,13 +371,13 @@ class TreeCache:
         tree: Tree,
         start: mx.array,
         view: View,
-        masks: dict[int | None, mx.array],
+        masks: dict[tuple[int | None, int], mx.array],
         rows: Rows,
         window: int | None,
     ) -> None:
         self.tree, self.start, self.window = tree, start, window
-        self.view = view
-        self.masks = masks  # by window, shared by all layers
+        self.view, self.columns = view, min(view.columns, int(rows[0].shape[2]))
+        self.masks = masks  # by window and columns, shared by all layers
         nodes = tree.tokens.shape[1]
         self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
         self.offset = positions(tree, start)
@@ -358,12 +391,13 @@ class TreeCache:
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | None:
         window = min((each for each in (window_size, self.window) if each), default=None)
-        if n == 1 and self.view.exact and window is None and self.start.size == 1:
+        everything = self.view.exact and self.view.columns <= (window or sys.maxsize)
+        if n == 1 and everything and self.start.size == 1:
             return None
-        if window not in self.masks:
-            mask = visible(self.tree, self.start, self.view.columns, window)  # [B, N, C]
-            self.masks[window] = mask[:, None]
-        return self.masks[window]
+        if (window, self.columns) not in self.masks:
+            mask = visible(self.tree, self.start, self.columns, window)  # [B, N, C]
+            self.masks[window, self.columns] = mask[:, None]
+        return self.masks[window, self.columns]
 
     keys = property(lambda self: self.rows[0], lambda self, rows: self._put(0, rows))  # some models
     values = property(lambda self: self.rows[1], lambda self, rows: self._put(1, rows))  # depend on them
@@ -380,12 +414,12 @@ class TreeCache:
             self.bits, self.group_size = how.bits, how.group_size
             self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
         pairs = zip(self.rows, self.nodes, strict=True)
-        self.rows = [write_rows(buffer, rows, self.start) for buffer, rows in pairs]
+        self.rows = [write_rows(buffer, rows, self.start, self.window) for buffer, rows in pairs]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention is shown, as after ``update_and_fetch``."""
-        shown = [buffer[:, :, : self.view.columns] for buffer in self.rows]
+        shown = [buffer[:, :, : self.columns] for buffer in self.rows]
         return (shown[0], shown[1]) if len(shown) == 2 else (tuple(shown[:3]), tuple(shown[3:]))
 
 
@@ -399,21 +433,6 @@ class _ChunksCache(KVCache):  # type: ignore[misc]
     """Keeps every token."""
 
     start_position, maybe_trim_front = TreeCache.start_position, TreeCache.maybe_trim_front
-
-
-class _WindowedCache(KVCache):  # type: ignore[misc]
-    """Keeps every token, but shows to each only what a rotating cache of ``window`` rows would."""
-
-    def __init__(self, window: int) -> None:
-        super().__init__()
-        self.window = window
-
-    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
-        wanted = window_size or self.window
-        if n > 1 and wanted > self.window:  # of earlier tokens, it has dropped all but ``window`` - 1
-            mask = super().make_mask(n, return_array=True, window_size=wanted)
-            return mask & (mx.arange(mask.shape[-1]) > self.offset - self.window)
-        return super().make_mask(n, return_array=return_array, window_size=min(wanted, self.window))
 
 
 def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:

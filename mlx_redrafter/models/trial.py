@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -89,7 +90,8 @@ class Trial:
             tree = make_tree(mx.array(tokens), parents, len(tokens[0]) - 1)
             tree.is_chain = True
         seen = self.target.verify(tree, layers, mx.array(start, mx.int32))
-        return seen.logits, Layers(seen.rows, states=seen.states(mx.array(count, mx.int32) - 1))
+        states = seen.states(mx.array(count, mx.int32) - 1)
+        return seen.logits, replace(layers, rows=seen.rows, states=states)
 
     def chains(self) -> Iterator[tuple[mx.array, mx.array]]:
         """Pairs of logits, found and wanted: from nothing, then after the prompt."""
@@ -130,7 +132,7 @@ class Trial:
         yield seen.logits[0, :4], self.said[:4]
         yield seen.logits[0, 4:], self.branched
         path = mx.array([[0, 1, 4, 0]], mx.int32)
-        layers = Layers(seen.rows, states=seen.states(mx.array([4])))
+        layers = replace(layers, rows=seen.rows, states=seen.states(mx.array([4])))
         layers = commit(leave_path(layers, seen.nodes, path, start))
         found, _ = self._chain([[h]], fit_rows(layers, TRIED + 17), [TRIED + 3], [1])
         yield found[0], self.branched[1:]
