@@ -20,6 +20,7 @@ from mlx_redrafter import load
 from mlx_redrafter.benchmark import (
     concurrency,
     energy,
+    lengths,
     machine,
     measure,
     phases,
@@ -36,6 +37,7 @@ from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner
+from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.options import DecodingOptions
 
@@ -842,3 +844,54 @@ def test_what_is_told_of_a_crowd():
     assert served.speed == 3 / 2.5
     assert served.waits == [0.5, 1.0]
     assert served.latencies == [2.0]
+
+
+# --- Longer and longer texts -------------------------------------------------------------------------
+
+
+def test_speed_up_by_length(benchmark):
+    flags = ("--lengths", "40", "90", "--limit", "3", "--plots", "pictures", "--markdown", "r.md")
+    code, out, err = benchmark("--json", "r.json", *flags)
+    assert code == 0, err
+    found = read("r.json")["lengths"]
+    assert [(row["length"], row["prompts"]) for row in found] == [(40, 3), (90, 3)]
+    for row in found:
+        assert row["identical"]
+        assert row["length"] - 6 <= row["prompt_tokens"] <= row["length"]
+        for name in ("tps", "baseline_tps", "first_token", "peak_memory"):
+            assert row[name] > 0
+        assert row["speedup"]["low"] <= row["speedup"]["median"] <= row["speedup"]["high"]
+    assert "Speed-up by length of the text" in out
+    assert "| tokens before |" in Path("r.md").read_text()
+    assert Path("pictures/lengths.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_text_before_prompts_comes_from_a_file_and_differs_by_prompt(made):
+    tokenizer = load_tokenizer(made / "model", name="made")
+    words = "the quick brown fox jumps over the lazy dog"
+    encode = lambda messages: tokenizer.encode(messages[-1]["content"])  # noqa: E731
+    padding = lengths.Padding(words, tokenizer, encode)
+    messages = [{"role": "user", "content": "serve tea"}]
+    bare = encode(messages)
+    assert padding.before(messages, len(bare) - 1, 0) is None
+    assert padding.before(messages, len(bare), 0) == bare
+    texts = [padding.before(messages, 60, number) for number in range(3)]
+    assert texts[0] != texts[1] != texts[2]
+    for ids in texts:
+        assert ids[-len(bare) :] == bare and 50 <= len(ids) <= 60
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lengths", "0"), "--lengths"),
+        (("--lengths", "2"), "--lengths 2 is shorter than every prompt"),
+        (("--lengths", "900000"), "more than the model's context"),
+        (("--lengths", "40", "--temp", "1"), "--lengths needs greedy"),
+        (("--padding", "x"), "--padding is the text of --lengths"),
+        (("--lengths", "40", "--padding", "missing.txt"), "--padding missing.txt cannot be read"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(benchmark, flags, message):
+    code, _, err = benchmark("--limit", "2", *flags)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1

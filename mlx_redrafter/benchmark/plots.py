@@ -66,10 +66,27 @@ def cost_curve(report: dict[str, Any]) -> Any:
     return figure
 
 
+def lengths(report: dict[str, Any]) -> Any:
+    """Speed-up by tokens before, with its interval."""
+    rows = [row for row in report["lengths"] if row["speedup"]["median"] is not None]
+    figure, [axes] = _figure(7, 4)
+    places, found = [row["prompt_tokens"] for row in rows], [row["speedup"] for row in rows]
+    errors = [[x["median"] - x["low"] for x in found], [x["high"] - x["median"] for x in found]]
+    axes.errorbar(places, [x["median"] for x in found], errors, marker="o", capsize=3)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:,.0f}" for place in places])
+    text = "speed-up over plain decoding (median, 95 % interval)"
+    axes.set(xlabel="tokens before", ylabel=text, title=_title(report))
+    axes.grid(alpha=0.3)
+    return figure
+
+
 PLOTS = (
     ("overall", "speedup.png", speedup),
     ("sweep", "sweep.png", heat_map),
     ("cost_curve", "cost-curve.png", cost_curve),
+    ("lengths", "lengths.png", lengths),
 )
 
 

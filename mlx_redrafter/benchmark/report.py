@@ -8,6 +8,7 @@ from typing import Any
 
 from ..loading.files import atomic_file
 from .concurrency import concurrency_table
+from .lengths import lengths_table
 from .measure import Asked, Plan, Repeat
 from .phases import phase_table
 from .statistics import equality, ratio, speed, summary, tokens_per_step
@@ -83,7 +84,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
     if "draft_model" in report:
         made.insert(1, speed_table(report, "draft_model"))
     parts = {"phases": phase_table, "sweep": sweep_table, "cost_curve": cost_table}
-    parts["concurrency"] = concurrency_table
+    parts |= {"concurrency": concurrency_table, "lengths": lengths_table}
     return made + [table(report) for key, table in parts.items() if key in report]
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import wired_limit
 from tqdm import tqdm
 
-from ..conversations import usable
+from ..conversations import Prompt, usable
 from ..engine.loop import Fixed
 from ..engine.step_times import candidates
 from ..loading.find import DEFAULT_MODEL
@@ -31,7 +31,7 @@ from ..options import (
     warn_of_idle,
 )
 from ..text import check_shape
-from . import phases, report, sweep
+from . import lengths, phases, report, sweep
 from .concurrency import Crowd, compare
 from .contenders import mlx_lm_contender, our_contender
 from .energy import find_meter
@@ -67,18 +67,24 @@ class BenchmarkOptions:
     sweep_limit: int
     concurrency: Sequence[int]
     arrive_every: Sequence[float]
+    lengths: Sequence[int]
+    padding: str | None
 
     def __post_init__(self) -> None:
         for name in ("limit", "turns", "trials", "warm_up", "sweep_limit"):
             check_range(name, getattr(self, name), 1)
         check_range("profile", self.profile, 0)
-        for name, least in (("concurrency", 1), ("arrive_every", 0)):
+        for name, least in (("concurrency", 1), ("arrive_every", 0), ("lengths", 1)):
             for value in getattr(self, name):
                 check_range(name, value, least)
         if self.concurrency and (self.decoding.temp or self.decoding.max_tokens < 1):
             raise ValueError("--concurrency needs greedy texts and a limit: no --temp, and --max-tokens.")
         if not self.concurrency and any(self.arrive_every):
             raise ValueError("--arrive-every says how the texts of --concurrency arrive: give that too.")
+        if self.lengths and self.decoding.temp:
+            raise ValueError("--lengths needs greedy texts, whose outputs can be compared: no --temp.")
+        if self.padding is not None and not self.lengths:
+            raise ValueError("--padding is the text of --lengths: give that too.")
         if self.decoding.max_tokens == 1:
             raise ValueError("--max-tokens 1 leaves nothing to time after the first token: give 2 or more.")
 
@@ -92,7 +98,9 @@ class Session:
     def __init__(self, options: BenchmarkOptions, settings: dict[str, Any], file: Path | None) -> None:
         self.options, self.decoding, self.grid = options, options.decoding, options.grid
         self.settings, self.file = settings, file
-        self.prompts = sample(load_prompts(options.prompts), options.limit)
+        prompts = load_prompts(options.prompts)
+        self.prompts = sample(prompts, options.limit)
+        self.padding = _padding(options.padding, prompts) if options.lengths else ""
         self.drafter = choose_drafter(options.model, options.decoding)
         self.report: dict[str, Any] = {}  # what was finished; empty before the first prompt was
         self.asked: list[Asked] = []  # prompts whose answers were all timed
@@ -109,6 +117,7 @@ class Session:
         self.prompts, self.first_turns = usable(self.prompts, lambda prompt: encode(turns_of(prompt)[0]))
         self.model.check_prompts(self.first_turns)
         self._check_passes()
+        self.padded = self._padded(encode)
         self.plain = partial(mlx_lm_contender, self.model, self.tokenizer, decoding)
         self.ours = partial(our_contender, self.model, self.tokenizer, decoding)
         contenders = [self.plain(), self.ours(decoding.shape)]
@@ -126,6 +135,8 @@ class Session:
             self._cost_curve()
         if options.concurrency:
             self._concurrency()
+        if options.lengths:
+            self._lengths()
 
     def _main_pass(self) -> None:
         turns = sum(len(turns_of(prompt)[: self.options.turns]) for prompt in self.prompts)
@@ -218,6 +229,30 @@ class Session:
             for crowd in crowds:
                 found.append(compare(self.model, crowd, self.first_turns, most, stop, bar.update))
 
+    def _padded(self, encode: lengths.Encode) -> dict[int, list[list[int]]]:
+        """The first turns after other text, by their lengths; those that are longer are left out."""
+        if not self.options.lengths:
+            return {}
+        padding = lengths.Padding(self.padding, self.tokenizer, encode)
+        padded = {}
+        for length in self.options.lengths:
+            turns = (turns_of(prompt)[0] for prompt in self.prompts)
+            found = [padding.before(turn, length, number) for number, turn in enumerate(turns)]
+            padded[length] = [ids for ids in found if ids is not None]
+            if not padded[length]:
+                raise ValueError(f"--lengths {length} is shorter than every prompt: give more.")
+            self.model.check_prompts(padded[length])
+        return padded
+
+    def _lengths(self) -> None:
+        contenders, most = [self.plain(), self.ours(self.decoding.shape)], self.decoding.max_tokens
+        found = self.report["lengths"] = list[dict[str, Any]]()
+        total = sum(map(len, self.padded.values()))
+        with tqdm(desc="Lengths", total=total, unit="prompt") as bar:
+            for length, prompts in self.padded.items():
+                pairs = list(lengths.compare(contenders, prompts, most, self.meter, bar.update))
+                found.append(lengths.summarise(length, pairs))
+
     def _check_passes(self) -> None:
         """Refuse passes that the model or its drafter cannot do, before anything is measured."""
         for flag in ("cost_curve", "concurrency"):
@@ -235,6 +270,16 @@ class Session:
             raise ValueError("--sweep tries shapes of a drafter, and there is none: name one with --drafter.")
         for shape in self.grid.shapes():
             check_shape(shape, self.model.drafter.config.head_outputs)
+
+
+def _padding(file: str | None, prompts: Sequence[Prompt]) -> str:
+    """The text to put before prompts: of a file, or of the prompts."""
+    if file is None:
+        return "\n\n".join(str(m["content"]) for prompt in prompts for turn in turns_of(prompt) for m in turn)
+    try:
+        return Path(file).expanduser().read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--padding {file} cannot be read ({error}): name a text file.") from error
 
 
 def weights(model: nn.Module) -> str:

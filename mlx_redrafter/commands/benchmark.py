@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", default=[], help=text, **some)
     text = "with --concurrency, seconds between the texts' arrivals; such as 0 1 (default: 0, at once)"
     add("--arrive-every", default=[0.0], help=text, **some | {"type": float, "metavar": "S"})
+    add(
+        "--lengths",
+        default=[],
+        help="put text before prompts, up to so many tokens; such as 1024 4096",
+        **some,
+    )
+    add("--padding", metavar="FILE", help="with --lengths, the text (default: that of all prompts)")
     file: Any = {"nargs": "?", "const": STDOUT, "metavar": "FILE"}
     add("--json", **file, help="write the result; without FILE, print it")
     add("--markdown", **file, help="write the tables; without FILE, print them")
