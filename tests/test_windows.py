@@ -18,6 +18,7 @@ from mlx_redrafter.decoding.state import DraftShape, begin, with_capacity
 from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed, bucket
+from mlx_redrafter.engine.prefix_folder import PrefixFolder
 from mlx_redrafter.engine.prefixes import Prefixes
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.models.target import Target, from_prompt_cache
@@ -242,3 +243,28 @@ def test_rings_hold_what_a_prefill_would_have_left(model):
                 left, right = (np.array(x)[:, :, cut] for x in (left, right))
                 assert left.shape[2] == (window or rows)
                 np.testing.assert_allclose(left, right, atol=1e-4)
+
+
+def test_a_folder_keeps_the_texts_whose_rows_are_all_known(model, tmp_path):
+    """A prompt, and a short answer; of a long one the window is not enough."""
+    target = Target(model)
+    run = Runner(target, RandomDrafter(target))
+    limit = 1 << 24
+
+    def say(prompt, count):
+        """With what the disk has alone, as after a restart."""
+        folder = PrefixFolder(tmp_path, "0" * 32, limit)
+        engine = Engine(run, Fixed(SHAPES[1]), 32, prefixes=Prefixes(limit, folder))
+        ask = Request(prompt, count)
+        engine.submit(ask)
+        ((_, said),) = finish(engine).items()
+        folder.flush()
+        assert said == plain(model, prompt, count)
+        return said, ask.cached_tokens
+
+    said, cached = say(PROMPT, COUNT)
+    assert cached == 0
+    text = PROMPT + said
+    assert say([*text, 5], 9)[1] == len(PROMPT) - 1
+    assert say([*text, 5, 6], 9)[1] == len(text) + 1  # it has been read since
+    assert say([*text[:70], 5, 6], 9)[1] == 70
