@@ -129,6 +129,19 @@ for i in range(10 ** 6):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("count", [9, 150])  # within a ring, and round it
+def test_a_system_prompt_is_known_to_other_conversations_without_a_checkpoint(tmp_path, count):
+    """Rings cannot go back, but what a prompt's tokens left in them is kept before they forget it."""
+    runner, shape = make_runner("gemma3")
+    for turn, known in enumerate((0, 60, 60)):  # each after a restart
+        folder = PrefixFolder(tmp_path, ONE, LIMIT)
+        engine = Engine(runner, Fixed(shape), 16, prefixes=Prefixes(LIMIT, folder))
+        ask, anew = (Request([*SYSTEM, turn, *range(40)], count, seed=turn) for _ in range(2))
+        assert say(engine, ask) == say(Engine(runner, Fixed(shape), 16), anew)
+        assert ask.cached_tokens == known
+        folder.flush()
+
+
 # --- Layers whose numbers tell the text, and restoring them ------------------------------------------
 
 
@@ -437,10 +450,11 @@ def spoil(layer, row, column):
     layer.weight = mx.array(weight)
 
 
-def test_random_conversations_with_little_memory_and_disk(tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_random_conversations_with_little_memory_and_disk(tmp_path, name):
     """Each text gets what it gets alone, whatever memory and disk have of it."""
     rng = random.Random(3)
-    runner, shape = make_runner("llama")
+    runner, shape = make_runner(name)
     identity = prefix_identity(runner.target.model)
     texts = [[rng.randrange(3) for _ in range(rng.randrange(5, 40))] for _ in range(3)]
     for i in range(12):
