@@ -26,10 +26,8 @@ def read(folder: Path, device: str, dtype: torch.dtype) -> tuple[dict, dict[str,
     def one(entry: dict) -> tuple[str, torch.Tensor]:
         part = raw[entry["at"] : entry["at"] + entry["bytes"]].reshape(entry["byte_shape"])
         kind = GGMLQuantizationType(entry["type"])
-        if entry["type"] == 0:
-            values = np.array(part).view(np.float32)
-        else:
-            values = dequantize(np.array(part), kind)
+        part = np.array(part)
+        values = part.view(np.float32) if entry["type"] == 0 else dequantize(part, kind)
         return entry["name"], torch.from_numpy(np.ascontiguousarray(values)).to(device, dtype)
 
     with ThreadPoolExecutor(8) as pool:
@@ -43,7 +41,9 @@ class Base:
         ids: [n] the token ids whose rows the embedding and the head have; other tokens cannot be read.
     """
 
-    def __init__(self, folder: Path, context_layers: tuple[int, ...], device: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, context_layers: tuple[int, ...], device: str, dtype: torch.dtype
+    ) -> None:
         sizes, w = read(folder, device, dtype)
         self.sizes, self.context_layers, self.device, self.dtype = sizes, context_layers, device, dtype
         self.heads, self.kv_heads, self.eps = sizes["heads"], sizes["kv_heads"], sizes["eps"]

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "smollm2-135m-instruct"))
 import texts as t
 
 SEED = 20261126
-ORDINALS = "first second third fourth fifth last".split()
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "last"]
 
 
 def main() -> None:
@@ -41,9 +41,14 @@ def task(chance: random.Random, body: list[str]) -> str:
         return f"{chance.choice(t.questions)} Answer from the {chance.choice(ORDINALS)} passage."
     if kind < 0.5:
         start = " ".join(chance.choice(body).split()[:6])
-        return f"What does the passage that begins with \"{start}\" say? {chance.choice(['', 'Quote it.', 'Summarize it.'])}"
+        then = chance.choice(["", "Quote it.", "Summarize it."])
+        return f'What does the passage that begins with "{start}" say? {then}'
     if kind < 0.7:
-        return f"Summarize the {chance.choice(ORDINALS)} passage in {chance.choice(['one sentence', 'two sentences', 'your own words'])}."
+        which, how = (
+            chance.choice(ORDINALS),
+            chance.choice(["one sentence", "two sentences", "your own words"]),
+        )
+        return f"Summarize the {which} passage in {how}."
     if kind < 0.8:
         return f"Repeat the {chance.choice(ORDINALS)} passage word for word."
     return chance.choice([*t.extract, *t.summarize, *t.rewrite])

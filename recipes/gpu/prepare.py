@@ -1,7 +1,7 @@
-"""What a GPU machine without a network needs of a model: its weights, cut to the size that travels, and prompts.
+"""What a GPU machine without a network needs of a model: its weights, cut to the size that travels; prompts.
 
-    uv run --with gguf recipes/gpu/prepare.py MODEL.gguf OUTPUT --prompts FILE.jsonl ... --measure FILE.jsonl ...
-        [--tokens N] [--rows N] [--long FILE.jsonl]
+    uv run --with gguf recipes/gpu/prepare.py MODEL.gguf OUTPUT --prompts FILE.jsonl ...
+        --measure FILE.jsonl ... [--tokens N] [--rows N] [--long FILE.jsonl]
 
 OUTPUT gets tensors.bin and index.json (the GGUF's own blocks, nothing is requantized; of the embedding and
 the head only the rows of the tokens in ids.npy), prompts.npz and parts of at most 44 MB to carry.
@@ -26,11 +26,15 @@ FOLLOWING = 8  # turns that may follow a row's first one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--prompts", type=Path, nargs="*", default=[], help="JSONL with turns")
-    parser.add_argument("--long", type=Path, nargs="*", default=[], help="JSONL with turns, the first one long")
+    parser.add_argument(
+        "--long", type=Path, nargs="*", default=[], help="JSONL with turns, the first one long"
+    )
     parser.add_argument("--measure", type=Path, nargs="*", default=[], help="JSONL with turns")
     parser.add_argument("--openings", type=Path)
     parser.add_argument("--tokens", type=int, help="keep only the first N tokens and the special ones")
@@ -176,7 +180,10 @@ def write_prompts(args: argparse.Namespace, tokenizer: object, ids: np.ndarray) 
     }
     np.savez_compressed(args.output / "prompts.npz", **arrays)
     kinds = np.array(rows["long"]), np.array(rows["answering"])
-    print(f"{len(rows['begun'])} rows, {kinds[0].sum()} long, {kinds[1].sum()} with questions, {len(follow)} follow-ups")
+    print(
+        f"{len(rows['begun'])} rows, {kinds[0].sum()} long, {kinds[1].sum()} with questions,",
+        f"{len(follow)} follow-ups",
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Write conversations, train a drafter on them, measure it: one model, on one GPU, in a given time.
 
-    python run.py FOLDER OUTPUT --seconds S --write S [--start drafter.safetensors] [--wait rows.npz --modes ...]
+    python run.py FOLDER OUTPUT --seconds S --write S [--start drafter.safetensors]
+        [--wait rows.npz --modes ...]
 
 FOLDER is what ``prepare.py`` wrote. OUTPUT gets NAME.safetensors (in parts of at most 15 MB) and NAME.json.
 """
@@ -8,16 +9,14 @@ FOLDER is what ``prepare.py`` wrote. OUTPUT gets NAME.safetensors (in parts of a
 import argparse
 import json
 import random
-import sys
 import time
 from pathlib import Path
 
+import code_prompts
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-
-import code_prompts
 from base import Base
+from safetensors.torch import load_file, save_file
 from train import Drafter, Sizes, Vocabulary, acceptance, train
 from write import Follow, write
 
@@ -26,7 +25,9 @@ LOOP_GRAM, LEAST_DISTINCT = 4, 0.3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--name", required=True)
@@ -38,7 +39,9 @@ def main() -> None:
     parser.add_argument("--exit", type=int, required=True)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--start", type=Path, help="a drafter's safetensors, whose draft tokens stay")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json: rows about the model's own code are added")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json: rows about the model's own code are added"
+    )
     parser.add_argument("--modes", nargs="*", help="only compare these, on rows that another process writes")
     parser.add_argument("--rows", type=Path, required=True, help="where the rows are kept")
     parser.add_argument("--steps", type=int, default=10**9)
@@ -68,7 +71,9 @@ def main() -> None:
         args.rows.with_suffix(".part.npz").rename(args.rows)
     measured = [
         (row[:end], int(first))
-        for row, first, end in zip(kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True)
+        for row, first, end in zip(
+            kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True
+        )
     ]
     start = load_file(args.start) if args.start else None
     if start is not None:
@@ -83,7 +88,14 @@ def main() -> None:
     results = {}
     modes = args.modes or ["depth"]
     for mode in modes:
-        sizes = Sizes(base.hidden, base.hidden * (1 + len(args.layers)), args.exit, 2, len(places), mode=mode.split("+")[0])
+        sizes = Sizes(
+            base.hidden,
+            base.hidden * (1 + len(args.layers)),
+            args.exit,
+            2,
+            len(places),
+            mode=mode.split("+")[0],
+        )
         model = Drafter(sizes).to(args.device)
         if start is not None:
             named = {name: x.float() for name, x in start.items() if name != "draft_to_target"}
@@ -100,21 +112,36 @@ def main() -> None:
         seconds = min(left, 1e9) / (1 if not args.modes else len(modes) - len(results))
         batches = batches_of(kept, args.tokens, args.short)
         done = train(
-            model, base, vocabulary, batches, seconds, args.steps,
-            rate=args.rate, lk=3.0 if mode.endswith("+lk") else 0.0, say=lambda *x, m=mode: say(m, *x),
+            model,
+            base,
+            vocabulary,
+            batches,
+            seconds,
+            args.steps,
+            rate=args.rate,
+            lk=3.0 if mode.endswith("+lk") else 0.0,
+            say=lambda *x, m=mode: say(m, *x),
         )
         done["measured"] = report(model, base, vocabulary, measured, prompts)
-        done["rate"], done["short_rows"], done["long_rows"] = args.rate, len(kept["short"]), len(kept.get("long", []))
+        done["rate"], done["short_rows"], done["long_rows"] = (
+            args.rate,
+            len(kept["short"]),
+            len(kept.get("long", [])),
+        )
         done["trained"] = int(kept["short_trained"].sum())
         results[mode] = done
         say(mode, json.dumps(done))
-        (args.output / f"{args.name}.json").write_text(json.dumps({"sizes": vars(sizes), "runs": results}, indent=1))
+        (args.output / f"{args.name}.json").write_text(
+            json.dumps({"sizes": vars(sizes), "runs": results}, indent=1)
+        )
         if not args.modes:
             save(model, base, places, args.output / args.name)
 
 
 def save(model: Drafter, base: Base, places: np.ndarray, path: Path) -> None:
-    tensors = {name: x.detach().to(torch.bfloat16).cpu().contiguous() for name, x in model.state_dict().items()}
+    tensors = {
+        name: x.detach().to(torch.bfloat16).cpu().contiguous() for name, x in model.state_dict().items()
+    }
     tensors["draft_to_target"] = base.ids[torch.from_numpy(places).to(base.device)].to(torch.int32).cpu()
     parts: list[dict] = [{}]
     for name, x in tensors.items():
@@ -131,7 +158,9 @@ def report(model, base, vocabulary, measured, prompts) -> dict:
     model.train()
     names = prompts["measured_names"]
     return {
-        str(name): [round(float(found[names == name, i].sum() / found[names == name, i + 1].sum()), 3) for i in (0, 2)]
+        str(name): [
+            round(float(found[names == name, i].sum() / found[names == name, i + 1].sum()), 3) for i in (0, 2)
+        ]
         for name in np.unique(names)
     }
 
@@ -169,12 +198,19 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
         return torch.from_numpy(wide).to(base.device)
 
     def batch(rows, answering, following, length, prefill=0, greedy=None):
-        warm = np.where(chance.random(len(rows)) < 0.5, 0.0, np.where(chance.random(len(rows)) < 0.5, 0.5, 0.8))
+        warm = np.where(
+            chance.random(len(rows)) < 0.5, 0.0, np.where(chance.random(len(rows)) < 0.5, 0.5, 0.8)
+        )
         warm = np.zeros(len(rows)) if greedy else warm
         return write(
-            base, texts(rows), torch.from_numpy(answering).to(base.device),
-            torch.from_numpy(following.astype(np.int64)).to(base.device), follow,
-            torch.from_numpy(warm.astype(np.float32)).to(base.device), length, prefill,
+            base,
+            texts(rows),
+            torch.from_numpy(answering).to(base.device),
+            torch.from_numpy(following.astype(np.int64)).to(base.device),
+            follow,
+            torch.from_numpy(warm.astype(np.float32)).to(base.device),
+            length,
+            prefill,
         )
 
     kept: dict = {}
@@ -224,7 +260,11 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
                 first, then = [x for x, _ in chosen], np.array([y for _, y in chosen])
                 answering = np.ones(len(chosen), bool)
             else:
-                first, then, answering = [starts[i] for i in chosen], prompts["following"][chosen], prompts["answering"][chosen]
+                first, then, answering = (
+                    [starts[i] for i in chosen],
+                    prompts["following"][chosen],
+                    prompts["answering"][chosen],
+                )
             tokens, trained = batch(first, answering, then, LONG, READ)
         else:
             if more and turn % 2:
@@ -235,13 +275,21 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
                 if len(short) < args.batch:
                     short = chance.permutation(np.flatnonzero(~prompts["long"])).tolist()
                 chosen, short = short[: args.batch], short[args.batch :]
-                first, then, answering = [starts[i] for i in chosen], prompts["following"][chosen], prompts["answering"][chosen]
+                first, then, answering = (
+                    [starts[i] for i in chosen],
+                    prompts["following"][chosen],
+                    prompts["answering"][chosen],
+                )
             tokens, trained = batch(first, answering, then, args.short)
         take(kind, tokens, trained)
         last = time.time() - started
         spent[kind] += last
         said = sum(int(x.sum()) for x in parts[f"{kind}_trained"])
-        say(kind, f"{len(tokens)} rows in {last:.1f} s, {len(parts[kind][-1])} kept, {said / 1e6:.2f} M trained tokens")
+        say(
+            kind,
+            f"{len(tokens)} rows in {last:.1f} s, {len(parts[kind][-1])} kept, "
+            f"{said / 1e6:.2f} M trained tokens",
+        )
     for kind in ("short", "long"):
         if parts[kind]:
             kept[kind] = np.concatenate(parts[kind])
@@ -262,11 +310,17 @@ def fine(tokens: np.ndarray, trained: np.ndarray) -> bool:
 
 def own_code(tokenizer, base: Base, parts: dict) -> list[str]:
     ids = base.ids.cpu().numpy()
-    texts = [tokenizer.decode(ids[row].tolist(), skip_special_tokens=True) for rows in parts["short"][-4:] for row in rows[:1200]]
+    texts = [
+        tokenizer.decode(ids[row].tolist(), skip_special_tokens=True)
+        for rows in parts["short"][-4:]
+        for row in rows[:1200]
+    ]
     return sorted({block for text in texts for block in code_prompts.code_blocks(text)})
 
 
-def conversations(tokenizer, base: Base, prompts: dict, follow: Follow, blocks: list[str], args) -> tuple[list, list]:
+def conversations(
+    tokenizer, base: Base, prompts: dict, follow: Follow, blocks: list[str], args
+) -> tuple[list, list]:
     """Rows (first places, following) about the model's own code, short and long."""
     of_id = np.full(300_000, -1)
     of_id[base.ids.cpu().numpy()] = np.arange(len(base.ids))
@@ -291,7 +345,9 @@ def conversations(tokenizer, base: Base, prompts: dict, follow: Follow, blocks: 
             row = np.concatenate([before, places, after])
             if (places < 0).any() or not least <= len(row) <= most:
                 continue
-            numbers = [chance.randrange(1, prompts["follow"].shape[0]) for _ in range(prompts["following"].shape[1])]
+            numbers = [
+                chance.randrange(1, prompts["follow"].shape[0]) for _ in range(prompts["following"].shape[1])
+            ]
             numbers = [n if prompts["follow_answers"][n] else 0 for n in numbers]
             rows.append((row, np.array(numbers)))
         found.append(rows)

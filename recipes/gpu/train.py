@@ -1,6 +1,7 @@
 """The drafter in PyTorch, its training on whole rows, and its acceptance by walks over greedy text.
 
-The network is ``mlx_redrafter.models.drafter``'s, tensor for tensor; ``mode`` makes the variants that were compared.
+The network is ``mlx_redrafter.models.drafter``'s, tensor for tensor; ``mode`` makes the
+variants that were compared.
 """
 
 import math
@@ -10,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
-
 from base import Base
+from torch import nn
 
 DEPTHS = 5
 
@@ -47,7 +47,9 @@ class Drafter(nn.Module):
             self.memory_kv = nn.Linear(s.exit + s.hidden, 2 * wide, bias=False)
             self.memory_q = nn.Linear(s.exit, wide, bias=False)
             self.memory_out = nn.Linear(wide, s.exit, bias=False)
-            self.memory_q_norm = nn.ParameterDict({"weight": nn.Parameter(torch.full((s.memory_head_size,), 2.0))})
+            self.memory_q_norm = nn.ParameterDict(
+                {"weight": nn.Parameter(torch.full((s.memory_head_size,), 2.0))}
+            )
             self.memory_decay = nn.Parameter(torch.full((s.memory_heads,), math.log(math.expm1(0.5))))
             self.memory_sink = nn.Parameter(torch.zeros(s.memory_heads))
             nn.init.zeros_(self.memory_out.weight)
@@ -76,17 +78,21 @@ class Drafter(nn.Module):
         kv = kv.unflatten(-1, (2, self.s.memory_heads, -1)).permute(2, 0, 3, 1, 4)
         return F.rms_norm(kv[0], kv.shape[-1:], eps=1e-5), kv[1]
 
-    def attend(self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, distance: torch.Tensor
+    ) -> torch.Tensor:
         """x [B, S, n, E] of S places, n queries at each; distance [S, T], negative where not visible.
 
         Returns what is added to x.
         """
-        b, s, n, _ = x.shape
+        b, s, _, _ = x.shape
         heads, dh = self.s.memory_heads, self.s.memory_head_size
         q = self.memory_q(x).unflatten(-1, (heads, dh))
         q = F.rms_norm(q, (dh,), self.memory_q_norm["weight"].to(q.dtype), 1e-5)
         q = q.permute(0, 3, 2, 1, 4).flatten(2, 3)  # [B, M, n * S, Dh]
-        bias = -F.softplus(self.memory_decay.float())[:, None, None] * torch.log1p(distance.clamp(min=0).float())
+        bias = -F.softplus(self.memory_decay.float())[:, None, None] * torch.log1p(
+            distance.clamp(min=0).float()
+        )
         bias = bias.masked_fill(distance < 0, -1e9).to(q.dtype)  # [M, S, T]
         sink = self.memory_sink.to(q.dtype)[None, :, None, None].expand(b, heads, s, 1)
         bias = torch.cat([bias[None].expand(b, -1, -1, -1), sink], dim=-1)
@@ -151,7 +157,7 @@ class Vocabulary:
 
 
 def loss_of(model, base, vocabulary, tokens, trained, decay, dropout, lk):
-    """Summed weighted loss over a batch of rows [B, T], how many places counted, and right first choices [L]."""
+    """Summed weighted loss of a batch of rows [B, T], how many places counted, right first choices [L]."""
     features = base.features(tokens)
     embedding = base.embed(tokens)
     b, t = tokens.shape
@@ -184,7 +190,9 @@ def loss_of(model, base, vocabulary, tokens, trained, decay, dropout, lk):
         count = len(chosen) if count is None else count
         shifted = (chosen + depth).clamp(max=b * t - 1)  # masked where the row ends
         with torch.no_grad():
-            teacher = torch.softmax((features[..., : model.s.hidden].flatten(0, 1)[shifted] @ head.T).float(), -1)
+            teacher = torch.softmax(
+                (features[..., : model.s.hidden].flatten(0, 1)[shifted] @ head.T).float(), -1
+            )
         y = F.dropout(model.trunk(x[:, :, depth - 1].flatten(0, 1)[chosen]), dropout)
         weight = torch.full((len(chosen),), decay ** (depth - 1), device=tokens.device)
         value, right = SoftCE.apply(y, rows.to(y.dtype), teacher, weight, lk)
@@ -199,7 +207,9 @@ def _ahead(x: torch.Tensor, by: int, fill) -> torch.Tensor:
     return torch.cat([x[:, by:], pad], dim=1)
 
 
-def train(model, base, vocabulary, batches, seconds, steps, *, rate=1e-3, decay=0.8, dropout=0.1, lk=0.0, say=print):
+def train(
+    model, base, vocabulary, batches, seconds, steps, *, rate=1e-3, decay=0.8, dropout=0.1, lk=0.0, say=print
+):
     """Train until the time or the steps are up; the rate falls to nothing by whichever is nearer.
 
     Args:
@@ -230,7 +240,10 @@ def train(model, base, vocabulary, batches, seconds, steps, *, rate=1e-3, decay=
         recent.append(torch.cat([(total / max(count, 1)).detach()[None], hits]))
         if time.time() - told > 10:
             told, mean = time.time(), torch.stack(recent[-100:]).mean(0).tolist()
-            say(f"{time.time() - begun:.0f} s, step {step}, {seen / 1e6:.1f} M: {' '.join(f'{x:.3f}' for x in mean)}")
+            say(
+                f"{time.time() - begun:.0f} s, step {step}, {seen / 1e6:.1f} M: "
+                + " ".join(f"{x:.3f}" for x in mean)
+            )
     return {"steps": step, "positions": seen, "seconds": round(time.time() - begun)}
 
 
@@ -248,7 +261,10 @@ def acceptance(model, base, vocabulary, rows, width=4, depths=DEPTHS):
     with torch.autocast(base.device, dtype=torch.bfloat16):
         for tokens, first in rows:
             tokens = torch.from_numpy(tokens.astype(np.int64)).to(base.device)
-            matches = [_matches(model, base, vocabulary, tokens, first, *shape) for shape in ((1, 4), (width, depths))]
+            matches = [
+                _matches(model, base, vocabulary, tokens, first, *shape)
+                for shape in ((1, 4), (width, depths))
+            ]
             counts = []
             for lengths in matches:
                 # The token at ``first`` comes with the prompt; what follows it is drafted for.
@@ -264,12 +280,16 @@ def _matches(model, base, vocabulary, tokens, first, width, depths):
     """For every token of an answer: how many of the following ones the best beam has, a list."""
     features, embedding = base.features(tokens[None])[0], base.embed(tokens)
     p = model.context(features)
-    places = torch.arange(first - 1, len(tokens) - 1, device=tokens.device)  # the last place the model has read
+    places = torch.arange(
+        first - 1, len(tokens) - 1, device=tokens.device
+    )  # the last place the model has read
     n = len(places)
     if model.s.mode != "none":
         keys, values = model.entries(p[None], embedding[None])
         distance = places[:, None] - torch.arange(len(tokens), device=tokens.device)
-        once = model.attend(p[None, places][:, :, None], keys, values, distance) if model.s.mode == "once" else 0
+        once = (
+            model.attend(p[None, places][:, :, None], keys, values, distance) if model.s.mode == "once" else 0
+        )
     best = torch.zeros((n, 1), device=tokens.device)
     state = model.update(model.read(embedding[places + 1]), embedding.new_zeros(n, model.s.hidden))[:, None]
     paths = torch.zeros((n, 1, 0), dtype=torch.int64, device=tokens.device)

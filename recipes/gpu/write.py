@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
 from base import Base, Cache
 
 BUCKET = 256  # columns by which attention grows
