@@ -11,7 +11,7 @@ $python run.py "$in/smol" "$out" --name smol --seconds "$seconds" --write "$writ
 $python run.py "$in/coder" "$out" --name coder --seconds "$seconds" --write "$write" --batch "$batch" \
     --layers 8 14 20 --exit 768 --vocabulary 8192 --tokenizer "$in/coder/tokenizer.json" --rows "$in/coder.npz" \
     > "$out/coder.log" 2>&1 &
-$python run.py "$in/smol" "$out" --name modes --seconds "$((seconds * 7 / 10))" --layers 8 16 23 --exit 576 --start $start \
-    --rows "$in/smol.npz" --modes none once depth depth+lk --tokens 16384 > "$out/modes.log" 2>&1 &
+$python run.py "$in/smol" "$out" --name modes --seconds "$seconds" --layers 8 16 23 --exit 576 --start $start \
+    --rows "$in/smol.npz" --modes none once depth depth+lk --tokens 16384 --steps 800 > "$out/modes.log" 2>&1 &
 wait
 tail -n 30 "$out"/*.log

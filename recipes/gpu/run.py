@@ -69,12 +69,12 @@ def main() -> None:
         kept = write_all(args, base, prompts, begun + args.write, say)
         np.savez(args.rows.with_suffix(".part.npz"), **kept)
         args.rows.with_suffix(".part.npz").rename(args.rows)
+    if args.modes:
+        prompts["measured_names"] = prompts["measured_names"][::2]
     measured = [
         (row[:end], int(first))
-        for row, first, end in zip(
-            kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True
-        )
-    ]
+        for row, first, end in zip(kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True)
+    ][:: 2 if args.modes else 1]
     start = load_file(args.start) if args.start else None
     if start is not None:
         of_id = np.full(int(base.ids.max()) + 1, -1)
@@ -106,9 +106,7 @@ def main() -> None:
                 if args.exit >= base.hidden:
                     model.lm_head[-1].weight[:, : base.hidden] = base.head[vocabulary.places].float()
                 model.rnn_w.weight *= 8
-        if start is not None and not args.modes:
-            say("before", report(model, base, vocabulary, measured, prompts))
-        left = begun + args.seconds - time.time() - 20
+        left = begun + args.seconds - time.time() - 45
         seconds = min(left, 1e9) / (1 if not args.modes else len(modes) - len(results))
         batches = batches_of(kept, args.tokens, args.short)
         done = train(

@@ -293,7 +293,9 @@ def _matches(model, base, vocabulary, tokens, first, width, depths):
     best = torch.zeros((n, 1), device=tokens.device)
     state = model.update(model.read(embedding[places + 1]), embedding.new_zeros(n, model.s.hidden))[:, None]
     paths = torch.zeros((n, 1, 0), dtype=torch.int64, device=tokens.device)
-    for _ in range(depths):
+    wanted, lengths = F.pad(tokens, (0, depths + 2), value=-1), torch.zeros(n, dtype=torch.int64, device=tokens.device)
+    ahead = torch.stack([wanted[places + 2 + d] for d in range(depths)], dim=-1)  # [n, L]
+    for depth in range(depths):
         x = p[places][:, None] + model.of_state(state)  # [n, W, E]
         if model.s.mode == "depth":
             x = x + model.attend(x[None], keys, values, distance)[0]
@@ -309,7 +311,5 @@ def _matches(model, base, vocabulary, tokens, first, width, depths):
         paths = torch.cat([paths, chosen[..., None]], dim=-1)
         state = state.gather(1, parent[..., None].expand(-1, -1, state.shape[2]))
         state = model.update(model.read(base.embed(chosen)), state)
-    wanted = F.pad(tokens, (0, depths + 2), value=-1)
-    ahead = torch.stack([wanted[places + 2 + d] for d in range(depths)], dim=-1)  # [n, L]
-    lengths = (paths == ahead[:, None]).long().cumprod(-1).sum(-1).amax(-1)
+        lengths += (paths == ahead[:, None, : depth + 1]).all(-1).any(-1)  # its tree has every depth's beams
     return lengths.tolist()
