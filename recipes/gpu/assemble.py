@@ -1,4 +1,6 @@
-"""A drafter folder from what ``run.py`` left: ``python assemble.py MODEL OUTPUT LAYERS PART ... [--store-bits 8]``.
+"""A drafter folder from what ``run.py`` left.
+
+    python assemble.py MODEL OUTPUT LAYERS PART ... [--store-bits 8]
 
 LAYERS are the context's layers, as 8,16,23.
 """

@@ -73,7 +73,9 @@ def main() -> None:
         prompts["measured_names"] = prompts["measured_names"][::2]
     measured = [
         (row[:end], int(first))
-        for row, first, end in zip(kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True)
+        for row, first, end in zip(
+            kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True
+        )
     ][:: 2 if args.modes else 1]
     start = load_file(args.start) if args.start else None
     if start is not None:

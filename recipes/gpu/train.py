@@ -293,7 +293,10 @@ def _matches(model, base, vocabulary, tokens, first, width, depths):
     best = torch.zeros((n, 1), device=tokens.device)
     state = model.update(model.read(embedding[places + 1]), embedding.new_zeros(n, model.s.hidden))[:, None]
     paths = torch.zeros((n, 1, 0), dtype=torch.int64, device=tokens.device)
-    wanted, lengths = F.pad(tokens, (0, depths + 2), value=-1), torch.zeros(n, dtype=torch.int64, device=tokens.device)
+    wanted, lengths = (
+        F.pad(tokens, (0, depths + 2), value=-1),
+        torch.zeros(n, dtype=torch.int64, device=tokens.device),
+    )
     ahead = torch.stack([wanted[places + 2 + d] for d in range(depths)], dim=-1)  # [n, L]
     for depth in range(depths):
         x = p[places][:, None] + model.of_state(state)  # [n, W, E]
