@@ -151,17 +151,24 @@ def test_greedy_is_constrained_plain_decoding(model, tokenizer, grammars, name, 
                 assert drafted > len(wanted) // 2
 
 
-def test_a_recurrent_model_follows_a_grammar(tokenizer, grammars):
-    mx.disable_compile()  # of mlx-lm's parts, for each of which a CPU calls a C++ compiler
-    model = make_tiny("qwen3_next")
+@pytest.fixture
+def uncompiled():
+    """mlx-lm's compiled parts as they are: for each of them a CPU calls a C++ compiler."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize("name, trees", [("qwen3_next", True), ("rwkv7", False)])
+def test_a_recurrent_model_follows_a_grammar(uncompiled, tokenizer, grammars, name, trees):
+    model = make_tiny(name)
     target = Target(model)
     target.check()
-    assert not target.trees
+    assert target.trees == trees
     wanted = constrained(model, grammars["schema"], tokenizer.eos_token_ids, 40)
     engine = Engine(Runner(target, ScriptedDrafter(target, PROMPT + wanted)), Fixed(SHAPES[2]))
     request = Request(PROMPT, 40, grammar=grammars["schema"], stop=frozenset(tokenizer.eos_token_ids))
     (said,), drafted = say(engine, request)
-    mx.enable_compile()
     assert said == wanted and drafted
 
 
