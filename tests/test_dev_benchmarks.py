@@ -54,6 +54,14 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["passed"] and found["memory_ratio"] < 1.05
 
 
+def test_soak_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("soak_server"), "GROWTH", 100.0)  # it has just begun
+    flags = ("--clients", "4", "--seconds", "3", "--asks", "8", "--words", "20", "--port", "0")
+    found = run("soak_server", tmp_path, monkeypatch, *flags)
+    assert found["passed"] and found["requests"] > 4 and found["tokens"]["completion"] > found["requests"]
+    assert set(found["latency_seconds"]) == {"whole", "streamed", "first"} and found["resident_mb"]["end"] > 1
+
+
 def test_long_context_shows_copies_of_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--rows", "64", "2000", "--seconds", "0.1", "--steps", "4")
     found = run("long_context", tmp_path, monkeypatch, *flags)["results"]

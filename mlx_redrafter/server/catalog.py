@@ -110,6 +110,11 @@ class Catalog:
         usable = [each.name for each in entries if not (each.is_drafter or each.problem)]
         return list(dict.fromkeys([self.default_name, *usable]))
 
+    @property
+    def texts(self) -> int:
+        """How many texts are decoded, or wait to be, by all models."""
+        return sum(loaded.served.texts for loaded in list(self.loaded.values()))
+
     async def unload_idle(self) -> None:
         """Let go of models that nobody has asked for in a while."""
         limit = self._options.idle_unload

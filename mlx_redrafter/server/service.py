@@ -80,6 +80,9 @@ class Service:
 
     def __post_init__(self) -> None:
         self._helper = Helper("text")  # tokenizers are used by one thread at a time
+        told = self.metrics.gauge
+        told("running_requests", "Requests that are answered or wait", lambda: len(self.generations))
+        told("texts", "Texts that are decoded or wait", lambda: self.catalog.texts)
 
     async def prompt(
         self,
