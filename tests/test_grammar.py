@@ -416,6 +416,14 @@ REFUSED = {
     "parentheses": ("regex", "(" * 100_000 + "a" + ")" * 100_000, "not usable"),
     "repeats": ("regex", "a{1000000000}", "1000000000 times"),
     "range": ("regex", "[a-z]{0, 4000000000}", "4000000000 times"),
+    "repeated repeats": ("regex", "a{9999}{9999}", "more than 100,000 characters"),
+    "nested repeats": ("regex", r"x(b|a{99}[^{](?:\p{L}\{){99}){999}", "more than 100,000 characters"),
+    "neighbours": ("regex", "a{9999}" * 300, "more than 100,000 characters"),
+    "nests of repeats": ("regex", "(" * 5000 + "a" + "){99}" * 5000, "more than 100,000 characters"),
+    "pattern's repeats": ("json", {"pattern": "a{1,999}{999}", "type": "string"}, "more than 100,000"),
+    "terminals": ("lark", "start: A{9999}\nA: /a{9999}/", "more than 100,000 characters"),
+    "tildes": ("lark", 'start: A~1..9999\nA: B ~ 99 // twice\nB.2: "aa"', "more than 100,000 characters"),
+    "tilde": ("lark", 'start: "a"~99999', "99999 times"),
     "no text": ("regex", 3, "give a text"),
     "long": ("regex", "a" * 300_000, "300000 characters"),
     "unknown": ("lark", "start: foo", "foo"),
@@ -440,12 +448,25 @@ def test_what_cannot_be_used_is_refused_in_a_line_and_soon(tokenizer, name):
     assert time.perf_counter() - begun < 10
 
 
+def test_repeats_that_multiply_are_known_before_anything_is_compiled(monkeypatch, tokenizer):
+    monkeypatch.setattr(module, "_library", None)
+    for name in REFUSED:
+        kind, given, reason = REFUSED[name]
+        if "100,000" in reason:
+            with pytest.raises(ValueError, match=reason):
+                getattr(Grammar, kind)(tokenizer, given)
+    for pattern, size in (("(ab{4}){4}", 20), (r"\{2}[{9}]{3}(?:\x{41}|b){2,}", 3 + 3 + 2 * 5), ("", 0)):
+        assert module._size(pattern) == size
+
+
 ENDURED = {
     "quantifiers": ("regex", "(((a*)*)*)*b"),
     "products": ("regex", "((a{1,999}){1,999}){1,999}"),
     "states": ("regex", "([ab]*a[ab]{200}|[bc]*c[abc]{300}|.*z.{500}){10}"),
     "backtracking": ("regex", "(x+x+)+y"),
     "most repeats": ("regex", "a{9999}"),
+    "many repeats": ("regex", "(a{9}[(]{9}){99}(b{9999}c){9}"),
+    "rules": ("lark", 'start: a{9999}\na: b{9999}\nb: "x"'),
     "letters": ("regex", r"[\w\s]{1,9999}[\d\p{L}]{9999}"),
     "items": ("json", {"type": "array", "items": {"type": "integer"}, "minItems": 1_000_000}),
     "length": ("json", {"type": "string", "minLength": 100_000, "maxLength": 1_000_000_000}),

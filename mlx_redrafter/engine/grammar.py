@@ -25,8 +25,16 @@ if TYPE_CHECKING:
 
 LONGEST = 1 << 18  # characters of a grammar
 DIGITS = 4  # of n in {n}: with more, a mask takes longer than a model's step
+WRITTEN_OUT = 100_000  # characters of an expression with its repeats written out: 0.1 seconds
 MOST_STATES = 100_000  # of a number read digit by digit: as many as the least common multiple of multipleOf
 DECIMALS = 12  # of multipleOf, before and after the point
+
+# What expressions, and Lark's grammars, are made of: a character or a class of some; a quantifier; a bracket.
+_ATOMS = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[\d\s,]+\}|.", re.DOTALL)
+_LARK = re.compile(
+    r"""//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|\w+|\{[\d\s,]+\}|~\s*\d+(?:\s*\.\.\s*\d+)?|[()|\[\]]"""
+)
+_DEFINED = re.compile(r"^[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)  # a name of Lark's
 
 Masks = np.ndarray[Any, np.dtype[np.uint32]]
 _tokenizers: WeakKeyDictionary[Any, "LLTokenizer"] = WeakKeyDictionary()  # by the fast tokenizer
@@ -106,7 +114,7 @@ class Grammar:
         """A text of a context-free grammar in (llguidance's kind of) Lark's format."""
         name = "Lark grammar"
         _check_size(text, name)
-        _check_repeats(text, name)
+        _check_repeats(text, name, is_lark=True)
         plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text)
         _check_multiples(re.findall(r'"multipleOf"\s*:\s*([-+.\deE]+)', plain), name)
         return cls(tokenizer, _library().LLMatcher.grammar_from_lark(text), name)
@@ -258,13 +266,62 @@ def _check_size(text: str, name: str) -> None:
         raise ValueError(f"the {name} has {len(text)} characters: give at most {LONGEST}.")
 
 
-def _check_repeats(text: str, name: str) -> None:
-    for counts in re.findall(r"\{([\d\s,]*)\}", text):
-        for times in "".join(counts.split()).split(","):
+def _check_repeats(text: str, name: str, is_lark: bool = False) -> None:
+    for counts in re.findall(r"\{([\d\s,]*)\}|~([\d\s.]+)" if is_lark else r"\{([\d\s,]*)\}()", text):
+        for times in re.split(r"[,.]", "".join("".join(counts).split())):
             if len(times.lstrip("0")) > DIGITS:
                 raise ValueError(
                     f"the {name} repeats something {times[:20]} times: give at most {10**DIGITS - 1}."
                 )
+    if (_lark_size if is_lark else _size)(text) > WRITTEN_OUT:
+        raise ValueError(
+            f"the {name} is too big: its repeats multiply to more than {WRITTEN_OUT:,} characters: give less."
+        )
+
+
+def _size(pattern: str) -> int:
+    """Characters of a regular expression with its repeats written out, such as 20 of ``(ab{4}){4}``."""
+    return _written_out(_ATOMS.findall(pattern), lambda atom: 1)
+
+
+def _lark_size(text: str) -> int:
+    """Likewise of the largest definition of a grammar, with the terminals that it names."""
+    parts = _DEFINED.split(text)
+    bodies, known = dict(zip(parts[1::2], parts[2::2], strict=True)), dict[str, int]()
+
+    def size(atom: str) -> int:
+        if atom[0] in '"/':
+            return len(atom) - 2 if atom[0] == '"' else _size(atom[1:-1])
+        if atom not in bodies or atom.islower():  # rules are followed, not written out
+            return 0 if atom.startswith("//") else 1
+        if atom not in known:
+            known[atom] = 1  # one that needs itself, which the library will name
+            known[atom] = _written_out(_LARK.findall(bodies[atom]), size)
+        return known[atom]
+
+    try:
+        return max((_written_out(_LARK.findall(body), size) for body in bodies.values()), default=0)
+    except RecursionError:
+        return 0  # which the library will name
+
+
+def _written_out(parts: Iterable[str], size: Callable[[str], int]) -> int:
+    """The sizes of all parts together, each as often as it is repeated."""
+    groups, last = [0], 0  # of the open brackets, and of what a quantifier would repeat
+    for part in parts:
+        if part in ("(", "["):
+            groups.append(0)
+        elif part in (")", "]") and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif part[0] in "{~" and (counts := re.findall(r"\d+", part)):
+            times = max(1, *(int(each.lstrip("0") or 0) for each in counts))
+            groups[-1], last = groups[-1] + last * (times - 1), last * times
+        else:
+            last = size(part)
+            groups[-1] += last
+        groups[-1], last = min(groups[-1], 1 << 40), min(last, 1 << 40)  # more is more than enough
+    return sum(groups)
 
 
 def _check_multiples(values: Iterable[str], name: str) -> None:
