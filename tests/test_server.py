@@ -14,6 +14,7 @@ from bundles import make_drafter, make_folder
 from serving import Scripted, make_tools_folder, serving
 
 from mlx_redrafter import Sampling, load, stream_generate
+from mlx_redrafter.server import output
 
 SAYS = "Hé🙂好w!"
 TOOL = {
@@ -245,11 +246,13 @@ def test_calls_of_tools_and_reasoning_are_told_apart(tools, tools_client, a_step
     assert {call.function.name for call in calls} == {"weather"} and len({call.id for call in calls}) == 2
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     told = [call for delta in deltas for call in delta.tool_calls or []]
-    assert [call.index for call in told] == [0, 1]
-    assert json.loads(told[1].function.arguments) == {"city": "Bern"}
-    assert "".join(delta.content or "" for delta in deltas) == "Let me look."
-    assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "hm, "
-    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    heads = [call for call in told if call.id]
+    assert [call.index for call in heads] == [0, 1] and len({call.id for call in heads}) == 2
+    assert [call.function.name for call in heads] == ["weather"] * 2 and heads[0].type == "function"
+    for place, city in enumerate(("Zürich", "Bern")):
+        parts = [call.function.arguments for call in told if call.index == place]
+        assert json.loads("".join(parts)) == {"city": city}
+        assert (len(parts) > 5) == (a_step < 100)  # as they are written
 
 
 def test_a_call_that_is_none_stays_a_text(tools, tools_client):
@@ -259,6 +262,64 @@ def test_a_call_that_is_none_stays_a_text(tools, tools_client):
         ]
     assert choice.message.content == "<tool_call>{oh</tool_call> well" and choice.message.tool_calls is None
     assert choice.finish_reason == "stop"
+
+
+CUT = {  # calls that are none: what is told of their arguments by then
+    '{"name": "f", "arguments": {"a": "b", "c": NaN}}': '{"a": "b", "c":',
+    '{"name": "f", "arguments": {"a": "b"}, oh}': '{"a": "b"',
+    '{"name": "f", "arguments": {"a": "b" oh}}': '{"a": "b"',
+    '{"name": "f", "arguments": [1]}': None,
+    '{"arguments": {"a": 1}, "name"': None,
+    '{"name": "f\\ud800", "arguments": {}}': None,
+}
+
+
+@pytest.mark.parametrize("says", CUT)
+def test_a_call_that_turns_out_to_be_none_is_cut_where_it_was_json(tools, tools_client, claude, says):
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    function = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    with Scripted(tools, f"<tool_call>{says}</tool_call>", a_step=1):
+        asked = {"model": "default", "messages": HELLO, "tools": [TOOL]}
+        chunks = list(tools_client.chat.completions.create(stream=True, **asked))
+        asked = {"model": "default", "messages": HELLO, "tools": [tool], "max_tokens": 500}
+        with claude.messages.stream(**asked) as stream:
+            message = stream.get_final_message()
+        events = list(
+            tools_client.responses.create(model="default", input="x", tools=[function], stream=True)
+        )
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    told = [call.function.arguments for delta in deltas for call in delta.tool_calls or []]
+    content = "".join(delta.content or "" for delta in deltas)
+    item = events[-1].response.output[0]
+    if CUT[says] is None:
+        assert not told and says in content and item.type == "message" and message.content[0].type == "text"
+        return
+    assert "".join(told).startswith(CUT[says]) and not content
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert message.content[0].input["a"] == "b" and item.type == "function_call"
+    again = tools_client.responses.create(
+        model="default", previous_response_id=events[-1].response.id, input="y", max_output_tokens=2
+    )
+    assert again.status == "incomplete" and (item.status == "completed") == says.endswith("oh}")
+
+
+@pytest.mark.parametrize("longest", [1 << 15, 40])
+def test_calls_are_whole_whatever_is_in_them_and_however_long(tools, tools_client, longest, monkeypatch):
+    monkeypatch.setattr(output, "LONGEST_PARTS", longest)
+    for arguments in (
+        {},
+        {"a": {"b": [{}, {"c": '}}"}{'}], "d": None}, "e": "\\ud83d😀"},
+        {"a": 1.5e-7, "b": -1, "c": [[], [True, False]], "": ""},
+    ):
+        call = json.dumps({"name": "f", "arguments": arguments})
+        for name in ("", ', "id": 3'):
+            with Scripted(tools, f"<tool_call>{call[:-1]}{name}}}</tool_call>", a_step=1):
+                asked = {"model": "default", "messages": HELLO, "tools": [TOOL]}
+                chunks = list(tools_client.chat.completions.create(stream=True, **asked))
+            told = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+            assert json.loads("".join(call.function.arguments for call in told)) == arguments
+            assert [call.function.name for call in told if call.id] == ["f"]
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_templates_are_told_of_tools_and_of_calls(tools, tools_client):

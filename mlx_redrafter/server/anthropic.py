@@ -56,7 +56,7 @@ async def count_tokens(service: Service, request: Request, body: bytes) -> Respo
 
 
 async def _events(generation: Generation, head: dict[str, Any], prompt_tokens: int) -> AsyncIterator[str]:
-    began, place, kind = False, -1, ""  # of the open block: its number and what it is
+    began, place, kind = False, -1, ""  # of the open block: its number, and what or which call it is
 
     def begin() -> str:
         usage = {**_usage(generation.usage), "output_tokens": 0}
@@ -76,8 +76,8 @@ async def _events(generation: Generation, head: dict[str, Any], prompt_tokens: i
             began = True
             yield begin()
         for run in update.runs:
-            new = "call" if isinstance(run, Call) else run.kind
-            if new != kind or new == "call":
+            new = run.id if isinstance(run, Call) else run.kind
+            if new != kind:
                 if kind:
                     yield _event("content_block_stop", index=place)
                 place, kind = place + 1, new

@@ -100,7 +100,7 @@ async def _chat_events(
 ) -> AsyncIterator[str]:
     head = {**head, "object": "chat.completion.chunk"}
     begun: set[int] = set()
-    calls = [0] * (asked.n or 1)
+    calls: list[list[str]] = [[] for _ in range(asked.n or 1)]  # ids
     async for each in generation.updates():
         if not isinstance(each, tuple):
             yield keep_alive(each)
@@ -120,8 +120,13 @@ async def _chat_events(
             delta |= {"reasoning": reasoning, "reasoning_content": reasoning}
         for call in update.pieces:
             if isinstance(call, Call):
-                delta.setdefault("tool_calls", []).append({"index": calls[number], **_call(call)})
-                calls[number] += 1
+                known, told = call.id in calls[number], _call(call)
+                if known:
+                    told = {"function": {"arguments": call.arguments}}
+                else:
+                    calls[number].append(call.id)
+                place = calls[number].index(call.id)
+                delta.setdefault("tool_calls", []).append({"index": place, **told})
         logprobs = _chat_logprobs(loaded.tokenizer, update.logprobs) if asked.logprobs else []
         if delta or logprobs:
             chunk = {**head, "choices": [_chunk(number, delta, logprobs=logprobs)]}

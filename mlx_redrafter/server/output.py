@@ -1,6 +1,8 @@
 """What a text says, taken apart: content, reasoning and calls of tools, as mlx-lm tells them apart."""
 
+import contextlib
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,19 +10,67 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from pydantic_core import from_json
 
 from ..plain import UNKNOWN_TOKEN
 from ..text import certain
 from .worker import Logprobs, Said
 
+# How a call begins, up to its arguments, where calls are written as JSON.
+HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+LONGEST_HEAD = 1 << 10  # characters; what begins otherwise is told when it is whole
+LONGEST_PARTS = 1 << 15  # of a call; after so many, the rest comes in one piece
+
 
 @dataclass
 class Call:
-    """A call of a tool."""
+    """A call of a tool, or some of one: what has the same id goes on."""
 
     name: str
     arguments: str  # JSON
     id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass
+class OpenCall:
+    """A call that is told while it is written, from where its arguments begin.
+
+    Attributes:
+        told: characters of the call's text that have been.
+    """
+
+    name: str
+    start: int
+    told: int
+    id: str
+    is_whole: bool = False
+
+    @classmethod
+    def begin(cls, text: str) -> "OpenCall | None":
+        """The call that a text begins; None if that is not known yet, or it is written otherwise."""
+        found = HEAD.match(text) if len(text) < LONGEST_HEAD else None
+        if found is None:
+            return None
+        try:
+            name = str(json.loads(found[1]))
+            name.encode()
+        except ValueError:
+            return None
+        return cls(name, found.end(), found.end(), Call("", "").id)
+
+    def grow(self, text: str, last: bool = False) -> Call | None:
+        """What is new of its arguments, such that all that was told may become JSON; None: nothing."""
+        if self.is_whole or (len(text) > LONGEST_PARTS and not last):
+            return None
+        end = len(text.rstrip("} \t\r\n"))  # a bracket may close what the arguments are in
+        try:
+            from_json(text, allow_partial="trailing-strings", allow_inf_nan=False)
+        except ValueError:
+            return None
+        with contextlib.suppress(ValueError):  # they go on
+            end, self.is_whole = json.JSONDecoder().raw_decode(text, self.start)[1], True
+        part, self.told = text[self.told : end], max(self.told, end)
+        return Call(self.name, part, self.id) if part else None
 
 
 @dataclass
@@ -68,6 +118,8 @@ class Reader:
         structured: whether reasoning and calls are told apart.
         tools: functions that may be called, as in the chat template; () if none may.
         begins_in: "reasoning" if the prompt ends in it, or else "normal", or "tool".
+        in_parts: tell calls while they are written, where that is as JSON. One that turns out to be none
+            stays as it is then.
     """
 
     def __init__(
@@ -77,11 +129,14 @@ class Reader:
         structured: bool = True,
         tools: Sequence[dict[str, Any]] = (),
         begins_in: str = "normal",
+        in_parts: bool = False,
     ) -> None:
         self._tokenizer, self._stop, self._tools = tokenizer, list(stop), list(tools)
         self._detokenizer = tokenizer.detokenizer
         self._held = ""  # may be the beginning of a stop text
         self._tool_text = ""
+        self._in_parts = in_parts and writes_json(tokenizer)
+        self._open: OpenCall | None = None
         machine = make_text_state_machine(tokenizer) if structured else TextStateMachine()
         self._state = machine.make_state(begins_in)
         self._in, self._called = begins_in, False
@@ -145,22 +200,51 @@ class Reader:
             self._in = state or "normal"
             if state == "tool":
                 self._tool_text += text
+                self._tell_part(update)
             elif text:
                 kind = "reasoning" if state == "reasoning" else "content"
                 update.pieces.append(Piece(kind, text, drafted))
 
+    def _tell_part(self, update: Update) -> None:
+        """Take in what is known of a call that is being written."""
+        if self._in_parts and self._open is None and (found := OpenCall.begin(self._tool_text)) is not None:
+            self._open = found
+            update.pieces.append(Call(found.name, "", found.id))
+        if self._open is not None and (part := self._open.grow(self._tool_text)) is not None:
+            _add_part(update, part)
+
     def _call(self, update: Update) -> None:
         """Take in a call's text; as content if it cannot be understood."""
         text, self._tool_text = self._tool_text, ""
+        begun, self._open = self._open, None
         try:
             parsed = self._tokenizer.tool_parser(text, self._tools)
             calls = [_whole_call(**each) for each in (parsed if isinstance(parsed, list) else [parsed])]
         except Exception:  # a model may write anything
-            start, end = self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""
-            update.pieces.append(Piece("content", start + text + end))
+            if begun is None:
+                start, end = self._tokenizer.tool_call_start or "", self._tokenizer.tool_call_end or ""
+                update.pieces.append(Piece("content", start + text + end))
             return
         self._called = True
+        if begun is not None:
+            if (rest := begun.grow(text, last=True)) is not None:
+                _add_part(update, rest)
+            return
         update.pieces += calls
+
+
+def _add_part(update: Update, part: Call) -> None:
+    """Take in some of a call, as one with what else there is of it."""
+    last = update.pieces[-1] if update.pieces else None
+    if isinstance(last, Call) and last.id == part.id:
+        last.arguments += part.arguments
+    else:
+        update.pieces.append(part)
+
+
+def writes_json(tokenizer: TokenizerWrapper) -> bool:
+    """Whether the model writes calls as JSON objects of a name and arguments."""
+    return bool(tokenizer.has_tool_calling) and tokenizer.tool_parser.__module__.endswith(".json_tools")
 
 
 def _whole_call(name: str, arguments: dict[str, Any], **_: Any) -> Call:

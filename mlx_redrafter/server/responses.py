@@ -95,7 +95,7 @@ class _Writer:
 
     async def events(self) -> AsyncIterator[str]:
         """The stream."""
-        began, kind = False, ""  # of the open item
+        began, kind = False, ""  # what the open item is, or which call
         async for each in self._generation.updates():
             if not began:
                 began = True
@@ -111,8 +111,8 @@ class _Writer:
                 yield self._event("response.failed", response=failed)
                 return
             for run in update.runs:
-                new = "call" if isinstance(run, Call) else run.kind
-                if new != kind or new == "call":
+                new = run.id if isinstance(run, Call) else run.kind
+                if new != kind:
                     for event in self._closing(kind):
                         yield event
                     kind = new
@@ -138,7 +138,8 @@ class _Writer:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         response["usage"] = _usage(self._generation.usage)
         if self._asked.store is not False:
-            said = _from_items([Item.model_validate(_plain(item)) for item in self._output])
+            whole_items = [item for item in self._output if item.get("status") != "incomplete"]
+            said = _from_items([Item.model_validate(_plain(item)) for item in whole_items])
             self._service.memory.keep(self.id, [*self._conversation, *said])
         return response
 
@@ -149,7 +150,7 @@ class _Writer:
         empty = run if isinstance(run, Piece) else Call(run.name, "", run.id)
         item = _item(Piece(empty.kind, "") if isinstance(empty, Piece) else empty)
         self._output.append(item)
-        shown = {**item, "content": [], "status": "in_progress"} if "content" in item else {**item}
+        shown = {**item, "status": "in_progress"} | ({"content": []} if "content" in item else {})
         events = [self._event("response.output_item.added", output_index=self._place, item=shown)]
         if isinstance(run, Piece):
             events.append(self._at("response.content_part.added", part=item["content"][0]))
@@ -158,13 +159,11 @@ class _Writer:
     def _growing(self, run: Piece | Call) -> list[str]:
         item = self._output[-1]
         if isinstance(run, Call):
-            item["arguments"] = run.arguments
-            name = "response.function_call_arguments"
-            return [
-                self._event(
-                    f"{name}.delta", item_id=item["id"], output_index=self._place, delta=run.arguments
-                )
-            ]
+            item["arguments"] += run.arguments
+            if not run.arguments:
+                return []
+            name = "response.function_call_arguments.delta"
+            return [self._event(name, item_id=item["id"], output_index=self._place, delta=run.arguments)]
         item["content"][0]["text"] += run.text
         if run.kind == "reasoning":
             return [self._at("response.reasoning_text.delta", delta=run.text)]
@@ -174,7 +173,8 @@ class _Writer:
         if not kind:
             return []
         item, done = self._output[-1], []
-        if kind == "call":
+        if item["type"] == "function_call":
+            item["status"] = "completed" if _is_json(item["arguments"]) else "incomplete"
             done.append(
                 self._event(
                     "response.function_call_arguments.done",
@@ -217,6 +217,14 @@ def _item(run: Piece | Call) -> dict[str, Any]:
     parts = [{"type": "output_text", "text": run.text, "annotations": [], "logprobs": []}]  # type: ignore[dict-item]
     message = {"id": f"msg_{number}", "type": "message", "status": "completed", "role": "assistant"}
     return {**message, "content": parts}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _plain(item: dict[str, Any]) -> dict[str, Any]:

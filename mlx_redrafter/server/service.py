@@ -20,7 +20,7 @@ from .errors import BadRequest
 from .generation import Generation
 from .memory import Memory
 from .metrics import Metrics
-from .output import Reader, Update
+from .output import Reader, Update, writes_json
 from .prompts import Prompt, encode_chat
 from .schemas import SEEDS, Decoding, JsonSchema, ResponseFormat
 from .worker import Helper, Job, Reading, Worker
@@ -152,7 +152,8 @@ class Service:
                     logprobs=wanted.logprobs,
                 )
                 begins_in = prompt.begins_in if structured else "normal"
-                reader = Reader(tokenizer, stop, structured, wanted.tools, begins_in)
+                in_parts = asked.stream is True
+                reader = Reader(tokenizer, stop, structured, wanted.tools, begins_in, in_parts)
                 texts.append((make, reader))
         return Generation(self.worker, loaded.served, texts)
 
@@ -173,8 +174,7 @@ class Service:
             raise BadRequest(text, param="tool_choice")
         start = list(tokenizer.tool_call_start_tokens)
         prompts = [replace(each, ids=[*each.ids, *start], begins_in="tool") for each in prompts]
-        in_json = tokenizer.tool_parser.__module__.endswith(".json_tools")
-        return _call_of(wanted.tools) if in_json else None, prompts
+        return _call_of(wanted.tools) if writes_json(tokenizer) else None, prompts
 
     def _room(self, loaded: Loaded, prompt: Prompt) -> int:
         """Tokens that may follow a prompt."""
