@@ -264,6 +264,28 @@ def test_a_call_that_is_none_stays_a_text(tools, tools_client):
     assert choice.finish_reason == "stop"
 
 
+@pytest.mark.parametrize("a_step", [1, 4])
+def test_tokens_of_reasoning_are_counted(tools, tools_client, a_step):
+    def tokens(text):
+        return len(tools.loaded.tokenizer.encode(text, add_special_tokens=False))
+
+    for says, thought in (
+        ("<think>one two</think>three", "<think>one two"),
+        ("three", ""),
+        ("<think>a", "<think>a"),
+    ):
+        with Scripted(tools, says, a_step):
+            chat = tools_client.chat.completions.create(model="default", messages=HELLO).usage
+            *_, last = tools_client.chat.completions.create(
+                model="default", messages=HELLO, stream=True, stream_options={"include_usage": True}
+            )
+            response = tools_client.responses.create(model="default", input="x").usage
+        assert chat.completion_tokens_details.reasoning_tokens == tokens(thought)
+        assert last.usage.completion_tokens_details.reasoning_tokens == tokens(thought)
+        assert response.output_tokens_details.reasoning_tokens == tokens(thought)
+        assert response.output_tokens == tokens(says) + 1  # the end of text
+
+
 CUT = {  # calls that are none: what is told of their arguments by then
     '{"name": "f", "arguments": {"a": "b", "c": NaN}}': '{"a": "b", "c":',
     '{"name": "f", "arguments": {"a": "b"}, oh}': '{"a": "b"',

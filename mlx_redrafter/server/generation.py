@@ -20,6 +20,7 @@ class Usage:
     prompt_tokens: int = 0  # of each prompt once
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # of these
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     steps: int = 0
@@ -120,6 +121,7 @@ class Generation:
             sum(prompts.values()),
             min(self._cached.values(), default=0) if len(prompts) == 1 else sum(self._cached.values()),
             sum(reader.tokens for reader in self.readers),
+            sum(reader.reasoning for reader in self.readers),
             sum(reader.offered for reader in self.readers),
             sum(reader.accepted for reader in self.readers),
             sum(reader.steps for reader in self.readers),

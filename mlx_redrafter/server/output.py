@@ -140,7 +140,7 @@ class Reader:
         machine = make_text_state_machine(tokenizer) if structured else TextStateMachine()
         self._state = machine.make_state(begins_in)
         self._in, self._called = begins_in, False
-        self.tokens = self.steps = self.offered = self.accepted = 0
+        self.tokens = self.reasoning = self.steps = self.offered = self.accepted = 0
         self.ended = False
 
     def take(self, said: Said) -> Update:
@@ -159,6 +159,7 @@ class Reader:
                 update.finish, update.error = "error", UNKNOWN_TOKEN
                 break
             self._add(self._detokenizer.last_segment, place < said.drafted, update)
+            self.reasoning += self._in == "reasoning"
             if update.stop is not None:
                 update.logprobs = update.logprobs[: place + 1]
                 break
