@@ -1,7 +1,9 @@
 """The server, asked by OpenAI's and Anthropic's own clients and by hand."""
 
+import asyncio
 import json
 import re
+import shutil
 import threading
 import time
 
@@ -14,7 +16,9 @@ from bundles import make_drafter, make_folder
 from serving import Scripted, make_tools_folder, serving
 
 from mlx_redrafter import Sampling, load, stream_generate
+from mlx_redrafter.options import ModelOptions
 from mlx_redrafter.server import output
+from mlx_redrafter.server.run import Settings, make_server
 
 SAYS = "Hé🙂好w!"
 TOOL = {
@@ -269,11 +273,8 @@ def test_tokens_of_reasoning_are_counted(tools, tools_client, a_step):
     def tokens(text):
         return len(tools.loaded.tokenizer.encode(text, add_special_tokens=False))
 
-    for says, thought in (
-        ("<think>one two</think>three", "<think>one two"),
-        ("three", ""),
-        ("<think>a", "<think>a"),
-    ):
+    cases = (("<think>one two</think>three", "<think>one two"), ("three", ""), ("<think>a", "<think>a"))
+    for says, thought in cases:
         with Scripted(tools, says, a_step):
             chat = tools_client.chat.completions.create(model="default", messages=HELLO).usage
             *_, last = tools_client.chat.completions.create(
@@ -630,6 +631,35 @@ def test_grammars_that_cannot_be_are_refused(served):
         response = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
         assert response.status_code == 400, (form, response.text)
         assert response.json()["error"]["message"]
+
+
+def test_a_grammar_that_leads_nowhere_is_the_requests_fault(served):
+    form = {"guided_grammar": 'start: "a" never\nnever: never "x"'}
+    for path, kind in (
+        ("chat/completions", "invalid_request_error"),
+        ("completions", "invalid_request_error"),
+        ("messages", "invalid_request_error"),
+        ("responses", "invalid_prompt"),
+    ):
+        body = {"messages": HELLO, "prompt": "x", "input": "x", "max_tokens": 9, **form}
+        answer = httpx.post(f"{served.url}/v1/{path}", json={**body, "stream": True})
+        error = json.loads(answer.text.strip().split("data: ")[-1])
+        error = error.get("error") or error["response"]["error"]
+        assert (error.get("type") or error["code"]) == kind and "cannot be followed" in error["message"]
+        assert httpx.post(f"{served.url}/v1/{path}", json=body).status_code == 400
+
+
+def test_why_a_model_cannot_be_loaded_is_in_the_log_alone(folders, tmp_path, caplog):
+    shutil.copytree(folders / "base", tmp_path / "broken")
+    with serving(folders / "random", model_dir=[tmp_path]) as served:
+        assert "broken" in [row["id"] for row in httpx.get(f"{served.url}/v1/models").json()["data"]]
+        (tmp_path / "broken/model.safetensors").write_bytes(b"x")
+        body = {"model": "broken", "messages": HELLO}
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+        assert answer.status_code == 503 and "'broken' cannot be loaded" in answer.json()["error"]["message"]
+        assert "/" not in answer.text and str(tmp_path) in caplog.text
+    with pytest.raises(ValueError, match=f"{tmp_path}/broken cannot be loaded: .*safetensors"):
+        asyncio.run(make_server(Settings(ModelOptions(str(tmp_path / "broken"), drafter="none"))))
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from .errors import BadRequest
+from .errors import BadRequest, kind_of
 from .generation import Generation, Usage
 from .output import Call, Piece, Update
 from .schemas import Block, CountRequest, MessagesRequest, Part, parse
@@ -70,7 +70,8 @@ async def _events(generation: Generation, head: dict[str, Any], prompt_tokens: i
             continue
         _, update = each
         if update.error:
-            yield _event("error", error={"type": "api_error", "message": update.error})
+            told = "api_error" if update.status == 500 else kind_of(update.status)
+            yield _event("error", error={"type": told, "message": update.error})
             return
         if not began:
             began = True

@@ -148,6 +148,8 @@ def refusal(request: Request, error: Exception) -> Response:
     if not isinstance(error, BadRequest):
         log.error("%s", json.dumps({"error": f"{type(error).__name__}: {error}"}), exc_info=error)
         error = BadRequest("something went wrong in the server: its log says what.", 500)
+    if error.code == "model_not_loaded":
+        log.error("%s", json.dumps({"error": f"{error} {error.__cause__}"}))
     if path.startswith("/v1/messages"):
         content: Any = {"type": "error", "error": {"type": error.kind, "message": str(error)}}
     else:

@@ -100,7 +100,7 @@ class Catalog:
         async with self._loading:
             if (found := self.loaded.get(options.model)) is None:
                 await self._make_room(options.model)
-                found = self.loaded[options.model] = await self._load(options)
+                found = self.loaded[options.model] = await self._load(options, name)
             found.served.used = time.monotonic()
             return found
 
@@ -141,13 +141,15 @@ class Catalog:
             self._listed = time.monotonic(), entries
         return entries
 
-    async def _load(self, options: ModelOptions) -> Loaded:
+    async def _load(self, options: ModelOptions, asked: str | None) -> Loaded:
         try:
             model, tokenizer = await self._apart(partial(_load, options))
             make = partial(self._begin, model, tokenizer)
             served = await asyncio.wrap_future(self._worker.do(make))
         except (ValueError, OSError) as error:
-            raise BadRequest(f"{options.model} cannot be loaded: {error}", 503, "model_not_loaded") from error
+            # Why, names folders of this machine: that is for the log.
+            text = f"the model {(asked or 'default')[:200]!r} cannot be loaded: the server's log says why."
+            raise BadRequest(text, 503, "model_not_loaded", "model") from error
         name = str(options.model)
         return Loaded(name, served, model, tokenizer, tuple(never_dropped(tokenizer)))
 

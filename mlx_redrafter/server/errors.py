@@ -20,6 +20,11 @@ class BadRequest(ValueError):
     @property
     def kind(self) -> str:
         """OpenAI's and Anthropic's word for the status."""
-        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-        kinds |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
-        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return kind_of(self.status)
+
+
+def kind_of(status: int) -> str:
+    """OpenAI's and Anthropic's word for an HTTP status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    kinds |= {413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from ..chat import encode_text
 from .catalog import Loaded
-from .errors import BadRequest
+from .errors import BadRequest, kind_of
 from .generation import Generation, Usage
 from .output import Call, Piece, Update
 from .prompts import Prompt, with_tools_called
@@ -107,7 +107,7 @@ async def _chat_events(
             continue
         number, update = each
         if update.error:
-            yield event(error_object(update.error, 500, "server_error"))
+            yield event(error_object(update.error, update.status, kind_of(update.status)))
             return
         if number not in begun:
             begun.add(number)
@@ -220,7 +220,7 @@ async def _completion_events(
             continue
         number, update = each
         if update.error:
-            yield event(error_object(update.error, 500, "server_error"))
+            yield event(error_object(update.error, update.status, kind_of(update.status)))
             return
         logprobs = _logprobs(loaded.tokenizer, update.logprobs) if update.logprobs else None
         text = update.text()

@@ -107,7 +107,8 @@ class _Writer:
             _, update = each
             if update.error:
                 failed = self._response("failed")
-                failed["error"] = {"code": "server_error", "message": update.error}
+                code = "invalid_prompt" if update.status == 400 else "server_error"
+                failed["error"] = {"code": code, "message": update.error}
                 yield self._event("response.failed", response=failed)
                 return
             for run in update.runs:

@@ -74,7 +74,7 @@ async def make_server(settings: Settings) -> "Server":
         await catalog.get(None)
     except BadRequest as error:
         worker.stop()
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{catalog.default_name} cannot be loaded: {error.__cause__ or error}") from error
     service = Service(
         worker, catalog, usual=settings.usual, max_tokens=settings.max_tokens, queue=settings.queue
     )
