@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .chat import Continuing, Message
+from .chat import Continuing, Message, encode_messages
 from .engine.prefixes import Prefixes
 from .model import SpeculativeModel
 from .options import PromptOptions
@@ -52,9 +52,11 @@ class Session:
         Raises:
             ValueError: the chat template refuses it.
         """
-        ids = self.prompting.encode(self.messages, self.tokenizer)
-        text = self._render()
-        if self._text and text.startswith(self._text):
+        return self._encode(self._render())
+
+    def _encode(self, text: str | None) -> list[int]:
+        ids = encode_messages(self.messages, self.tokenizer, text)
+        if text and self._text and text.startswith(self._text):
             new = list(self.tokenizer.encode(text[len(self._text) :], add_special_tokens=False))
             if new and ids[-len(new) :] == new:  # the text may be cut there
                 return self._tokens + new
@@ -83,9 +85,9 @@ class Session:
             self._runner, self._text = runner, ""
         self.messages.append({"role": "user", "content": text})
         try:
-            ids, text = self.encode(), self._render()
-            raw = self.prompting.is_raw(self.tokenizer)
-            tokenizer = Continuing(self.tokenizer) if raw else self.tokenizer
+            rendered = self._render()
+            ids = self._encode(rendered)
+            tokenizer = Continuing(self.tokenizer) if rendered is None else self.tokenizer
             self.prompt_tokens = self.cached_tokens = 0
             responses: Any = stream_generate(
                 self.model,
@@ -102,7 +104,7 @@ class Session:
                     yield response
             ended = tokens[-1] in self.tokenizer.eos_token_ids
             is_whole = ended or response.finish_reason == "length"  # no stop text has cut it short
-            self._text = text + answer if text and is_whole else ""
+            self._text = rendered + answer if rendered and is_whole else ""
             self._tokens = ids + tokens[: len(tokens) - ended]
         finally:
             if answer:
@@ -110,7 +112,7 @@ class Session:
             else:
                 self.messages.pop()
 
-    def _render(self) -> str:
-        """The conversation's text; "" if the model is given it as it is."""
+    def _render(self) -> str | None:
+        """The conversation's text; None if the model is given it as it is."""
         raw = self.prompting.is_raw(self.tokenizer)
-        return "" if raw else self.prompting.render(self.messages, self.tokenizer)
+        return None if raw else self.prompting.render(self.messages, self.tokenizer)

@@ -1,10 +1,19 @@
 """Conversations: every turn reads only what is new, and `chat` as its user meets it."""
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
+import re
+import select
 import signal
+import struct
+import subprocess
+import sys
+import termios
 import threading
+import time
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -28,11 +37,12 @@ def folders(tmp_path_factory):
     base = make_folder(root / "base", SAYS)
     make_drafter(root / "drafter", base)
     make_folder(root / "random", kind="random")
-    endless = make_folder(root / "endless")
+    endless = make_folder(root / "endless", max_position_embeddings=1 << 18)
     config, end = json.loads((endless / "config.json").read_text()), load_tokenizer(endless).eos_token_id
     after = make_cycle(config["vocab_size"], [])
     after[after.index(end)], after[end] = after[end], end
     mx.save_safetensors(str(endless / "model.safetensors"), follow(make_weights(config), after))
+    make_folder(root / "heading", f"# {SAYS}")
     for template in root.glob("*/chat_template.jinja"):
         template.write_text(template.read_text().replace("<says>", "<assistant>"))  # as usual ones have it
     return root
@@ -75,6 +85,14 @@ def test_a_turn_reads_only_what_is_new(session, sampling):
         assert session.messages[-1] == {"role": "assistant", "content": answer}
         assert session._tokens == [*ids, *tokens][: len(session._tokens)]
     assert len(session.messages) == 6
+
+
+def test_a_turn_renders_the_conversation_once(session, monkeypatch):
+    rendered, render = [], PromptOptions.render
+    monkeypatch.setattr(PromptOptions, "render", lambda *given: rendered.append(1) or render(*given))
+    for turn in range(3):
+        assert said(session.say("one", max_tokens=3)) and len(rendered) == turn + 1
+    assert session.cached_tokens > 20
 
 
 def test_an_answer_that_is_broken_off_is_kept_and_an_empty_one_is_not(session):
@@ -203,3 +221,69 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(folders, monkeypatch,
     assert [message["role"] for message in chat.session.messages] == ["user", "assistant"]
     assert capsys.readouterr().out == chat.session.messages[1]["content"] + "\n"
     assert chat.session.prefixes.nbytes > 0
+
+
+class Terminal:
+    """A process in a terminal of its own."""
+
+    def __init__(self, *words, **environment):
+        self.end, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        settings = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "HF_HUB_OFFLINE": "1", **environment}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_redrafter", *map(str, words)],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={name: value for name, value in os.environ.items() if name != "NO_COLOR"} | settings,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that Ctrl-C is a signal
+        )
+        os.close(theirs)
+        self.raw = b""
+
+    def type(self, text):
+        os.write(self.end, text.encode())
+
+    def wait_for(self, pattern, seconds=40):
+        """Read until the screen's text has it; all that was read since the last time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if select.select([self.end], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):  # it has ended
+                    part = os.read(self.end, 1 << 16)
+                    if b"\x1b[6n" in part:  # where is the cursor?
+                        self.type("\x1b[1;1R")
+                    self.raw += part
+            if re.search(pattern, text := plain(self.raw)):
+                self.raw = b""
+                return text
+        raise AssertionError(f"{pattern} is not in {plain(self.raw)!r}")
+
+
+def plain(raw):
+    """What a terminal is sent, without escape sequences."""
+    return re.sub(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[()].|[=>])", "", raw.decode("utf-8", "replace"))
+
+
+def test_in_a_terminal_answers_are_markdown_and_ctrl_c_stops_them(folders):
+    terminal = Terminal("chat", "--model", folders / "heading", "--drafter", "none", "--max-tokens", 1 << 17)
+    try:
+        terminal.wait_for(">>>")
+        terminal.type("one\r")
+        shown = terminal.wait_for(r"(?s)Hé🙂好w!.*>>>")
+        assert " " * 20 + SAYS in shown and "#" not in shown  # a heading
+        terminal.type(f"/model {folders / 'endless'}\r")
+        terminal.wait_for(r"(?s)Model: .*>>>")
+        terminal.type("two\r")
+        time.sleep(1.0)
+        terminal.type("\x03")
+        terminal.wait_for(">>>")
+        terminal.type("/stats\r")
+        assert "were known" in terminal.wait_for(r"(?s)tokens per step.*>>>")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.end)
