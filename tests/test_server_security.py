@@ -1,5 +1,6 @@
 """The server attacked: keys, bodies, headers, paths, hostile fields, mutated requests, clients that leave."""
 
+import asyncio
 import contextlib
 import copy
 import json
@@ -22,7 +23,7 @@ from serving import Scripted, serving
 from transformers import AutoTokenizer
 
 from mlx_redrafter.commands.main import build_parser
-from mlx_redrafter.server import app
+from mlx_redrafter.server import app, run
 from mlx_redrafter.server.app import LOOPBACK, Access
 from mlx_redrafter.server.service import Service
 
@@ -304,6 +305,48 @@ def test_bodies_that_do_not_come(served, monkeypatch):
         answer = send(served, raw(body=b"2\r\n{}\r\n", headers=headers))
         assert status(answer) == 408 and b"did not come" in answer
     assert time.monotonic() - began < 8
+
+
+def test_headers_that_do_not_come(served, monkeypatch):
+    monkeypatch.setattr(run, "HEADER_SECONDS", 0.5)
+    whole = raw("GET", "/health").replace(b"Connection: close\r\n", b"")
+    for before in (b"", whole, raw(body=b"{}").replace(b"Connection: close\r\n", b"")):
+        for drops in (b"", b"GET / HTTP/1.1\r\nX: " + b"y" * 1000):
+            with connect(served) as connection:
+                connection.sendall(before)
+                if before:
+                    assert receive(connection, b"}").startswith(b"HTTP/1.1 ")
+                began, connection_ended = time.monotonic(), False
+                connection.settimeout(0.05)
+                while not connection_ended and time.monotonic() - began < 10:
+                    try:
+                        connection.sendall(drops[:1])
+                        drops = drops[1:]
+                        connection_ended = not connection.recv(100)
+                    except TimeoutError:
+                        continue
+                    except ConnectionError:
+                        connection_ended = True
+            assert connection_ended and 0.3 < time.monotonic() - began < 4
+
+
+def test_headers_that_come_slowly_and_answers_that_take_long(served, monkeypatch):
+    monkeypatch.setattr(run, "HEADER_SECONDS", 1.0)
+    body = json.dumps({"messages": HELLO, "max_tokens": 4}).encode()
+    whole = raw(body=body).replace(b"Connection: close\r\n", b"")
+    prompt = served.server.service.encode
+
+    async def slow(*given):
+        await asyncio.sleep(1.5)
+        return await prompt(*given)
+
+    monkeypatch.setattr(served.server.service, "encode", slow)
+    with connect(served) as connection:
+        for _ in range(2):
+            for place in range(0, len(whole), len(whole) // 5 + 1):
+                connection.sendall(whole[place : place + len(whole) // 5 + 1])
+                time.sleep(0.1)
+            assert status(receive(connection, b'"usage"')) == 200
 
 
 DEEP = 100_000

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..options import ModelOptions
 from .app import Access, make_app
@@ -19,6 +21,7 @@ from .errors import BadRequest
 from .service import Service
 from .worker import Worker
 
+HEADER_SECONDS = 20.0  # in which a request's headers must have come, from when they may
 log = logging.getLogger("mlx_redrafter.server")
 
 
@@ -80,6 +83,7 @@ async def make_server(settings: Settings) -> "Server":
     )
     config = uvicorn.Config(
         make_app(service, settings.access, log_prompts=settings.log_prompts),
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -87,6 +91,40 @@ async def make_server(settings: Settings) -> "Server":
         timeout_graceful_shutdown=int(settings.patience) + 10,
     )
     return Server(config, service, settings.patience, catalog.default_name)
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which ends when the headers of a request do not come: it would wait for ever otherwise."""
+
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """It says something."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """It has been answered, and may ask again."""
+        super().on_response_complete()
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has left."""
+        super().connection_lost(exc)
+        self._watch(is_there=False)
+
+    def _watch(self, is_there: bool = True) -> None:
+        waits = is_there and self.conn.their_state is h11.IDLE  # for headers
+        if waits and self._waiting is None:
+            self._waiting = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        elif self._waiting is not None and not waits:
+            self._waiting.cancel()
+            self._waiting = None
 
 
 class Server(uvicorn.Server):
