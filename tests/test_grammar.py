@@ -333,6 +333,43 @@ def test_from_the_front_with_and_without_drafts(tmp_path):
         assert len({temperature for temperature, _ in texts}) == len(texts) == 2
 
 
+@pytest.mark.parametrize("schema", [None, {"type": "array", "items": {"type": "object"}, "minItems": 1}])
+def test_whitespace_between_parts_of_json_comes_to_an_end(tokenizer, schema):
+    grammar = Grammar.json(tokenizer, schema)
+    blank = {t for t in range(SIZE) if (text := tokenizer.decode([t])) and not text.strip()}
+    follower, said, run = grammar.follower(), [], 0
+    letters = list('{"a":[1,{"b":null}]}' if schema is None else '[{"a":{"b":[1,true]}}]')
+    while letters:
+        follower.follow(said)
+        bits = np.unpackbits(follower.masks([0], [0])[0].view(np.uint8), bitorder="little")
+        can = blank & set(np.flatnonzero(bits).tolist())
+        if can and tokenizer.decode(said).count('"') % 2 == 0:  # not in a string
+            said.append(min(can))
+            run += 1
+        else:
+            said += tokenizer.encode(letters.pop(0), add_special_tokens=False)
+            run = 0
+        assert run <= 41
+    assert json.loads(tokenizer.decode(said)) and len(said) > 41
+    indented = json.dumps({"a": {"b": [{"c": [1, 2]}] * 2}}, indent=4)
+    schema = {"type": "object"}
+    assert follows(Grammar.json(tokenizer, schema), tokenizer, indented)
+    far = '{"a":' + " " * 60 + "1}"
+    assert not follows(Grammar.json(tokenizer, schema), tokenizer, far)
+    assert follows(Grammar.json(tokenizer, schema | {"x-guidance": {}}), tokenizer, far)
+    assert not follows(
+        Grammar.json(tokenizer, schema | {"x-guidance": {"whitespace_flexible": False}}),
+        tokenizer,
+        '{ "a":1}',
+    )
+
+
+def follows(grammar, tokenizer, text):
+    """Whether a text fits, to its end."""
+    matcher, ids = grammar.matcher.deep_copy(), tokenizer.encode(text, add_special_tokens=False)
+    return all(map(matcher.consume_token, ids)) and matcher.is_accepting()
+
+
 def test_only_ends_of_text_come_after_it_all_of_them_and_never_before(model, tokenizer):
     several = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=[1, 20, 330])  # 20 is a usual character
     mark = several.decode([20])

@@ -27,6 +27,8 @@ LONGEST = 1 << 18  # characters of a grammar
 DIGITS = 4  # of n in {n}: with more, a mask takes longer than a model's step
 WRITTEN_OUT = 100_000  # characters of an expression with its repeats written out: 0.1 seconds
 MOST_STATES = 100_000  # of a number read digit by digit: as many as the least common multiple of multipleOf
+# Between two parts of JSON: a weak model would write it for ever. Indents ten levels by four.
+WHITESPACE = r"[ \t\n\r]{1,41}"
 DECIMALS = 12  # of multipleOf, before and after the point
 
 # What expressions, and Lark's grammars, are made of: a character or a class of some; a quantifier; a bracket.
@@ -97,9 +99,12 @@ class Grammar:
         _check_size(text, name)
         _check_multiples((str(value) for key, value in _entries(schema) if key == "multipleOf"), name)
         for key, value in _entries(schema):
-            if key in ("pattern", "patternProperties"):
+            if key in ("pattern", "patternProperties", "whitespace_pattern"):
                 _check_repeats(" ".join(value) if isinstance(value, dict) else str(value), name)
-        return cls(tokenizer, _library().LLMatcher.grammar_from_json_schema(text), name)
+        usual = None
+        if isinstance(schema, dict) and "x-guidance" not in schema:  # the library's options, by who asks
+            usual = {"whitespace_pattern": WHITESPACE}
+        return cls(tokenizer, _library().LLMatcher.grammar_from_json_schema(text, usual), name)
 
     @classmethod
     def regex(cls, tokenizer: TokenizerWrapper, text: str) -> "Grammar":
