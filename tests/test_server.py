@@ -257,6 +257,13 @@ def test_calls_of_tools_and_reasoning_are_told_apart(tools, tools_client, a_step
         parts = [call.function.arguments for call in told if call.index == place]
         assert json.loads("".join(parts)) == {"city": city}
         assert (len(parts) > 5) == (a_step < 100)  # as they are written
+    assert "".join(delta.content or "" for delta in deltas) == "Let me look."
+    assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "hm, "
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    for name, said in (("drafted", "Let me look."), ("drafted_reasoning", "hm, ")):
+        drafted = [piece for chunk in chunks for piece in (chunk.model_extra or {}).get(name, [])]
+        assert "".join(text for text, _ in drafted) == said
+        assert any(was for _, was in drafted) == (a_step > 1)
 
 
 def test_a_call_that_is_none_stays_a_text(tools, tools_client):
@@ -369,6 +376,27 @@ def test_templates_are_told_of_tools_and_of_calls(tools, tools_client):
     told, untold = (tools.loaded.tokenizer.decode(job.prompt) for job in script.jobs)
     assert '"of a city"' in told and '<tool_call>weather {"city": "Bern"}</tool_call>' in told
     assert "<tool>rain" in told and "<tools>" not in untold
+
+
+def test_templates_that_expect_arguments_as_texts(folders, tmp_path):
+    folder = tmp_path / "deepseek"
+    shutil.copytree(folders / "random", folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    told = config | {"chat_template_type": "deepseek_v32"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    function = {"name": "weather", "arguments": '{"city": "Zürich", "n": 2}'}
+    called = {"role": "assistant", "tool_calls": [{"id": "c", "type": "function", "function": function}]}
+    messages = [*HELLO, called, {"role": "tool", "tool_call_id": "c", "content": "rain"}, *HELLO]
+    turns = [{"role": "assistant", "content": [{"type": "tool_use", "name": "weather", "input": {"n": 2}}]}]
+    with serving(folder) as served, Scripted(served, "So.") as script:
+        for path, conversation in (("chat/completions", messages), ("messages", [*HELLO, *turns, *HELLO])):
+            body = {"messages": conversation, "max_tokens": 5}
+            answer = httpx.post(f"{served.url}/v1/{path}", json=body)
+            assert answer.status_code == 200, answer.text
+        prompts = [served.loaded.tokenizer.decode(job.prompt) for job in script.jobs]
+    assert 'invoke name="weather"' in prompts[0] and 'string="true">Zürich<' in prompts[0]
+    assert '"n" string="false">2<' in prompts[0] and '"n" string="false">2<' in prompts[1]
+    assert "<result>rain</result>" in prompts[0]
 
 
 # --- Completions -----------------------------------------------------------------------------------------

@@ -146,9 +146,13 @@ def _chunk(
 
 
 def drafted(update: Update) -> dict[str, Any]:
-    """Our extension: which pieces of the content were drafted."""
-    pieces = [each for each in update.pieces if isinstance(each, Piece) and each.kind == "content"]
-    return {"drafted": [[piece.text, piece.drafted] for piece in pieces]} if pieces else {}
+    """Our extension: which pieces of the content, and of the reasoning, were drafted."""
+    told: dict[str, Any] = {}
+    for piece in update.pieces:
+        if isinstance(piece, Piece):
+            name = "drafted" if piece.kind == "content" else "drafted_reasoning"
+            told.setdefault(name, []).append([piece.text, piece.drafted])
+    return told
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -135,12 +135,22 @@ def _with_object(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def _with_texts(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON texts."""
+    calls = [{**call, "function": {**call["function"]}} for call in message.get("tool_calls", ())]
+    for call in calls:
+        call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**message, "tool_calls": calls} if calls else message
+
+
 def _suited(tokenizer: TokenizerWrapper, messages: list[Message], options: dict[str, Any]) -> list[Message]:
-    """The messages in a form that the template keeps: content as a text, or in parts."""
+    """The messages in a form that the template keeps: content as a text, or in parts; arguments of earlier
+    calls as objects, or as texts, which DeepSeek's template expects.
+    """
     heard = [m["content"].strip() for m in messages if m["role"] in ("system", "user")]
     heard = heard[:8] + heard[8:][-8:]  # of thousands, to look for all would take too long
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    for form in (messages, parts):
+    for form in (messages, parts, list(map(_with_texts, messages))):
         try:
             text = tokenizer.apply_chat_template(form, tokenize=False, **options)
         except Exception:  # a template is a program, and may refuse either
