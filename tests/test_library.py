@@ -1,6 +1,7 @@
 """What models are on a machine, in the folders that people have; whatever is in these folders."""
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_gguf import write_model
 
 from mlx_redrafter.blas import packaged
 from mlx_redrafter.decoding.state import PLAIN
+from mlx_redrafter.engine import stopwatch
 from mlx_redrafter.engine.policy import StepTimes
 from mlx_redrafter.engine.step_times import keep
 from mlx_redrafter.loading.find import DEFAULT_MODEL, PACKAGED
@@ -467,3 +469,21 @@ def test_a_tuned_model_says_so(models, made, run, tmp_path, monkeypatch):
     assert keep(model.prepare(), [PLAIN], StepTimes([0.1], [0.0]))
     rows = models(tmp_path / "models")
     assert {name: row["tuned"] for name, row in rows.items()} == {"base": True, "other": False}
+
+
+def test_the_speed_up_that_tune_has_measured_is_shown(models, made, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stopwatch, "STEADY", math.inf)  # whatever else runs meanwhile
+    shutil.copytree(made / "base", tmp_path / "models" / "base")
+    flags = ("--model", tmp_path / "models" / "base", "--drafter", "none", "--seconds", 0.2, "--json")
+    assert run("tune", *flags, "--tokens", 0)[0] == 0  # no token decoded: nothing is known of drafts
+    row = models(tmp_path / "models")["base"]
+    assert row["tuned"] and row["speedup"] is None
+    assert " tuned" in run("models", "--model-dir", tmp_path / "models")[1]
+    speedups = []
+    for drafter in ("none", made / "drafter"):
+        code, out, _ = run("tune", *flags, "--drafter", drafter, "--tokens", 20)
+        assert code == 0
+        speedups.append(json.loads(out)["chosen"]["speedup"])
+    assert models(tmp_path / "models")["base"]["speedup"] == max(speedups) > 0
+    assert f" {max(speedups):.2f} x" in run("models", "--model-dir", tmp_path / "models")[1]

@@ -15,15 +15,15 @@ from ..engine import backend
 from ..engine.runner import Runner
 from ..engine.step_times import OLD, conditions, weight_bytes
 from ..loading.base import as_floats, load_base
-from ..loading.cache import noted_conditions
+from ..loading.cache import notes
 from ..loading.fit import KnownDrafter, drafter_of, known_drafters
 from ..loading.library import Entry, library
 from ..loading.read import first_line
 from ..models.target import Target
 from .arguments import colours, harmless
 
-Conditions = dict[str, Any]
-HEADS = ("model", "architecture", "parameters", "size", "precision", "drafts", "drafter", "tuned")
+Note = dict[str, Any]
+HEADS = ("model", "architecture", "parameters", "size", "precision", "drafts", "drafter", "speed-up")
 SAME = ("chip", "backend", "model", "weights", "versions")  # of the conditions of step times
 NONE = """No models are on this machine yet: `mlx-redrafter generate --model REPOSITORY` downloads one from \
 Hugging Face, and --model-dir FOLDER names a folder that has some."""
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"--model-dir {folder} is no folder: check the path.")
     entries = library(args.model_dir)
-    drafters, kept = known_drafters(entries), noted_conditions("step-times", OLD)
+    drafters, kept = known_drafters(entries), notes("step-times", OLD)
     rows = [described(entry, drafters, kept) for entry in entries if not entry.is_drafter]
     if args.json:
         others = [
@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Conditions]) -> dict[str, Any]:
+def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Note]) -> dict[str, Any]:
     """What there is to say of a model, as JSON.
 
     ``drafts``: trees, chains, plain if it can only be decoded so, none if it cannot be loaded, and unknown of
     what has to be converted first; ``reason`` says why. ``tuned``: step times are kept; None where unknown.
+    ``speedup``: that ``tune`` has measured on this machine, with the best of the drafters that it was given.
     """
     told: dict[str, Any] = {name: value for name, value in vars(entry).items() if name != "is_drafter"}
     told |= {
@@ -70,6 +71,7 @@ def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Con
         "reason": entry.problem,
         "drafter": None,
         "tuned": None,
+        "speedup": None,
     }
     if not (entry.problem or entry.supported):
         told["reason"] = f"there is no code for {entry.architecture}"
@@ -83,19 +85,23 @@ def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Con
         told["drafts"] = "plain"
         told["drafts"] = "trees" if Target(model).trees else "chains"
         found = drafter_of(model, drafters)
-        return told | {"drafter": found and found.name, "tuned": _is_tuned(model, kept)}
+        known = _tuned(model, kept)
+        speedups = [note["speedup"] for note in known if isinstance(note.get("speedup"), int | float)]
+        told |= {"tuned": bool(known), "speedup": max(speedups, default=None)}
+        return told | {"drafter": found and found.name}
     except Exception as error:  # of mlx-lm's code, for one, since configs may say anything
         return told | {"reason": first_line(error, 1000)}
 
 
-def _is_tuned(model: nn.Module, kept: Sequence[Conditions]) -> bool:
+def _tuned(model: nn.Module, kept: Sequence[Note]) -> list[Note]:
+    """What is known of the model's step times on this machine."""
     as_floats(model, backend.current().dtype)  # as when it is used
     weights = weight_bytes(model.parameters())
-    alike = [each for each in kept if each.get("weights") == weights]
+    alike = [each for each in kept if each["conditions"].get("weights") == weights]
     if not alike:  # then no weights are read
-        return False
+        return []
     now = conditions(Runner(Target(model), None), ())
-    return any(all(each.get(key) == now[key] for key in SAME) for each in alike)
+    return [each for each in alike if all(each["conditions"].get(key) == now[key] for key in SAME)]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
@@ -117,7 +123,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     drafts = {"unknown": "when loaded"}.get(row["drafts"], row["drafts"])
     copies = row["drafts"] in ("trees", "chains")
-    tuned = "yes" if row["tuned"] else "-"
+    tuned = "tuned" if row["tuned"] else "-"
+    speedup = tuned if row["speedup"] is None else f"{row['speedup']:.2f} x"
     size = f"{row['bytes'] / 1e9:.2f} GB"
     drafter = row["drafter"] or ("copies only" if copies else "-")
     return [
@@ -128,7 +135,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["precision"],
         drafts,
         drafter,
-        tuned,
+        speedup,
     ]
 
 

@@ -55,13 +55,15 @@ def run(args: argparse.Namespace) -> int:
     model.use_policy(policy, args.lookup)
     for ids in usable(prompts, partial(encode, tokenizer=tokenizer))[1] if args.tokens else ():
         read += sum(1 for _ in stream_generate(model, tokenizer, ids, args.tokens, lookup=args.lookup))
-    file = keep(runner, shapes, times) if steady else None
+    told = choice(shapes, times, policy)
+    measured = {"speedup": told["chosen"]["speedup"]} if read and "speedup" in told["chosen"] else {}
+    file = keep(runner, shapes, times, **measured) if steady else None
     record = {
         "conditions": conditions(runner, shapes),
         "rounds": calibration.rounds,
         "steady": steady,
         "tokens": read,
-        **choice(shapes, times, policy),
+        **told,
         "file": file and str(file),
     }
     print(json.dumps(record, indent=1) if args.json else table(record))

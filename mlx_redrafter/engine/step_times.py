@@ -93,10 +93,15 @@ def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
     return found
 
 
-def keep(runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1) -> Path | None:
-    """Write step times to the cache folder; return the file, or None if it cannot be written."""
+def keep(
+    runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1, **more: Any
+) -> Path | None:
+    """Write step times, and what ``more`` is known, to the cache folder; return the file, or None if that
+    cannot be written.
+    """
     seconds = [value if value < math.inf else None for value in times.seconds]
-    return write_note("step-times", conditions(runner, shapes, texts), seconds=seconds, per_row=times.per_row)
+    known = conditions(runner, shapes, texts)
+    return write_note("step-times", known, seconds=seconds, per_row=times.per_row, **more)
 
 
 def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> dict[str, Any]:

@@ -55,11 +55,11 @@ def read_note(kind: str, conditions: dict[str, Any], age: float = math.inf) -> d
     return {}
 
 
-def noted_conditions(kind: str, age: float = math.inf) -> list[dict[str, Any]]:
-    """The conditions of all notes of a kind that were kept in the last ``age`` seconds."""
+def notes(kind: str, age: float = math.inf) -> list[dict[str, Any]]:
+    """All notes of a kind that were kept in the last ``age`` seconds, with their conditions."""
     with contextlib.suppress(OSError, RuntimeError):
-        notes = [_read(file, age) for file in sorted((cache_folder() / kind).glob("*.json"))]
-        return [dict(note["conditions"]) for note in notes if isinstance(note.get("conditions"), dict)]
+        found = [_read(file, age) for file in sorted((cache_folder() / kind).glob("*.json"))]
+        return [note for note in found if isinstance(note.get("conditions"), dict)]
     return []
 
 
