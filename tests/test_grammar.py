@@ -492,6 +492,18 @@ def test_repeats_that_multiply_are_known_before_anything_is_compiled(monkeypatch
         if "100,000" in reason:
             with pytest.raises(ValueError, match=reason):
                 getattr(Grammar, kind)(tokenizer, given)
+    begun = time.perf_counter()
+    for text in (
+        "[" * (1 << 18),
+        r"\p{" * 80_000,
+        "{1" * (1 << 17),
+        "(" * (1 << 18),
+        '"' + r"\"" * (1 << 17),
+    ):
+        assert module._size(text) >= 0 and module._lark_size(f"start: {text}") >= 0
+        assert module._lark_size(f"start: /{text}") >= 0 and module._lark_size(text + "\n" * 1000) == 0
+    assert module._lark_size("".join(f"A{i}: A{i + 1}\n" for i in range(20_000))) >= 0
+    assert time.perf_counter() - begun < 10
     for pattern, size in (("(ab{4}){4}", 20), (r"\{2}[{9}]{3}(?:\x{41}|b){2,}", 3 + 3 + 2 * 5), ("", 0)):
         assert module._size(pattern) == size
 

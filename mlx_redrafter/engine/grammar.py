@@ -31,10 +31,12 @@ MOST_STATES = 100_000  # of a number read digit by digit: as many as the least c
 WHITESPACE = r"[ \t\n\r]{1,41}"
 DECIMALS = 12  # of multipleOf, before and after the point
 
-# What expressions, and Lark's grammars, are made of: a character or a class of some; a quantifier; a bracket.
-_ATOMS = re.compile(r"\\[pPxuU]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[\d\s,]+\}|.", re.DOTALL)
+# What expressions, and Lark's grammars, are made of: characters and classes, quantifiers, brackets. What is
+# not closed ends with the text: to look for its end from everywhere would take too long.
+_ATOMS = re.compile(r"\\[pPxuU]\{[^}]*\}?|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]?|\{[\d\s,]+\}|.", re.DOTALL)
 _LARK = re.compile(
-    r"""//[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|\w+|\{[\d\s,]+\}|~\s*\d+(?:\s*\.\.\s*\d+)?|[()|\[\]]"""
+    r"""//[^\n]*|"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\\n])+/?|\w+|\{[\d\s,]+\}"""
+    r"""|~\s*\d+(?:\s*\.\.\s*\d+)?|[()|\[\]]"""
 )
 _DEFINED = re.compile(r"^[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)  # a name of Lark's
 
