@@ -89,13 +89,13 @@ class SpeculativeModel:
         same = kinds == self._kinds  # only values differ: steps take as long, and drafts can be verified
         drafter: Any = self.drafter
         try:
-            target = Target(self.model, drafter.config.context_layers if drafter else ())
+            drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
+            target = Target(self.model, drafter.config.context_layers if drafter else (), drafter)
             if self.refusal or not same:
-                _check_fit(drafter, target.embed)
+                _check_fit(self.drafter, target.embed)
                 target.check(f"{backend.current().name} {backend.chip()}")
             elif self._runner is not None:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
-            drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
             self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""
         except ERRORS as error:  # mlx-lm's code may have changed
             self._runner, self.refusal = None, str(error).partition("\n")[0] or type(error).__name__

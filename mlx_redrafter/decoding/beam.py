@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -24,7 +25,11 @@ class Proposer(Protocol):
         """[..., F] -> [..., P]: what ``logits`` needs of the context, once per step."""
         ...
 
-    def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
+    def look_back(self, rows: list[mx.array], count: mx.array, columns: int) -> Any:
+        """What ``logits`` needs of the memory's buffers, once per step (of a drafter that has one)."""
+        ...
+
+    def logits(self, prepared: mx.array, state: mx.array, memory: Any = None) -> mx.array:
         """[..., P], [..., S] -> [..., V_draft]."""
         ...
 
@@ -49,6 +54,7 @@ def draft(
     context: mx.array,
     width: int,
     length: int,
+    memory: Any = None,
 ) -> Beam:
     """Search ``length`` tokens ahead, keeping the ``width`` best beams (arXiv 2403.09919, section 3).
 
@@ -59,6 +65,7 @@ def draft(
         context: [B, F], what the drafter reads of the target.
         width: beams kept at each depth.
         length: tokens drafted.
+        memory: what ``look_back`` gave; None: the drafter has none.
     """
     depths = []
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
@@ -66,10 +73,11 @@ def draft(
     states = mx.broadcast_to(drafter.start, (*tokens.shape, drafter.start.size))  # [B, 1, S]
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
+    logits = drafter.logits if memory is None else partial(drafter.logits, memory=memory)
     for _ in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
-        total = scores[..., None] + log_softmax(drafter.logits(rows, states))  # [B, W, V_draft]
+        total = scores[..., None] + log_softmax(logits(rows, states))  # [B, W, V_draft]
         vocabulary = total.shape[-1]
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
         parents, index = best // vocabulary, best % vocabulary  # [B, W]

@@ -9,6 +9,9 @@ rows and goes round, as a ring: the row of place p is at p % size. That is so of
 rows are needed none ever goes round. The room is for the nodes of two steps: those of one that is not
 accepted, or given up, take the places of rows that nobody needs any more.
 
+A drafter's memory of the text is one more layer of rows, the last. Nothing reads its nodes' rows while they
+are verified, so they are only ever written by ``commit``, also where the nodes are a chain.
+
 Recurrent layers keep states, whose size does not depend on the text. Nothing is written into these: a step
 replaces them with those after the accepted nodes.
 """
@@ -47,11 +50,14 @@ class Layers:
     """The buffers of every layer, and the rows of the last path that are not in them yet."""
 
     rows: list[Rows]  # C rows of each text
-    path: list[Rows] = field(default_factory=list)  # L + 1 rows of each, or none
+    path: list[Rows] = field(
+        default_factory=list
+    )  # L + 1 rows of each, or none; of a chain the memory's only
     path_start: mx.array | None = None  # [B] where the path's rows belong
     states: list[list[mx.array]] = field(default_factory=list)  # of each recurrent layer, each [B, ...]
     windows: Sequence[int | None] = ()  # last rows that each layer needs; None: all. Empty: all need all
     room: int = ROOM  # rows of each ring besides its window
+    memory: bool = False  # whether the last layer is the drafter's memory, which is never quantized
 
     def __post_init__(self) -> None:
         self.windows = self.windows or [None] * len(self.rows)
@@ -108,6 +114,8 @@ def commit(layers: Layers) -> Layers:
     start = layers.path_start
     written = [
         [write_rows(buffer, part, start, window) for buffer, part in zip(rows, path, strict=True)]
+        if path
+        else rows
         for rows, path, window in zip(layers.rows, layers.path, layers.windows, strict=True)
     ]
     return replace(layers, rows=written, path=[], path_start=None)
@@ -118,7 +126,7 @@ def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.
 
     Args:
         layers: the buffers hold the nodes' rows.
-        nodes: per layer [B, Hkv, N, ...], rows of the verified nodes.
+        nodes: per layer [B, Hkv, N, ...], rows of the verified nodes; none where they are in their places.
         path: [B, L+1], the accepted nodes.
         start: [B], where the root's row belongs.
     """
@@ -161,7 +169,7 @@ def with_room(layers: Layers, capacity: int, room: int, rows: mx.array) -> Layer
     for number, parts in enumerate(layers.rows):
         if layers.windows[number] is not None:
             old, new = parts[0].shape[2], layers.size(number, capacity)
-            place = _places(rows, new) % old  # [B, new]
+            place = places(rows, new) % old  # [B, new]
             layers.rows[number] = [mx.take_along_axis(x, place[:, None, :, None], axis=2) for x in parts]
             mx.eval(layers.rows[number])
     return layers
@@ -227,7 +235,7 @@ def one_text(layers: Layers, number: int) -> Layers:
 
 def quantized(layers: Layers, how: Quantization) -> Layers:
     """The committed layers with keys and values quantized, in place of the given ones, one at a time."""
-    for number, rows in enumerate(layers.rows):
+    for number, rows in enumerate(layers.rows[:-1] if layers.memory else layers.rows):
         layers.rows[number] = [part for array in rows for part in quantized_rows(array, how)]
         mx.eval(layers.rows[number])
     return layers
@@ -248,7 +256,7 @@ def _rebuilt(layers: Layers, capacity: int, change: Callable[[mx.array, int], mx
     same lists, so that no two copies of all are in memory at once."""
     for number, rows in enumerate(layers.rows):
         for part in range(len(rows)):
-            if layers.path_start is not None:
+            if layers.path_start is not None and layers.path[number]:
                 path = layers.path[number][part]
                 rows[part] = write_rows(rows[part], path, layers.path_start, layers.windows[number])
             rows[part] = change(rows[part], layers.size(number, capacity))
@@ -263,7 +271,7 @@ def _fitted(buffer: mx.array, capacity: int) -> mx.array:
     return mx.pad(buffer, [(0, 0), (0, 0), (0, missing), (0, 0)])
 
 
-def _places(start: mx.array, size: int) -> mx.array:
+def places(start: mx.array, size: int) -> mx.array:
     """The place before ``start`` [B] whose row each row of a buffer is: [B, size]; negative: none."""
     row = mx.arange(size)
     return start[:, None] - size + (row - start[:, None]) % size
@@ -282,7 +290,7 @@ def visible(tree: Tree, start: mx.array, columns: int, window: int | None = None
         [B, N, C] bool.
     """
     nodes, start = tree.tokens.shape[1], start[:, None]
-    before = _places(start[:, 0], columns)  # [B, C]: the place in the text whose row it is
+    before = places(start[:, 0], columns)  # [B, C]: the place in the text whose row it is
     node = before - start + columns  # [B, C]: the node whose row it is instead
     is_node, inside = node < nodes, mx.minimum(node, nodes - 1)
     index = mx.broadcast_to(inside[:, None], (*tree.tokens.shape, columns))

@@ -50,13 +50,15 @@ def look_ahead(
     """Commit, propose, verify, which is all that takes the device long: the state with the tree's rows
     written, what was proposed, and what the target says of it."""
     assert state.layers.has_room(shape.size)
-    layers = commit(state.layers)
-    proposed = propose(target, drafter, shape, state)
-    seen = target.verify(proposed.tree, layers, state.rows, view)
-    return replace(state, layers=replace(layers, rows=seen.rows)), proposed, seen
+    state = replace(state, layers=commit(state.layers))
+    proposed = propose(target, drafter, shape, state, view)
+    seen = target.verify(proposed.tree, state.layers, state.rows, view)
+    return replace(state, layers=replace(state.layers, rows=seen.rows)), proposed, seen
 
 
-def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State) -> "Proposed":
+def propose(
+    target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State, view: View
+) -> "Proposed":
     """The tree of the likeliest candidates: the drafter's beams, and what the text itself suggests."""
     if shape.size == 1:
         return Proposed(build_chain(state.token, None, 1), None)
@@ -64,7 +66,11 @@ def propose(target: "Verifier", drafter: Proposer | None, shape: DraftShape, sta
     if shape.width:
         assert drafter is not None
         length = min(shape.length, shape.depth)
-        drafted = from_beam(draft(drafter, target.embed, state.token, state.context, shape.width, length))
+        memory = None
+        if state.layers.memory:
+            memory = drafter.look_back(state.layers.rows[-1], state.rows, view.columns)
+        beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory)
+        drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end
         found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
         scores = lookup.scores(found, state.record)
@@ -86,8 +92,11 @@ def conclude(
     last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
     states = seen.states(last[:, 0])
     layers = replace(state.layers, rows=seen.rows, path=[], path_start=None, states=states)
-    if not tree.is_chain:  # a chain's accepted rows are where they belong already
-        layers = leave_path(layers, seen.nodes, accepted.path, state.rows)
+    nodes = seen.nodes
+    if tree.is_chain:  # its accepted rows are where they belong already, except those of the memory
+        nodes = [*[[]] * (len(nodes) - 1), nodes[-1]] if layers.memory else []
+    if nodes:
+        layers = leave_path(layers, nodes, accepted.path, state.rows)
 
     token = mx.take_along_axis(accepted.tokens, end, axis=1)[:, 0]  # [B]
     context = mx.take_along_axis(seen.context, last[..., None], axis=1)[:, 0]  # [B, F]
@@ -123,7 +132,10 @@ class Proposed:
 
 @dataclass
 class Verified:
-    """What the target says of a tree's N nodes, and the buffers with the nodes' rows written."""
+    """What the target says of a tree's N nodes, and the buffers with the nodes' rows written.
+
+    Those of the drafter's memory are not.
+    """
 
     logits: mx.array  # [B, N, V]
     context: mx.array  # [B, N, F]

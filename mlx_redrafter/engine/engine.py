@@ -101,12 +101,18 @@ class _Prompt:
     text: Text
     request: Request
     caches: list[Any] | None = None  # once it is being read
+    memory: list[Any] = field(default_factory=list)  # the cache of the drafter's memory, if it has one
     read: int = 0  # of its tokens
 
     @property
     def left(self) -> int:
         """Tokens to read; the last one is the first step's."""
         return len(self.request.prompt) - 1 - self.read
+
+    @property
+    def all_caches(self) -> list[Any]:
+        """Of the model and the drafter."""
+        return [*(self.caches or ()), *self.memory]
 
 
 class Engine:
@@ -147,6 +153,8 @@ class Engine:
         self.chunk, self.texts, self.max_memory = chunk, texts, max_memory
         self.target, self.runner, self._longest = runner.target, runner, longest
         self.prefixes = prefixes
+        if prefixes is not None:
+            prefixes.belong_to(self.target.memory)
         # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
         self._new_batch = partial(
             Batch,
@@ -274,21 +282,22 @@ class Engine:
         request, total = prompt.request, len(prompt.request.prompt)
         if prompt.caches is None:
             prompt.caches = self.target.make_cache() if request.caches is None else request.caches
+            prompt.memory = self.target.make_memory(prompt.caches)
             self._begun[prompt.text.number] = request
             if (prefixes := self._prefixes_for(request)) is not None:
-                request.cached_tokens = prompt.read = prefixes.restore(request.prompt[:-1], prompt.caches)
+                request.cached_tokens = prompt.read = prefixes.restore(request.prompt[:-1], prompt.all_caches)
             request.progress(prompt.read, total)
         ends = [end for end in (*request.pauses, *request.checkpoints) if end > prompt.read]
         count = min(prompt.left, most, *(end - prompt.read for end in ends))
         if count:
             tokens = mx.array([list(request.prompt[prompt.read : prompt.read + count])])
-            self.target.forward(tokens, prompt.caches)
+            self.target.forward(tokens, prompt.all_caches)
             quantize(prompt.caches, request.kv)
-            mx.eval([cache.state for cache in prompt.caches])
+            mx.eval([cache.state for cache in prompt.all_caches])
             mx.clear_cache()
             prompt.read += count
             if prompt.read in request.checkpoints or any(self.target.windows):  # which will forget them
-                self._keep_prompt(request, prompt.read, read_rows(prompt.caches))
+                self._keep_prompt(request, prompt.read, read_rows(prompt.all_caches))
             request.progress(prompt.read, total)
         return count
 
@@ -296,12 +305,15 @@ class Engine:
         """Let a text whose prompt has been read take part in steps, in a batch of texts of like length."""
         text, request = prompt.text, prompt.request
         assert prompt.caches is not None
-        text.rows, layers = self.target.layers_of(prompt.caches)
+        text.rows, layers = self.target.layers_of(prompt.all_caches)
         self._keep_prompt(request, text.rows, in_order(layers, text.rows))
         text.kept = kept_as(prompt.caches[0])
         if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
             text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
-        prompt.caches = None  # steps must have the only references, unless the caller has some
+        prompt.caches, prompt.memory = (
+            None,
+            [],
+        )  # steps must have the only references, unless the caller has some
         state = begin(request.prompt, text.rows, layers, self.target.no_context(), request.seeds)
         del layers
         self._place(text, state)

@@ -49,15 +49,21 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 Arrays = dict[str, mx.array]
 
 
-def prefix_identity(model: nn.Module) -> str:
+def prefix_identity(model: nn.Module, drafter: Any = None) -> str:
     """32 hexadecimal digits for all that decides what layers remember: weights, code, versions and device.
 
     All weights are read once.
+
+    Args:
+        drafter: counts only if it has a memory, which is one of the layers.
     """
     digest = hashlib.sha256(str((FORMAT, str(model), getattr(model, "args", None))).encode())
     versions = [metadata.version(name) for name in ("mlx", "mlx-lm", "mlx-redrafter")]
     digest.update(repr((versions, backend.current().name, backend.chip())).encode())
     weights: Any = tree_flatten(model.parameters())
+    if drafter is not None and drafter.config.memory_heads:
+        digest.update(repr(drafter.config).encode())
+        weights += [(f"drafter.{name}", weight) for name, weight in drafter.weights().items()]
     for name, weight in sorted(weights, key=lambda pair: pair[0]):
         digest.update(repr((name, weight.shape, str(weight.dtype))).encode())
         if weight.size:

@@ -76,6 +76,7 @@ class Prefixes:
             raise ValueError(f"prompt cache bytes {limit} is not usable: give 0 or more.")
         self._clock = itertools.count(1)
         self._folder: PrefixFolder | None
+        self._drafter: Any = self  # whose memory is kept too: not known yet
         self.clear()
         self._folder = folder
 
@@ -84,6 +85,12 @@ class Prefixes:
         self._folder = None
         self._root = _Piece(np.zeros(0, np.int32), Layers([]))
         self._nbytes, self._recurrent = 0, False
+
+    def belong_to(self, drafter: object) -> None:
+        """Forget what was kept with another drafter's memory, or with none (None)."""
+        if self._drafter not in (self, drafter):
+            self.clear()
+        self._drafter = drafter
 
     @property
     def nbytes(self) -> int:

@@ -58,7 +58,7 @@ class Runner:
         if self._uses[kind] <= TRIALS:
             return self._step(self.target, shape, state, view)
         layers = state.layers
-        if layers.path_start is not None and layers.path and layers.path[0][0].shape[2] != shape.depth + 1:
+        if layers.path_start is not None and layers.path and layers.path[-1][0].shape[2] != shape.depth + 1:
             state = replace(state, layers=commit(layers))  # so that traces know paths of one length only
         if (shape, view) not in self._steps:
             self._steps[shape, view] = mx.compile(self._flat_step(shape, view))

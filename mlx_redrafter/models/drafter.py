@@ -3,10 +3,12 @@
 The network is Apple's ReDrafter (arXiv 2403.09919, section 3), with its parameter names, so that a
 checkpoint in Apple's layout loads as it is. What may differ from it: the head may know only the tokens
 the drafter ever proposes (``draft_to_target`` maps them back), its layers may be quantized, the context
-may hold the states of more layers of the base model, and the recurrent cell may be gated.
+may hold the states of more layers of the base model, the recurrent cell may be gated, and it may have a
+*memory*: attention to what it noted of every token that the model has read.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +20,8 @@ from mlx.utils import tree_flatten
 Q_BITS = (2, 3, 4, 5, 6, 8)
 Q_GROUP_SIZES = (32, 64, 128)
 CELLS = ("simple", "gru")
+MOST_HEADS, MOST_HEAD_SIZE = 64, 256  # of a memory, whose rows take room for every token of a text
+MEMORY_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class DrafterConfig:
             the last hidden state.
         cell: simple, SiLU of a sum (Apple's), or gru, gated.
         quantization: of every linear layer whose input width is a multiple of the group size.
+        memory_heads: M, heads with which it attends to the text; 0: it has no memory.
+        memory_head_size: Dh, the width of each.
+        memory_window: the last tokens that it attends to; None: all.
 
     Raises:
         ValueError: a size is not a positive integer, or the draft vocabulary exceeds the vocabulary.
@@ -63,6 +70,9 @@ class DrafterConfig:
     context_layers: tuple[int, ...] = ()
     cell: str = "simple"
     quantization: Quantization | None = None
+    memory_heads: int = 0
+    memory_head_size: int = 64
+    memory_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers"):
@@ -82,6 +92,15 @@ class DrafterConfig:
                     f"draft_vocab_size is {self.draft_vocab_size}, more than the vocabulary of "
                     f"{self.vocab_size}: choose at most that many draft tokens."
                 )
+        _check_size("memory_heads", self.memory_heads, least=0, most=MOST_HEADS)
+        _check_size("memory_head_size", self.memory_head_size, most=MOST_HEAD_SIZE)
+        if self.memory_window is not None:
+            _check_size("memory_window", self.memory_window)
+        if self.memory_heads and not self.can_split:
+            raise ValueError(
+                f"memory_heads is {self.memory_heads}, but no half of input_proj reads the context alone: "
+                f"choose an exit_dim other than {self.head_inputs}, or another quantization."
+            )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "DrafterConfig":
@@ -109,6 +128,8 @@ class DrafterConfig:
     def to_dict(self) -> dict[str, Any]:
         """What ``from_dict`` reads: the entries of ``config.json`` that are not their default."""
         optional = {name: value for name, value in asdict(self).items() if value not in (None, (), "simple")}
+        if not self.memory_heads:
+            optional = {name: x for name, x in optional.items() if not name.startswith("memory")}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in optional.items()}
 
     @property
@@ -131,6 +152,17 @@ class DrafterConfig:
         """The rows of the cell's two products: H, and for a gru H more for each gate."""
         return self.hidden_size * (3 if self.cell == "gru" else 1)
 
+    @property
+    def memory_outputs(self) -> int:
+        """M * Dh, what the heads of the memory give together."""
+        return self.memory_heads * self.memory_head_size
+
+    @property
+    def can_split(self) -> bool:
+        """Whether ``input_proj`` is there, and is a layer of the context and one of the state."""
+        splits = self.quantizes(self.context_size) or not self.quantizes(self.head_inputs)
+        return self.head_inputs != self.exit_dim and splits
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor a drafter of these sizes has on disk, by name."""
         layers, width, blocks = {}, self.exit_dim, self.num_draft_layers  # name: inputs, outputs, has a bias
@@ -142,6 +174,12 @@ class DrafterConfig:
             layers["rnn_u"] = self.hidden_size, self.cell_outputs, True
             layers["rnn_w"] = self.hidden_size, self.cell_outputs, False
         shapes: dict[str, tuple[int, ...]] = {}
+        if self.memory_heads:
+            layers["memory_kv"] = width + self.hidden_size, 2 * self.memory_outputs, False
+            layers["memory_q"] = width, self.memory_outputs, False
+            layers["memory_out"] = self.memory_outputs, width, False
+            shapes["memory_q_norm.weight"] = (self.memory_head_size,)
+            shapes["memory_decay"] = shapes["memory_sink"] = (self.memory_heads,)
         for name, (inputs, outputs, bias) in layers.items():
             shapes[f"{name}.weight"] = outputs, inputs
             if (how := self.quantization) is not None and self.quantizes(inputs):
@@ -157,6 +195,15 @@ class DrafterConfig:
     def quantizes(self, inputs: int) -> bool:
         """Whether a linear layer with this input width is quantized."""
         return self.quantization is not None and inputs % self.quantization.group_size == 0
+
+
+@dataclass
+class Memory:
+    """What a drafter is shown of its memory."""
+
+    keys: mx.array  # [B, M, T, Dh]
+    values: mx.array  # [B, M, T, Dh]
+    bias: mx.array  # [B, M, n or 1, T], see ``Drafter.memory_bias``
 
 
 class ResidualBlock(nn.Module):
@@ -197,6 +244,17 @@ class Drafter(nn.Module):
         if config.rnn:
             self.rnn_u = nn.Linear(config.hidden_size, config.cell_outputs)
             self.rnn_w = nn.Linear(config.hidden_size, config.cell_outputs, bias=False)
+        if config.memory_heads:
+            inputs, outputs = config.exit_dim + config.hidden_size, config.memory_outputs
+            self.memory_kv = nn.Linear(inputs, 2 * outputs, bias=False)
+            self.memory_q = nn.Linear(config.exit_dim, outputs, bias=False)
+            self.memory_q_norm = nn.RMSNorm(config.memory_head_size, MEMORY_EPS)
+            self.memory_out = nn.Linear(outputs, config.exit_dim, bias=False)
+            # Training begins with the network without it, and with distances that count a little.
+            self.memory_out.weight = mx.zeros_like(self.memory_out.weight)
+            self.memory_q_norm.weight = mx.full(config.memory_head_size, 2.0)
+            self.memory_decay = mx.full(config.memory_heads, math.log(math.expm1(0.5)))
+            self.memory_sink = mx.zeros(config.memory_heads)
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
 
@@ -233,19 +291,20 @@ class Drafter(nn.Module):
         candidate: mx.array = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
         return candidate + z * (state - candidate)
 
-    def logits(self, context: mx.array, state: mx.array) -> mx.array:
+    def logits(self, context: mx.array, state: mx.array, memory: "Memory | None" = None) -> mx.array:
         """Unnormalised log-probabilities of the next draft token.
 
         Args:
             context: [..., F], what the base model knew when it emitted the first token.
             state: [..., H], the state after the last token.
+            memory: what the n states [B, n, H] are shown of it; None: nothing.
         Returns:
             [..., Vd]
         """
-        logits: mx.array = self.lm_head[-1](self.body(context, state))
+        logits: mx.array = self.lm_head[-1](self.body(context, state, memory))
         return logits
 
-    def body(self, context: mx.array, state: mx.array) -> mx.array:
+    def body(self, context: mx.array, state: mx.array, memory: "Memory | None" = None) -> mx.array:
         """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
         x: mx.array
         if (halves := self.halves()) is not None:
@@ -255,6 +314,8 @@ class Drafter(nn.Module):
             x = mx.concatenate([mx.broadcast_to(context, shape), state], axis=-1)  # [..., F + H]
             if "input_proj" in self:
                 x = self.input_proj(x)  # [..., exit_dim]
+        if memory is not None:
+            x = self.recall(x, memory)
         for block in self.lm_head[:-1]:
             x = block(x)
         return x
@@ -264,9 +325,66 @@ class Drafter(nn.Module):
 
         So the context's product is computed once, however many states are read with it.
         """
-        cut, inputs, quantizes = self.config.context_size, self.config.head_inputs, self.config.quantizes
-        can_split = "input_proj" in self and (quantizes(cut) or not quantizes(inputs))
-        return _split(self.input_proj, cut, inputs) if can_split else None
+        config = self.config
+        return _split(self.input_proj, config.context_size, config.head_inputs) if config.can_split else None
+
+    def remember(self, prepared: mx.array, embedding: mx.array) -> list[mx.array]:
+        """What the memory keeps of T tokens: keys and values, each [B, M, T, Dh].
+
+        Args:
+            prepared: [B, T, exit_dim], the context's half of ``input_proj`` after reading each token.
+            embedding: [B, T, H], of the tokens.
+        """
+        both = self.memory_kv(mx.concatenate([prepared, embedding], axis=-1))  # [B, T, 2 * M * Dh]
+        keys, values = (self._heads(half) for half in mx.split(both, 2, axis=-1))
+        return [mx.fast.rms_norm(keys, None, MEMORY_EPS), values]
+
+    def memory_bias(self, distance: mx.array) -> mx.array:
+        """What is added to scores, the logarithmic kernel of KERPLE (arXiv 2205.09921).
+
+        Args:
+            distance: [B, n, T], from the last token read to each one that is kept; negative: it is not seen.
+        Returns:
+            [B, M, n, T]
+        """
+        slope = nn.softplus(self.memory_decay.astype(mx.float32))[:, None, None]
+        shown = (distance >= 0) & (distance < (self.config.memory_window or mx.inf))
+        kernel = -slope * mx.log1p(mx.maximum(distance, 0).astype(mx.float32))[:, None]
+        bias: mx.array = mx.where(shown[:, None], kernel, -mx.inf).astype(self.memory_decay.dtype)
+        return bias
+
+    def read(self, context: mx.array, embedding: mx.array) -> "Memory":
+        """What each token of whole texts is shown of the memory, for training: those up to itself.
+
+        Args:
+            context: [B, T, F], after reading each token.
+            embedding: [B, T, H], of the tokens.
+        """
+        halves, place = self.halves(), mx.arange(context.shape[1])
+        assert halves is not None
+        keys, values = self.remember(halves[0](context), embedding)
+        return Memory(keys, values, self.memory_bias((place[:, None] - place)[None]))
+
+    def recall(self, x: mx.array, memory: "Memory") -> mx.array:
+        """``x`` [..., B, n, exit_dim] and what it finds in the memory, or in a sink that gives nothing."""
+        queries = self._heads(self.memory_q(x.reshape(-1, *x.shape[-2:])))  # [..., M, n, Dh]
+        copies = queries.shape[0] // memory.keys.shape[0]  # 1 in decoding
+        keys, values = (
+            part if copies == 1 else mx.tile(part, (copies, 1, 1, 1)) for part in (memory.keys, memory.values)
+        )
+        found = mx.fast.scaled_dot_product_attention(
+            self.memory_q_norm(queries),
+            keys,
+            values,
+            scale=self.config.memory_head_size**-0.5,
+            mask=memory.bias,
+            sinks=self.memory_sink,
+        )
+        after: mx.array = x + self.memory_out(found.swapaxes(1, 2).reshape(*x.shape[:-1], -1))
+        return after
+
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:-1], -1, self.config.memory_head_size).swapaxes(1, 2)
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -292,8 +410,9 @@ def _split(layer: nn.Module, cut: int, inputs: int) -> tuple[nn.Module, nn.Modul
     return first, second
 
 
-def _check_size(name: str, value: object, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def _check_size(name: str, value: object, least: int = 1, most: int | None = None) -> None:
+    if type(value) is not int or value < least or (most is not None and value > most):
+        limit = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(
-            f"{name} is {value!r} in the drafter's configuration: it must be an integer of at least {least}."
+            f"{name} is {value!r} in the drafter's configuration: it must be an integer {limit}."
         )

@@ -42,6 +42,7 @@ from ..decoding.layers import (
 from ..decoding.step import Verified
 from ..decoding.tree import Tree
 from ..loading.cache import read_note, write_note
+from .fused import FusedDrafter
 from .hooks import ERRORS, Recorder, States, Tape, leaves, parts, view, with_each
 from .identity import token_embedding
 from .tried import conditions
@@ -60,6 +61,7 @@ class Target:
             layers, or lists of these.
         layers: layers, counted from 1, whose outputs are part of the hidden states too, each divided by
             its root mean square. So F = H * (1 + len(layers)).
+        drafter: one that has a memory, to which every token that is read is told.
 
     Attributes:
         has_states: whether it has recurrent layers.
@@ -70,12 +72,17 @@ class Target:
         ValueError: the model's state cannot be rolled back, or its parts cannot be found.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[int] = (), drafter: FusedDrafter | None = None
+    ) -> None:
         self.model = model
+        self.memory = drafter if drafter is not None and drafter.config.memory_heads else None
         self._caches = make_prompt_cache(model)  # empty
         kept = list(leaves(self._caches))
         self.windows = [_window(cache, model) for cache in kept if type(cache) is not ArraysCache]
         self.has_states = len(kept) > len(self.windows)
+        if self.memory is not None:
+            self.windows.append(self.memory.config.memory_window)
         self.trees = self.batches = True
         self.layers_read = tuple(layers)
         self._has_inner_head, self._full = False, list[list[mx.array]]()
@@ -129,10 +136,25 @@ class Target:
 
         return with_each(self._caches, empty)
 
+    def make_memory(self, caches: Sequence[Any]) -> list[Any]:
+        """A cache for the drafter's memory, which ``forward`` writes if it comes after mlx-lm's ``caches``.
+
+        It knows nothing of the tokens that these hold. There is none if the drafter has no memory.
+        """
+        if self.memory is None:
+            return []
+        window, held = self.windows[-1], max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
+        cache = KVCache() if window is None else RotatingKVCache(window)
+        if held:  # entries of zeros give nothing, as the sink
+            known = self.memory.remember(self.no_context()[:, None], self.embed(mx.array([[0]])))
+            cache.update_and_fetch(*(mx.repeat(mx.zeros_like(part), held, axis=2) for part in known))
+        return [cache]
+
     def suits(self, caches: Sequence[Any]) -> bool:
         """Whether mlx-lm caches keep the rows that the model needs, and in places that are known."""
         turning = [cache for cache in leaves(caches) if isinstance(cache, RotatingKVCache)]
-        return windows_of(caches) == self.windows and not any(cache.keep for cache in turning)
+        needed = self.windows if self.memory is None else self.windows[:-1]
+        return windows_of(caches) == needed and not any(cache.keep for cache in turning)
 
     def layers_of(self, caches: Sequence[Any]) -> tuple[int, Layers]:
         """How many tokens mlx-lm caches hold, and what they hold, with room for one row more at least.
@@ -140,6 +162,8 @@ class Target:
         Raises:
             ValueError: there are states only, of mlx-lm's own, which do not say how many tokens led to them.
         """
+        if len(caches) == len(self._caches):
+            caches = [*caches, *self.make_memory(caches)]
         rows = max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
         if rows == 0 and not all(cache.empty() for cache in leaves(caches)):
             raise ValueError("a cache that does not say how many tokens it holds: leave it out.")
@@ -147,13 +171,15 @@ class Target:
             caches = copy.deepcopy(list(caches))
             self.forward(mx.array([[0]]), caches)
         layers = from_prompt_cache(caches)
+        layers.memory = self.memory is not None
         layers.states = [
             [_padded(state, full) for state, full in zip(*pair, strict=True)]
             for pair in zip(layers.states, self._full, strict=True)
         ]
         if rows == 0:
             layers.states = [[mx.zeros_like(state) for state in states] for states in layers.states]
-        return rows, fit_rows(layers, rows + 1) if 0 < layers.capacity <= rows else layers
+        short = 0 < layers.capacity <= rows
+        return rows, fit_rows(layers, max(layers.capacity, rows + 1)) if short or layers.memory else layers
 
     def no_context(self) -> mx.array:
         """[1, F]: what the drafter reads before anything is known."""
@@ -162,8 +188,11 @@ class Target:
 
     def forward(self, tokens: mx.array, caches: Sequence[Any]) -> tuple[mx.array, mx.array]:
         """Tokens [B, n] after what ``caches`` hold -> logits [B, n, V] and hidden states [B, n, F]."""
-        logits, hidden, _ = self._forward(tokens, caches)
-        for cache in leaves(caches):
+        own = caches[: len(self._caches)]
+        logits, hidden, _ = self._forward(tokens, own)
+        if self.memory is not None and len(caches) > len(own):
+            caches[-1].update_and_fetch(*self.memory.remember(hidden, self.embed(tokens)))
+        for cache in leaves(own):
             if isinstance(cache, _StatesCache):
                 cache.offset += tokens.shape[1]
         return logits, hidden
@@ -228,7 +257,11 @@ class Target:
         caches = with_each(self._caches, stand_in)
         offset = positions(tree, start)
         logits, hidden, after = self._forward(tree.tokens, caches, watched, tree, offset, shown.columns)
-        return Verified(logits, hidden, [x.rows for x in trees], [x.nodes for x in trees], after)
+        rows, nodes = [x.rows for x in trees], [x.nodes for x in trees]
+        if self.memory is not None:
+            rows.append(layers.rows[-1])
+            nodes.append(self.memory.remember(hidden, self.embed(tree.tokens)))
+        return Verified(logits, hidden, rows, nodes, after)
 
     def check_quantized(self, how: Quantization) -> None:
         """Raise ``ValueError`` if mlx-lm cannot decode with keys and values quantized so."""

@@ -156,7 +156,7 @@ class Catalog:
     def _begin(self, model: SpeculativeModel, tokenizer: TokenizerWrapper) -> Served:
         options, folder = self._options, None
         if options.prompt_cache_dir is not None:
-            identity = prefix_identity(model.model)
+            identity = prefix_identity(model.model, model.drafter)
             folder = PrefixFolder(options.prompt_cache_dir, identity, options.prompt_cache_dir_bytes)
         prefixes = Prefixes(options.prompt_cache_bytes, folder)
         served = Served(model, tokenizer, prefixes, folder, options.chunk, options.texts)
