@@ -76,6 +76,7 @@ def after_prompt(model: SpeculativeModel, rows: int) -> State:
     assert target is not None
     ids = made_up_text(model.prepare(), rows + 1)
     caches = target.make_cache()
+    caches += target.make_memory(caches)
     for start in range(0, rows, 512):
         target.forward(mx.array([ids[start : min(start + 512, rows)]]), caches)
         mx.eval([cache.state for cache in caches])

@@ -74,11 +74,12 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     shown = View(state.capacity)
     if shape.width:
         assert drafter is not None
+        length, memory = min(shape.length, shape.depth), None
+        if state.layers.memory:
+            memory = drafter.look_back(state.layers.rows[-1], state.rows, shown.columns)
 
         def search() -> Any:
-            return draft(
-                drafter, target.embed, state.token, state.context, shape.width, min(shape.length, shape.depth)
-            )
+            return draft(drafter, target.embed, state.token, state.context, shape.width, length, memory)
 
         beam = search()
         mx.eval(vars(beam))
@@ -93,9 +94,9 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
             "lookup.find",
             lambda: vars(lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))),
         )
-    tree = propose(target, drafter, shape, state).tree
+    tree = propose(target, drafter, shape, state, shown).tree
     mx.eval(parts(tree))
-    yield "propose (draft to tree)", lambda: parts(propose(target, drafter, shape, state).tree)
+    yield "propose (draft to tree)", lambda: parts(propose(target, drafter, shape, state, shown).tree)
     yield "visible (mask)", lambda: visible(tree, state.rows, shown.columns)
     picks = mx.zeros(tree.tokens.shape, mx.int32)
     yield "accept", lambda: vars(accept(tree, picks, shape.depth))

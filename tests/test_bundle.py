@@ -66,6 +66,8 @@ def same(left, right):
         TRIMMED,
         DrafterConfig(32, 50, 64, 0, context_layers=(1, 2)),
         DrafterConfig(32, 50, 64, 2, True, 4, quantization=Quantization(4, 32)),
+        DrafterConfig(32, 50, 96, 1, True, memory_heads=2, memory_head_size=16, memory_window=9),
+        DrafterConfig(32, 50, 96, 1, True, quantization=Quantization(8, 32), memory_heads=3),
     ],
 )
 def test_round_trip(tmp_path, config):
@@ -75,6 +77,53 @@ def test_round_trip(tmp_path, config):
     assert same(drafter.weights(), weights_of(config))
     assert json.loads((tmp_path / "new/bundle/config.json").read_text())["mlx_redrafter"]["note"] == 1
     assert (tmp_path / "new/bundle/README.md").read_text() == "# card"
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32, None])
+def test_stored_bits_are_floats_once_loaded(tmp_path, dtype):
+    config = DrafterConfig(64, 50, 192, 1, True, 4, memory_heads=2)
+    weights = {
+        name: x if x.dtype == mx.int32 else x.astype(mx.bfloat16) for name, x in weights_of(config).items()
+    }
+    for bits, name in ((None, "whole"), (8, "bundle")):
+        stored = bits and Quantization(bits)
+        write_drafter(tmp_path / name, config, weights, identity(hidden=64), stored=stored)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "bundle")]
+    assert 0.5 < sizes[1] / sizes[0] < 0.6
+    drafter = load_drafter(tmp_path / "bundle", identity(hidden=64), dtype)
+    assert drafter.config == config
+    found = drafter.weights()
+    assert found.keys() == weights.keys()
+    for name, wanted in weights.items():
+        assert found[name].dtype == (mx.int32 if name == "draft_to_target" else dtype or mx.bfloat16)
+        if name.endswith("weight") and wanted.ndim == 2:
+            parts = [part.astype(mx.float32) for part in mx.quantize(wanted, 64, 8)[1:]]
+            exact = mx.dequantize(mx.quantize(wanted, 64, 8)[0], *parts, 64, 8)
+            assert mx.array_equal(found[name], exact.astype(found[name].dtype)).item()
+        else:
+            assert mx.array_equal(found[name], wanted).item()
+
+
+@pytest.mark.parametrize(
+    "stored", [8, [8], {"bits": 7}, {"bits": 8.0}, {"bits": True}, {"group_size": 64}, {"bits": 8, "more": 1}]
+)
+def test_a_bad_stored_form_is_refused(tmp_path, stored):
+    write_drafter(tmp_path / "bundle", CONFIG, weights_of(), extra={"stored": stored})
+    with pytest.raises(ValueError, match=r"config.json: 'stored' is .*: convert the drafter again"):
+        load_drafter(tmp_path / "bundle")
+
+
+def test_a_stored_form_that_is_not_there_is_refused(tmp_path):
+    config = DrafterConfig(64, 50, 192, 1)
+    write_drafter(tmp_path / "floats", config, weights_of(config), extra={"stored": {"bits": 8}})
+    with pytest.raises(ValueError, match="asks for"):
+        load_drafter(tmp_path / "floats")
+    quantized = DrafterConfig(64, 50, 192, 1, quantization=Quantization(8))
+    with pytest.raises(ValueError, match="quantized already"):
+        write_drafter(tmp_path / "twice", quantized, weights_of(quantized), stored=Quantization(8))
+    write_drafter(tmp_path / "both", quantized, weights_of(quantized), extra={"stored": {"bits": 8}})
+    with pytest.raises(ValueError, match="in memory too"):
+        load_drafter(tmp_path / "both")
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])

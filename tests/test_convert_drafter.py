@@ -350,6 +350,34 @@ def test_a_bundle_keeps_its_base(tmp_path):
         convert_drafter(tmp_path / "bundle", tmp_path / "other", base=OTHER)
 
 
+def test_stored_in_fewer_bits(tmp_path):
+    source = apple_folder(tmp_path / "apple", DrafterConfig(H, V, 128, 2, rnn=True))
+    convert_drafter(source, tmp_path / "stored", store_bits=8, dtype="float16")
+    assert raw_tensors(tmp_path / "stored")["lm_head.2.weight"][0] == "U32"
+    found, wanted = load_drafter(tmp_path / "stored"), load_drafter(source)
+    x = mx.random.normal((3, H))
+    error = mx.abs(found.logits(x, x) - wanted.logits(x, x)).max().item()
+    assert found.config == wanted.config and 0 < error < 0.02
+    convert_drafter(tmp_path / "stored", tmp_path / "floats")
+    assert mx.array_equal(load_drafter(tmp_path / "floats").logits(x, x), found.logits(x, x)).item()
+    with pytest.raises(ValueError, match="stored form of fewer bits, which Apple's layout lacks"):
+        export_drafter(tmp_path / "stored", tmp_path / "back")
+
+
+def test_a_memory_is_converted_and_not_exported(tmp_path):
+    config = DrafterConfig(H, V, 96, 1, rnn=True, memory_heads=2, memory_head_size=16)
+    source = apple_folder(tmp_path / "bundle", config)
+    convert.save_counts(tmp_path / "counts.json", np.ones(V, np.int64))
+    convert_drafter(
+        source, tmp_path / "small", q_bits=8, draft_vocab=20, frequencies=tmp_path / "counts.json"
+    )
+    drafter = load_drafter(tmp_path / "small")
+    assert (drafter.config.memory_heads, drafter.config.head_outputs) == (2, 20)
+    assert "memory_kv.scales" in drafter.weights()
+    with pytest.raises(ValueError, match="memory of the text, which Apple's layout lacks"):
+        export_drafter(source, tmp_path / "back")
+
+
 def test_quantizing_twice_is_refused(tmp_path):
     convert_drafter(apple_folder(tmp_path / "apple"), tmp_path / "bundle", q_bits=4)
     with pytest.raises(ValueError, match="quantized already"):
@@ -448,6 +476,8 @@ def test_command_knows_a_drafter_given_as_model(tmp_path):
         (["--drafter", "apple", "--upload-repo", "a/b/c"], "owner/name"),
         (["--drafter", "apple", "--mlx-path", "apple"], "exists already"),
         (["--hf-path", "base", "--draft-vocab", "4"], "--draft-vocab is for drafters"),
+        (["--hf-path", "base", "--store-bits", "8"], "--store-bits is for drafters"),
+        (["--drafter", "apple", "--store-bits", "7"], "quantization to 7 bits"),
         (["--hf-path", "base", "-q", "-d"], "exclude each other"),
         (["--hf-path", "base", "-q", "--q-bits", "7"], "--q-bits is 7"),
         (["--hf-path", "base", "-q", "--q-group-size", "16"], "--q-group-size is 16"),

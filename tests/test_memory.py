@@ -21,7 +21,7 @@ from mlx_redrafter.engine.loop import Batch, Fixed, bucket
 from mlx_redrafter.engine.prefix_folder import PrefixFolder, prefix_identity
 from mlx_redrafter.engine.prefixes import Prefixes
 from mlx_redrafter.engine.runner import Runner
-from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization, attend, attend_at_once
 from mlx_redrafter.models.fused import FusedDrafter
 from mlx_redrafter.models.target import Target, to_prompt_cache
 
@@ -138,6 +138,15 @@ def test_decoding_is_the_trained_form_at_every_place(cell, changes):
             drafter, context[: t + 1], texts[: t + 1], texts[t + 1 : t + 1 + length], t + 1 + t % 3
         )
         np.testing.assert_allclose(decoded, trained[:, 0, t], atol=1e-5)
+
+
+def test_both_forms_of_attention_are_one():
+    keys, values, queries = (mx.random.normal((2, 3, size, 8)) for size in (9, 9, 4))
+    bias = mx.where(mx.arange(9) < mx.array([[6], [0]]), mx.random.normal((2, 9)), -mx.inf)[:, None, None]
+    given = queries, keys, values, mx.broadcast_to(bias, (2, 3, 1, 9)), mx.array([0.5, -1.0, 3.0])
+    one, other = attend(*given), attend_at_once(*given)
+    assert mx.allclose(one, other, atol=1e-6).item() and mx.abs(one[0]).max().item() > 0.1
+    assert (one[1] == 0).all().item()
 
 
 def test_an_empty_memory_gives_nothing():

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..decoding.layers import Layers, fit_rows
 from ..decoding.state import DraftShape
 from ..decoding.tree import make_tree
-from ..models.target import Target, from_prompt_cache
+from ..models.target import Target
 from ..options import describe_shape
 from .measure import Contender, Meter, Run, time_answer
 from .statistics import interval, shapes_used, speed, tokens_per_step
@@ -136,7 +136,7 @@ def _read_context(target: Target) -> Layers:
     """The layers after ``CONTEXT`` tokens, whose buffers nothing else holds: so steps need not copy them."""
     caches = target.make_cache()
     target.forward(mx.ones((1, CONTEXT), mx.int32), caches)
-    return from_prompt_cache(caches)
+    return target.layers_of(caches)[1]
 
 
 def cost_curve(

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--drafter", help="convert this drafter; --model then names the base it belongs to")
     add("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
     add("--drafter-q-group-size", type=int, help=f"weights per scale (default: {DRAFTER_GROUP_SIZE})")
+    add("--store-bits", type=int, help="of the drafter's weights on disk only: loaded, they are floats")
     add("--draft-vocab", type=int, help="keep only this many of the drafter's output tokens")
     add("--frequencies", help="where to count them: text, JSONL conversations, or saved counts")
     add("--save-frequencies", help="write the counts to this .json or .npz file")
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_base(args: argparse.Namespace) -> str:
-    for flag in ("drafter_q_bits", "drafter_q_group_size", "draft_vocab", "frequencies", "save_frequencies"):
+    flags = ("drafter_q_bits", "drafter_q_group_size", "store_bits", "draft_vocab", "frequencies")
+    for flag in (*flags, "save_frequencies"):
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} is for drafters: name one with --drafter.")
     names = ["quantize", "dequantize", "q_bits", "q_group_size", "q_mode", "quant_predicate"]
@@ -76,7 +78,15 @@ def _run_drafter(args: argparse.Namespace) -> str:
     size = args.drafter_q_group_size
     if size is not None and args.drafter_q_bits is None:
         raise ValueError("--drafter-q-group-size needs --drafter-q-bits.")
-    names = ("dtype", "draft_vocab", "frequencies", "save_frequencies", "revision", "trust_remote_code")
+    names: tuple[str, ...] = (
+        "dtype",
+        "store_bits",
+        "draft_vocab",
+        "frequencies",
+        "save_frequencies",
+        "revision",
+    )
+    names += ("trust_remote_code",)
     options: Any = {name: getattr(args, name) for name in names}
     options |= {"q_bits": args.drafter_q_bits, "q_group_size": DRAFTER_GROUP_SIZE if size is None else size}
     show = sys.stderr.isatty()

@@ -29,7 +29,7 @@ from ..loading.tokenizer import load_tokenizer
 from ..models import bundle
 from ..models.drafter import DrafterConfig, Quantization
 from ..models.identity import BaseIdentity, identity_of
-from ..models.save import write_drafter
+from ..models.save import pack, write_drafter
 
 DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
 LINES_AT_ONCE = 256
@@ -55,6 +55,7 @@ def convert_drafter(
     base: str | Path | BaseIdentity | None = None,
     q_bits: int | None = None,
     q_group_size: int = DRAFTER_GROUP_SIZE,
+    store_bits: int | None = None,
     dtype: str | None = None,
     draft_vocab: int | None = None,
     frequencies: str | Path | None = None,
@@ -72,6 +73,7 @@ def convert_drafter(
         base: the base model the drafter belongs to (folder, repository or identity); the bundle
             refuses every other. None keeps what the source records, if anything.
         q_bits: quantize every linear layer whose input width is a multiple of ``q_group_size``.
+        store_bits: of every weight of such layers on disk only; they are floats again once they are loaded.
         dtype: cast to "float16", "bfloat16" or "float32"; None keeps each tensor's.
         draft_vocab: keep only this many output tokens, the most frequent ones.
         frequencies: what they are counted in: text, JSONL or JSON conversations, or a count file.
@@ -84,14 +86,15 @@ def convert_drafter(
         ValueError: an argument is not valid, or the source is damaged or belongs to another base.
     """
     quantization = None if q_bits is None else Quantization(q_bits, q_group_size)
+    stored = None if store_bits is None else Quantization(store_bits)
     check_output(output)
     _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
     folder = drafter_folder(source, revision=revision)
     raw = bundle.read_config(folder)
-    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
-    unused = bundle.check_shapes(config, weights, folder)
+    config = bundle.parse_config(folder, raw)
+    weights, unused = bundle.read_weights(folder, config, raw)
     bundle.check_values(folder, config, {name: weights[name] for name in config.shapes()})
     if draft_vocab is not None and draft_vocab > (most := config.head_outputs):
         asked = f"a draft vocabulary of {draft_vocab} tokens"
@@ -112,7 +115,7 @@ def convert_drafter(
     if quantization is not None:
         config, weights = quantize(config, weights, quantization, progress)
     extra = {"source_config": _source_config(raw, dtype)}
-    write_drafter(output, config, weights, identity, extra, drafter_card(config, identity))
+    write_drafter(output, config, weights, identity, extra, drafter_card(config, identity), stored)
     return Converted(Path(output), config, identity, unused)
 
 
@@ -120,19 +123,21 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
     """Write a bundle back to Apple's layout: the tensors bit for bit, the original config.json entries.
 
     Raises:
-        ValueError: it is trimmed or quantized, reads several layers, or has a gated cell, which Apple's
-            layout cannot express.
+        ValueError: it is trimmed or quantized, reads several layers, or has a gated cell or a memory, which
+            Apple's layout cannot express.
     """
     check_output(output)
     folder = drafter_folder(source)
     raw = bundle.read_config(folder)
-    config, weights = bundle.parse_config(folder, raw), bundle.read_weights(folder)
-    bundle.check_shapes(config, weights, folder)
+    config = bundle.parse_config(folder, raw)
+    weights, _ = bundle.read_weights(folder, config, raw)
     for changed, how in (
         (config.draft_vocab_size, "trimmed vocabulary"),
         (config.quantization, "quantization"),
         (config.context_layers, "context of several layers"),
         (config.cell != "simple", "gated cell"),
+        (config.memory_heads, "memory of the text"),
+        (bundle.stored_as(folder, config, raw), "stored form of fewer bits"),
     ):
         if changed:
             raise ValueError(
@@ -175,18 +180,9 @@ def quantize(
     """
     if config.quantization is not None:
         raise ValueError("the drafter is quantized already: quantize the one it was made from.")
-    quantized = replace(config, quantization=quantization)
-    layers = [name.removesuffix(".scales") for name in quantized.shapes() if name.endswith(".scales")]
-    if not layers:
-        raise ValueError(
-            f"no layer's width is a multiple of the group size {quantization.group_size}: take a smaller one."
-        )
-    result = dict(weights)
-    for layer in tqdm(layers, "quantizing", unit=" layers", disable=not progress):
-        packed = mx.quantize(result[f"{layer}.weight"], quantization.group_size, quantization.bits)
-        mx.eval(packed)
-        result.update(zip((f"{layer}.weight", f"{layer}.scales", f"{layer}.biases"), packed, strict=True))
-    return quantized, result
+    packed = pack(config, weights, quantization)
+    result = dict(tqdm(packed, "quantizing", unit=" tensors", disable=not progress))
+    return replace(config, quantization=quantization), result
 
 
 def count_tokens(

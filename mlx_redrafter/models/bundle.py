@@ -1,7 +1,8 @@
 """The drafter on disk: a folder with ``config.json`` and ``model.safetensors``.
 
 Tensor names are Apple's. A bundle that this package wrote has an ``mlx_redrafter`` section in its
-config.json: which base model it belongs to, and which tensors nothing reads. A folder without that
+config.json: which base model it belongs to, which tensors nothing reads, and whether linear layers are
+``stored`` in fewer bits than they have in memory. A folder without that
 section is a checkpoint in Apple's layout and loads too, in one file or sharded, under each of the
 names in use. Every value is checked on the way in; weights are only ever read from safetensors.
 """
@@ -16,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from ..loading.read import check_finite, dtype_name, read_index, read_object, read_tensors, refuse_pickles
-from .drafter import Drafter, DrafterConfig
+from .drafter import Drafter, DrafterConfig, Quantization
 from .identity import BaseIdentity
 
 MODEL_TYPE = "recurrent_drafting_drafter"
@@ -45,9 +46,9 @@ def load_drafter(folder: Path, target: BaseIdentity | None = None, dtype: mx.Dty
     config = parse_config(folder, raw)
     if target is not None:
         check_base(folder, config, base_of(raw), target)
-    weights = read_weights(folder)
+    weights, extra = read_weights(folder, config, raw, dtype)
     unused = {*UNUSED, *raw.get(SECTION, {}).get("unused_tensors", [])}
-    if unknown := sorted(set(check_shapes(config, weights, folder)) - unused):
+    if unknown := sorted(set(extra) - unused):
         names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise ValueError(f"{folder} holds tensors that no drafter of its config.json has: {names}.")
     weights = cast({name: weights[name] for name in config.shapes()}, dtype)
@@ -88,12 +89,45 @@ def base_of(raw: Mapping[str, Any]) -> BaseIdentity | None:
         raise ValueError(f"the drafter records a damaged base model ({error}): convert it again.") from error
 
 
-def read_weights(folder: Path) -> dict[str, mx.array]:
-    """All tensors of a drafter under their canonical names, from one file or several; read lazily.
+def read_weights(
+    folder: Path, config: DrafterConfig, raw: Mapping[str, Any], dtype: mx.Dtype | None = None
+) -> tuple[dict[str, mx.array], list[str]]:
+    """All tensors of a drafter under their canonical names, lazy, and the names of those nothing reads.
 
+    Args:
+        dtype: of what is ``stored`` in fewer bits; None: that of its scales.
     Raises:
-        ValueError: there are none, a file is damaged, or a tensor occurs twice.
+        ValueError: one is missing, damaged, there twice, or has another shape than config.json says.
     """
+    weights, stored = _read_files(folder), stored_as(folder, config, raw)
+    unused = check_shapes(config, weights, folder, stored)
+    if stored is not None:
+        for layer in [x.removesuffix(".scales") for x in config.shapes(stored) if x.endswith(".scales")]:
+            scales, biases = (weights.pop(f"{layer}.{part}") for part in ("scales", "biases"))
+            exact = scales.astype(mx.float32), biases.astype(mx.float32)
+            floats = mx.dequantize(
+                weights[f"{layer}.weight"], exact[0], exact[1], stored.group_size, stored.bits
+            )
+            weights[f"{layer}.weight"] = floats.astype(dtype or scales.dtype)
+    return weights, unused
+
+
+def stored_as(folder: Path, config: DrafterConfig, raw: Mapping[str, Any]) -> Quantization | None:
+    """How linear layers are quantized on disk that are not in memory; None: they are not."""
+    if (given := raw.get(SECTION, {}).get("stored")) is None:
+        return None
+    try:
+        if not isinstance(given, dict) or not {"bits"} <= given.keys() <= {"bits", "group_size"}:
+            raise ValueError("it needs 'bits' and 'group_size'")
+        if config.quantization is not None:
+            raise ValueError("the drafter is quantized in memory too")
+        return Quantization(**given)
+    except ValueError as error:
+        path = folder / "config.json"
+        raise ValueError(f"{path}: 'stored' is {given!r} ({error}): convert the drafter again.") from error
+
+
+def _read_files(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for path in _weight_files(folder):
         for name, value in read_tensors(path).items():
@@ -109,7 +143,10 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
 
 
 def check_shapes(
-    config: DrafterConfig, weights: Mapping[str, mx.array], where: object = "the drafter"
+    config: DrafterConfig,
+    weights: Mapping[str, mx.array],
+    where: object = "the drafter",
+    stored: Quantization | None = None,
 ) -> list[str]:
     """Names of the tensors that nothing reads, after checking that all others fit the config.
 
@@ -118,7 +155,7 @@ def check_shapes(
     """
     if config.num_draft_layers > len(weights):
         raise ValueError(f"{where} has {len(weights)} tensors, too few for {config.num_draft_layers} layers.")
-    shapes = config.shapes()
+    shapes = config.shapes(stored)
     for name, expected in shapes.items():
         if name not in weights:
             raise ValueError(

@@ -22,6 +22,7 @@ Q_GROUP_SIZES = (32, 64, 128)
 CELLS = ("simple", "gru")
 MOST_HEADS, MOST_HEAD_SIZE = 64, 256  # of a memory, whose rows take room for every token of a text
 MEMORY_EPS = 1e-5
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Quantization:
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.bits not in Q_BITS:
+        if type(self.bits) is not int or self.bits not in Q_BITS:
             raise ValueError(f"quantization to {self.bits!r} bits: choose one of {Q_BITS}.")
-        if self.group_size not in Q_GROUP_SIZES:
+        if type(self.group_size) is not int or self.group_size not in Q_GROUP_SIZES:
             raise ValueError(f"quantization group size {self.group_size!r}: choose one of {Q_GROUP_SIZES}.")
 
 
@@ -163,8 +164,13 @@ class DrafterConfig:
         splits = self.quantizes(self.context_size) or not self.quantizes(self.head_inputs)
         return self.head_inputs != self.exit_dim and splits
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor a drafter of these sizes has on disk, by name."""
+    def shapes(self, stored: Quantization | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor a drafter of these sizes has on disk, by name.
+
+        Args:
+            stored: how its linear layers are quantized on disk, if they are not in memory.
+        """
+        how = stored or self.quantization
         layers, width, blocks = {}, self.exit_dim, self.num_draft_layers  # name: inputs, outputs, has a bias
         if self.head_inputs != width:
             layers["input_proj"] = self.head_inputs, width, True
@@ -182,7 +188,7 @@ class DrafterConfig:
             shapes["memory_decay"] = shapes["memory_sink"] = (self.memory_heads,)
         for name, (inputs, outputs, bias) in layers.items():
             shapes[f"{name}.weight"] = outputs, inputs
-            if (how := self.quantization) is not None and self.quantizes(inputs):
+            if how is not None and inputs % how.group_size == 0:
                 shapes[f"{name}.weight"] = outputs, inputs * how.bits // 32  # packed into uint32
                 for part in ("scales", "biases"):
                     shapes[f"{name}.{part}"] = outputs, inputs // how.group_size
@@ -372,14 +378,8 @@ class Drafter(nn.Module):
         keys, values = (
             part if copies == 1 else mx.tile(part, (copies, 1, 1, 1)) for part in (memory.keys, memory.values)
         )
-        found = mx.fast.scaled_dot_product_attention(
-            self.memory_q_norm(queries),
-            keys,
-            values,
-            scale=self.config.memory_head_size**-0.5,
-            mask=memory.bias,
-            sinks=self.memory_sink,
-        )
+        how = attend_at_once if mx.default_device().type == mx.gpu else attend
+        found = how(self.memory_q_norm(queries), keys, values, memory.bias, self.memory_sink)
         after: mx.array = x + self.memory_out(found.swapaxes(1, 2).reshape(*x.shape[:-1], -1))
         return after
 
@@ -397,6 +397,24 @@ class Drafter(nn.Module):
 
     def _is_quantized(self, _path: str, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
+
+
+def attend_at_once(
+    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array
+) -> mx.array:
+    """Attention [B, M, n, Dh] with a score [M] more, which gives nothing; on a GPU in one kernel."""
+    scale = queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=bias, sinks=sink)
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array) -> mx.array:
+    """The same in half the time on a CPU, where MLX's power of two takes a third of its exponential's."""
+    scale, sink = LOG2_E * queries.shape[-1] ** -0.5, (LOG2_E * sink)[:, None, None]
+    scores = (scale * queries) @ keys.swapaxes(-1, -2) + LOG2_E * bias  # [B, M, n, T]
+    top = mx.stop_gradient(mx.maximum(scores.max(axis=-1, keepdims=True), sink))
+    powers = mx.power(2.0, scores - top)
+    total = powers @ mx.ones((powers.shape[-1], 1), powers.dtype) + mx.power(2.0, sink - top)
+    return (powers @ values) / total
 
 
 def _split(layer: nn.Module, cut: int, inputs: int) -> tuple[nn.Module, nn.Module]:

@@ -1,7 +1,7 @@
 """Writing a drafter to disk: the bundle that ``bundle.py`` reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ..loading.files import atomic_folder
 from .bundle import FORMAT, MODEL_TYPE, SECTION, check_shapes
-from .drafter import DrafterConfig
+from .drafter import DrafterConfig, Quantization
 from .identity import BaseIdentity
 
 
@@ -21,6 +21,7 @@ def write_drafter(
     base: BaseIdentity | None = None,
     extra: Mapping[str, Any] | None = None,
     card: str = "",
+    stored: Quantization | None = None,
 ) -> None:
     """Write a bundle; it appears whole or not at all.
 
@@ -30,15 +31,43 @@ def write_drafter(
         base: the model it belongs to, if known.
         extra: further entries of the ``mlx_redrafter`` section.
         card: the text of README.md; none is written if empty.
+        stored: how linear layers are quantized on disk only: they are floats again once they are loaded.
     Raises:
         ValueError: a tensor is missing or has another shape, or ``folder`` exists.
         OSError: the disk is full or not writable.
     """
     unused = check_shapes(config, weights)
     section = {"format": FORMAT, "base": base and asdict(base), "unused_tensors": unused, **(extra or {})}
+    if stored is not None:
+        if config.quantization is not None:
+            raise ValueError("the drafter is quantized already: store the one it was made from.")
+        section["stored"] = asdict(stored)
+        weights = dict(pack(config, weights, stored))
     raw = {"model_type": MODEL_TYPE, **config.to_dict(), SECTION: section}
     with atomic_folder(Path(folder)) as temporary:
         (temporary / "config.json").write_text(json.dumps(raw, indent=2) + "\n", "utf-8")
         mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), {"format": "mlx"})
         if card:
             (temporary / "README.md").write_text(card, "utf-8", "replace")
+
+
+def pack(
+    config: DrafterConfig, weights: Mapping[str, mx.array], how: Quantization
+) -> Iterator[tuple[str, mx.array]]:
+    """The tensors of a drafter with all linear layers quantized that fit, one after the other.
+
+    Raises:
+        ValueError: none fits.
+    """
+    layers = {name.removesuffix("scales") for name in config.shapes(how) if name.endswith(".scales")}
+    if not layers:
+        raise ValueError(
+            f"no layer's width is a multiple of the group size {how.group_size}: take a smaller one."
+        )
+    for name, weight in weights.items():
+        if (layer := name.removesuffix("weight")) in layers and name.endswith(".weight"):
+            parts = mx.quantize(weight, how.group_size, how.bits)
+            mx.eval(parts)
+            yield from zip((name, f"{layer}scales", f"{layer}biases"), parts, strict=True)
+        else:
+            yield name, weight
