@@ -90,7 +90,8 @@ class SpeculativeModel:
         drafter: Any = self.drafter
         try:
             drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
-            target = Target(self.model, drafter.config.context_layers if drafter else (), drafter)
+            memory = drafter if isinstance(drafter, FusedDrafter) else None
+            target = Target(self.model, drafter.config.context_layers if drafter else (), memory)
             if self.refusal or not same:
                 _check_fit(self.drafter, target.embed)
                 target.check(f"{backend.current().name} {backend.chip()}")
