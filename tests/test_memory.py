@@ -127,7 +127,7 @@ def test_decoding_is_the_trained_form_at_every_place(cell, changes):
     drafter, length = make_drafter(cell=cell, **changes), 3
     context, texts = some_text(drafter.config, 10)
     whole_context, whole_texts = (mx.array(x, mx.float32)[None] for x in (context, texts))
-    memory = drafter.read(whole_context[:, :7], whole_texts[:, :7])
+    memory = drafter.read(whole_context[:, :7], whole_texts[:, :7], mx.arange(7)[None])
     state, states = mx.zeros((1, 7, 8)), []
     for depth in range(length):
         state = drafter.advance(whole_texts[:, 1 + depth : 8 + depth], state)
@@ -163,7 +163,7 @@ def test_training_begins_at_the_network_without_it():
     drafter = Drafter(config)
     context, texts = (mx.array(x, mx.float32)[None] for x in some_text(config, 5))
     state = mx.random.normal((1, 5, 8))
-    with_it = drafter.logits(context, state, drafter.read(context, texts))
+    with_it = drafter.logits(context, state, drafter.read(context, texts, mx.arange(5)[None]))
     assert mx.array_equal(with_it, drafter.logits(context, state))
     np.testing.assert_allclose(np.log1p(np.exp(np.array(drafter.memory_decay))), 0.5, rtol=1e-5)
 

@@ -30,8 +30,16 @@ from mlx_redrafter.models.save import write_drafter
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.train import loss, run
 from mlx_redrafter.train.data import Conversation, write_shard
-from mlx_redrafter.train.features import extract, read_features, select, write_features
-from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, reachable, score
+from mlx_redrafter.train.features import WholeRows, extract, read_features, select, write_features
+from mlx_redrafter.train.loss import (
+    LabelHead,
+    Objective,
+    gradients,
+    make_batch,
+    make_row_batch,
+    reachable,
+    score,
+)
 from mlx_redrafter.train.streams import Workers
 from mlx_redrafter.train.trainer import (
     Data,
@@ -41,6 +49,7 @@ from mlx_redrafter.train.trainer import (
     initial_drafter,
     schedule,
     steps_of,
+    with_memory,
     with_vocabulary,
 )
 
@@ -300,17 +309,165 @@ def peak_memory(vocabulary, negatives):
     return mx.get_peak_memory() - before
 
 
+# --- Drafters with a memory ----------------------------------------------------------------------------
+
+
+def with_memory_of(drafter, heads=2):
+    mx.random.seed(5)
+    made = Drafter(replace(drafter.config, memory_heads=heads, memory_head_size=8), mx.arange(DRAFT))
+    made.update(drafter.parameters())
+    made.memory_out.weight = mx.random.normal(made.memory_out.weight.shape)
+    return made
+
+
+def row_batch(target, length):
+    """Rows of unlike length, in some of which not everything is trained on, in another order."""
+    rows = conversations(50, 23, 40)
+    features = extract(target, rows, ONE, whole=True)
+    exact = WholeRows(features.context.astype(mx.float32), *list(vars(features).values())[1:])
+    to_draft = mx.array([i if i < DRAFT else -1 for i in range(VOCABULARY)])
+    batch = make_row_batch(exact, np.array([2, 0, 1]), length, H, to_draft)
+    return rows, exact, batch, LabelHead(target, mx.arange(DRAFT), exact.context[:16, :H])
+
+
+def test_whole_rows_have_what_was_read_and_train_on_the_same(target, tmp_path):
+    rows, features, batch, _ = row_batch(target, 3)
+    write_features(tmp_path / "0.safetensors", features)
+    assert type(read_features(tmp_path / "0.safetensors")) is WholeRows
+    trained = extract(target, rows, ONE)
+    kept = mx.array(np.flatnonzero(np.array(features.left) >= 0))
+    for name, wanted in vars(trained).items():
+        np.testing.assert_array_equal(
+            np.array(vars(features)[name][kept].astype(wanted.dtype).astype(mx.float32)),
+            np.array(wanted.astype(mx.float32)),
+        )
+    place = 0
+    for n, row in zip((1, 2, 0), rows, strict=True):
+        count = int(row.trained[1:].sum())
+        assert batch.left[n, :count].tolist() == trained.left[place : place + count].tolist()
+        assert not batch.left[n, count:].any().item()
+        assert batch.place[n, :count].tolist() == np.flatnonzero(row.trained[1:]).tolist()
+        assert batch.read[n, : len(row.tokens) - 1].tolist() == row.tokens[:-1].tolist()
+        np.testing.assert_allclose(
+            np.array(batch.context[n, :count]),
+            np.array(trained.context[place : place + count].astype(mx.float32)),
+            rtol=0.01,
+        )
+        at = batch.place[n, :count]
+        assert mx.array_equal(batch.read_context[n][at], batch.context[n, :count]).item()
+        place += count
+
+
+@pytest.mark.parametrize("chunk", [1 << 23, DRAFT * 40])
+def test_gradients_of_a_memory_are_the_automatic_ones(target, chunk):
+    drafter, objective = with_memory_of(make_drafter()), Objective(3, 0.8, chunk=chunk)
+    _, _, batch, head = row_batch(target, 3)
+
+    def whole(parameters):
+        drafter.update(parameters)
+        label, mask, total = mx.softmax(head(batch.hidden), axis=-1), np.array(reachable(batch, 3)), 0
+        for n in range(3):
+            for s in np.flatnonzero(mask[0, n]).tolist()[::3]:
+                end = batch.place[n, s].item() + 1  # what is after it is not even there
+                seen = batch.read_context[n : n + 1, :end], target.embed(batch.read[n : n + 1, :end])
+                memory, state = drafter.read(*seen, mx.array([[end - 1]])), mx.zeros((1, 1, H))
+                for d in range(3):
+                    state = drafter.advance(target.embed(batch.tokens[n, s + d])[None, None], state)
+                    logits = drafter.logits(batch.context[n : n + 1, s : s + 1], state, memory)
+                    loss = -(label[n, s + d] * mx.log(mx.softmax(logits[0, 0], axis=-1))).sum()
+                    total = total + 0.8**d * loss * mask[d, n, s].item()
+        return total
+
+    parameters = drafter.trainable_parameters()
+    value, wanted = mx.value_and_grad(whole)(parameters)
+    left, some = np.array(batch.left), np.array(reachable(batch, 3))[0]
+    for n in range(3):
+        left[n, np.setdiff1d(np.arange(left.shape[1]), np.flatnonzero(some[n])[::3])] = 0
+    batch = replace(batch, left=mx.array(left))
+    stats, found = gradients(drafter, parameters, target, head, objective, batch)
+    assert sum(0.8**d * stats[d, 0].item() for d in range(3)) == pytest.approx(value.item(), rel=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(wanted), strict=True):
+        scale = max(1.0, mx.abs(b).max().item())
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=5e-5 * scale, err_msg=name)
+        assert not name.startswith("memory") or mx.abs(b).max().item() > 1e-4
+
+
+def questions(target, count, seed):
+    """Rows that begin with one token of each of 4 kinds, and then ask for them, by kind, in turn."""
+    random, rows = np.random.RandomState(seed), []
+    for _ in range(count):
+        known = [10 + 6 * kind + random.randint(6) for kind in range(4)]
+        asked = [token for _ in range(3) for kind in range(4) for token in (kind, known[kind])]
+        tokens = [*random.permutation(known), *random.randint(40, 101, 12), *asked]
+        rows.append(Conversation(np.array(tokens, np.int32), np.arange(len(tokens)) >= 16))
+    return rows
+
+
+def test_a_memory_learns_to_copy_what_the_others_cannot(target):
+    target = Target(target.model)
+    settings = Settings(Objective(1, labels="hard"), batch=384, epochs=9, learning_rate=5e-3)
+    shards = [questions(target, 64, seed) for seed in range(9)]
+    found = []
+    for heads in (0, 4):
+        features = [extract(target, rows, ONE, whole=heads > 0) for rows in shards]
+        pack = lambda some: Shards([64 * 23] * len(some), some.__getitem__, [64] * len(some) if heads else [])  # noqa: E731, B023
+        data = Data(pack(features[1:]), pack(features[:1]), np.arange(VOCABULARY, dtype=np.int32))
+        config = DrafterConfig(H, VOCABULARY, H, 1, True, memory_heads=heads, memory_head_size=16)
+        trainer = Trainer(target, initial_drafter(target, config, None, 0), data, settings, ONE)
+        for _ in trainer.run():
+            pass
+        found.append(trainer.score().top1[0])
+    assert found[0] < 0.75 and found[1] > 0.9
+
+
+@pytest.mark.parametrize("workers", [ONE, TWO])
+def test_resuming_with_a_memory_ends_with_the_same_weights(target, tmp_path, workers):
+    data, rows = a_data(target, whole=True), [3, 3, 3, 3]
+    assert data.train.rows == rows
+
+    def trainer():
+        config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT, (1, 2), memory_heads=2, memory_head_size=8)
+        drafter = initial_drafter(target, config, data.draft_to_target, 0)
+        return Trainer(target, drafter, data, replace(SETTINGS, batch=140), workers)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    assert whole.steps == 9  # of two rows each
+    for step, _ in whole.run():
+        if step == 3:
+            whole.score()
+    for step, _ in first.run():
+        if step == 3:
+            first.score()
+            first.save(tmp_path / "checkpoint.safetensors")
+            break
+    second.restore(tmp_path / "checkpoint.safetensors")
+    assert [step for step, _ in second.run()] == list(range(4, 10))
+    for name, value in whole.weights().items():
+        assert mx.array_equal(value, second.weights()[name]), name
+    assert mx.abs(whole.weights()["memory_out.weight"]).max().item() > 0
+
+
+def test_a_memory_for_a_drafter_that_has_none(target):
+    config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT)
+    drafter = initial_drafter(target, config, np.arange(5, 5 + DRAFT, dtype=np.int32), 0)
+    found = with_memory(drafter, target, 2, 1)
+    assert found.config.memory_heads == 2
+    wanted = drafter.weights()
+    assert all(mx.array_equal(found.weights()[name], value).item() for name, value in wanted.items())
+    assert not found.memory_out.weight.any().item()
+
+
 # --- The loop ------------------------------------------------------------------------------------------
 
 
-def a_data(target, vocabulary=VOCABULARY, draft=DRAFT):
+def a_data(target, vocabulary=VOCABULARY, draft=DRAFT, whole=False):
     random = np.random.RandomState(1)
     shards = []
     for _ in range(5):
         tokens = random.randint(0, vocabulary, (3, 70)).astype(np.int32)
         rows = [Conversation(row, np.ones(70, bool)) for row in tokens]
-        shards.append(extract(target, rows, ONE))
-    pack = lambda some: Shards([s.size for s in some], some.__getitem__)  # noqa: E731
+        shards.append(extract(target, rows, ONE, whole))
+    pack = lambda some: Shards([s.size for s in some], some.__getitem__, [3] * len(some) * whole)  # noqa: E731
     return Data(pack(shards[1:]), pack(shards[:1]), np.arange(draft, dtype=np.int32))
 
 
@@ -570,6 +727,36 @@ def test_given_data_and_apples_layout(model_folder, tmp_path):
     flags += ["--start-from", str(tmp_path / "a"), "--draft-vocab", "50"]
     assert main(["train", "--output", str(tmp_path / "c"), *flags]) == 0
     assert load_drafter(tmp_path / "c").config.draft_vocab_size == 50
+
+
+def test_a_memory_is_trained_resumed_and_trained_on(model_folder, tmp_path, capsys):
+    flags = ["--model", str(model_folder), *FLAGS, "--tokens", "900", "--epochs", "4", "--eval-tokens", "0"]
+    memory = [*flags, "--memory-heads", "2"]
+    assert main(["train", "--output", str(tmp_path / "whole"), *memory]) == 0
+    parts = tmp_path / "parts"
+    assert interrupted(["train", "--output", str(parts), *memory], parts, "b000001") == 130
+    assert main(["train", "--output", str(parts), "--resume"]) == 0
+    whole, other = (load_drafter(tmp_path / name).weights() for name in ("whole", "parts"))
+    assert all(mx.array_equal(x, other[name]) for name, x in whole.items())
+    assert measured(tmp_path / "whole", model_folder) > 1.5
+    model, tokenizer = load(model_folder, drafter=tmp_path / "whole")
+    said = [
+        [x.token for x in stream_generate(model, tokenizer, "lazy dog", 40, **how)]
+        for how in ({"shape": DraftShape(3, 3, 8, 2)}, {"draft": False})
+    ]
+    assert said[0] == said[1]
+    start = ["--start-from", str(tmp_path / "whole"), *flags, "--epochs", "1"]
+    assert main(["train", "--output", str(tmp_path / "on"), *start]) == 0
+    assert load_drafter(tmp_path / "on").config.memory_heads == 2
+    assert main(["train", "--output", str(tmp_path / "no"), *start, "--memory-heads", "3"]) == 2
+    assert "has 2 memory heads, not 3: leave --memory-heads out" in capsys.readouterr().err
+    untrained(model_folder, tmp_path)
+    start[1] = str(tmp_path / "untrained")
+    assert main(["train", "--output", str(tmp_path / "more"), *start, "--memory-heads", "1"]) == 0
+    assert load_drafter(tmp_path / "more").config.memory_heads == 1
+    bad = [*flags, "--memory-heads", "2", "--exit-dim", str(64 * 3)]
+    assert main(["train", "--output", str(tmp_path / "bad"), *bad]) == 2
+    assert "no half of input_proj" in capsys.readouterr().err
 
 
 TALK = [

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
     add("--blocks", type=int, default=2, help="residual blocks of its head")
     add("--cell", default="simple", choices=("simple", "gru", "none"), help="recurrent cell")
+    add("--memory-heads", type=int, help="with which it attends to the whole text (default: none)")
     text = "layers it reads besides the last state (default: a low, a middle and a high one; "
     add("--context-layers", type=int, nargs="*", metavar="N", help=text + "none given: Apple's layout)")
     add("--start-from", metavar="DRAFTER", help="train an existing drafter on, also one in Apple's layout")
@@ -166,7 +167,7 @@ def _limit_memory(limit: float | None) -> int:
 
 
 def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> training.Request:
-    for name, least in (("tokens", 0), ("blocks", 0), ("exit_dim", 1), ("workers", 1)):
+    for name, least in (("tokens", 0), ("memory_heads", 0), ("blocks", 0), ("exit_dim", 1), ("workers", 1)):
         check_range(name, getattr(args, name), least)
     recipe = taken(
         Recipe,
@@ -189,6 +190,7 @@ def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> tr
         recipe=recipe,
         settings=taken(Settings, args, objective=objective, dtype=dtype),
         context_layers=None if args.context_layers is None else tuple(args.context_layers),
+        memory_heads=args.memory_heads or 0,
         seconds=seconds(args.time),
         cache=args.cache_features,
         writing=_flags(WRITING, given),

@@ -359,32 +359,29 @@ class Drafter(nn.Module):
         bias: mx.array = mx.where(shown[:, None], kernel, -mx.inf).astype(self.memory_decay.dtype)
         return bias
 
-    def read(self, context: mx.array, embedding: mx.array) -> "Memory":
-        """What each token of whole texts is shown of the memory, for training: those up to itself.
+    def read(self, context: mx.array, embedding: mx.array, place: mx.array) -> "Memory":
+        """What is shown of the memory at some places of whole texts, for training: the tokens up to there.
 
         Args:
             context: [B, T, F], after reading each token.
             embedding: [B, T, H], of the tokens.
+            place: [B, n].
         """
-        halves, place = self.halves(), mx.arange(context.shape[1])
+        halves = self.halves()
         assert halves is not None
         keys, values = self.remember(halves[0](context), embedding)
-        return Memory(keys, values, self.memory_bias((place[:, None] - place)[None]))
+        return Memory(keys, values, self.memory_bias(place[..., None] - mx.arange(context.shape[1])))
 
     def recall(self, x: mx.array, memory: "Memory") -> mx.array:
         """``x`` [..., B, n, exit_dim] and what it finds in the memory, or in a sink that gives nothing."""
-        queries = self._heads(self.memory_q(x.reshape(-1, *x.shape[-2:])))  # [..., M, n, Dh]
-        copies = queries.shape[0] // memory.keys.shape[0]  # 1 in decoding
-        keys, values = (
-            part if copies == 1 else mx.tile(part, (copies, 1, 1, 1)) for part in (memory.keys, memory.values)
-        )
-        how = attend_at_once if mx.default_device().type == mx.gpu else attend
-        found = how(self.memory_q_norm(queries), keys, values, memory.bias, self.memory_sink)
-        after: mx.array = x + self.memory_out(found.swapaxes(1, 2).reshape(*x.shape[:-1], -1))
+        queries = self.memory_q_norm(self._heads(self.memory_q(x)))  # [..., B, M, n, Dh]
+        how = attend_at_once if mx.default_device().type == mx.gpu and x.ndim == 3 else attend
+        found = how(queries, memory.keys, memory.values, memory.bias, self.memory_sink)
+        after: mx.array = x + self.memory_out(found.swapaxes(-3, -2).reshape(*x.shape[:-1], -1))
         return after
 
     def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:-1], -1, self.config.memory_head_size).swapaxes(1, 2)
+        return x.reshape(*x.shape[:-1], -1, self.config.memory_head_size).swapaxes(-3, -2)
 
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
@@ -408,7 +405,10 @@ def attend_at_once(
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array) -> mx.array:
-    """The same in half the time on a CPU, where MLX's power of two takes a third of its exponential's."""
+    """The same, also of queries [..., B, M, n, Dh].
+
+    It takes half the time on a CPU, where MLX's power of two takes a third of its exponential's.
+    """
     scale, sink = LOG2_E * queries.shape[-1] ** -0.5, (LOG2_E * sink)[:, None, None]
     scores = (scale * queries) @ keys.swapaxes(-1, -2) + LOG2_E * bias  # [B, M, n, T]
     top = mx.stop_gradient(mx.maximum(scores.max(axis=-1, keepdims=True), sink))

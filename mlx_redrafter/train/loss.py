@@ -18,7 +18,7 @@ import numpy as np
 
 from ..models.drafter import Drafter
 from ..models.target import Target
-from .features import Features
+from .features import Features, WholeRows
 
 SEGMENT = 32  # positions in a row that are trained on together
 LOG2_E = 1.4426950408889634
@@ -71,6 +71,15 @@ class Batch:
     left: mx.array  # [n, S]
 
 
+@dataclass
+class RowBatch(Batch):
+    """``n`` whole rows, of which the S positions are those that are trained on; padded at their ends."""
+
+    place: mx.array  # [n, S] in their rows
+    read: mx.array  # [n, T] all tokens of the rows
+    read_context: mx.array  # [n, T, F] after reading each
+
+
 def make_batch(features: Features, starts: np.ndarray, length: int, hidden: int, to_draft: mx.array) -> Batch:
     """Cut segments out of features.
 
@@ -82,12 +91,39 @@ def make_batch(features: Features, starts: np.ndarray, length: int, hidden: int,
         to_draft: [V], the draft index of every token; -1 for none.
     """
     index = starts[:, None] + np.arange(SEGMENT + length)  # [n, S + L]
-    inside = mx.array(np.minimum(index, features.size - 1).astype(np.int32))
-    left = features.left[inside[:, :SEGMENT]]
-    left = mx.where(mx.array(index[:, :SEGMENT] < features.size), left, 0)
-    tokens = features.token[inside]
-    context = features.context[inside]  # [n, S + L, F]
-    return Batch(context[:, :SEGMENT], context[:, 1:, :hidden], tokens, to_draft[tokens[:, 1:]], left)
+    inside = np.minimum(index, features.size - 1)
+    return _batch(features, inside, index < features.size, length, hidden, to_draft)
+
+
+def make_row_batch(
+    features: WholeRows, rows: np.ndarray, length: int, hidden: int, to_draft: mx.array
+) -> RowBatch:
+    """The ``rows`` [n], by number; other arguments as of ``make_batch``."""
+    left, first = np.array(features.left), np.flatnonzero(np.array(features.place) == 0)
+    ends = np.append(first[1:], len(left))[rows] - 1
+    first = first[rows]
+    trained = [i + np.flatnonzero(left[i : end + 1] >= 0) for i, end in zip(first, ends, strict=True)]
+    most = max(1, *map(len, trained))
+    index = ends[:, None].repeat(most + length, axis=1)  # [n, S + L]
+    for places, mine in zip(index, trained, strict=True):
+        places[: len(mine)] = mine
+    inside = np.arange(most + length) < np.array([[len(mine)] for mine in trained])
+    batch = _batch(features, index, inside, length, hidden, to_draft)
+    every = first[:, None] + np.arange((ends - first).max() + 1)
+    read = mx.array(np.minimum(every, ends[:, None]).astype(np.int32))  # [n, T]
+    place = features.place[mx.array(index[:, :most].astype(np.int32))]
+    return RowBatch(**vars(batch), place=place, read=features.read[read], read_context=features.context[read])
+
+
+def _batch(
+    features: Features, index: np.ndarray, inside: np.ndarray, length: int, hidden: int, to_draft: mx.array
+) -> Batch:
+    """The positions ``index`` [n, S + L], of which only those ``inside`` are trained on."""
+    size, places = index.shape[1] - length, mx.array(index.astype(np.int32))
+    left = mx.where(mx.array(inside[:, :size]), features.left[places[:, :size]], 0)
+    tokens = features.token[places]
+    context = features.context[places]  # [n, S + L, F]
+    return Batch(context[:, :size], context[:, 1:, :hidden], tokens, to_draft[tokens[:, 1:]], left)
 
 
 class LabelHead:
@@ -164,7 +200,11 @@ def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch,
     for depth in range(length):
         state = drafter.update_state(new[:, depth : depth + positions], state)
         states.append(state)
-    return drafter.body(batch.context, mx.stack(states))
+    memory = None
+    if isinstance(batch, RowBatch):
+        read = embed(batch.read).astype(batch.context.dtype)
+        memory = drafter.read(batch.read_context, read, batch.place)
+    return drafter.body(batch.context, mx.stack(states), memory)
 
 
 def reachable(batch: Batch, length: int) -> mx.array:
@@ -199,6 +239,9 @@ def gradients(
     mask, share = reachable(batch, objective.length), objective.dropout
     keys = [None, None] if key is None else mx.random.split(key)
     seen = replace(batch, context=_drop(batch.context, share, keys[0]))
+    if isinstance(seen, RowBatch):
+        other = None if key is None else mx.random.split(key, 3)[2]
+        seen = replace(seen, read_context=_drop(seen.read_context, share, other))
 
     def surrogate(parameters: Any) -> tuple[mx.array, mx.array]:
         drafter.update(parameters)

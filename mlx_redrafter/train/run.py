@@ -61,7 +61,7 @@ from .features import Features, extract, load_tensors, read_features, select, wr
 from .loss import Score
 from .selfgen import Recipe, check, generate
 from .streams import Workers
-from .trainer import Data, Settings, Shards, Trainer, initial_drafter, steps_of, with_vocabulary
+from .trainer import Data, Settings, Shards, Trainer, initial_drafter, steps_of, with_memory, with_vocabulary
 
 SHARD_ROWS = 16
 HELD_OUT = 24  # one shard in this many is held out
@@ -95,6 +95,7 @@ class Request:
     exit_dim: int | None = None  # None is H
     blocks: int = 2  # residual blocks of the head
     cell: str = "simple"  # or gru, or none
+    memory_heads: int = 0  # 0: no memory, or that of start_from
     context_layers: tuple[int, ...] | None = None  # None: a low, a middle and a high one; empty: Apple's
     start_from: str | None = None  # a drafter to train on, instead of a new one
     seconds: float | None = None  # for everything together
@@ -240,6 +241,16 @@ def train(
     if model.prepare() is None:  # texts are written, and drafts would be verified, by an engine
         raise ValueError(model.refusal)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
+    if start is None:
+        _config(target, request)  # which may be refused
+    elif request.memory_heads and not start.config.memory_heads:
+        start = with_memory(start, target, request.memory_heads, request.settings.seed)
+    elif request.memory_heads not in (0, start.config.memory_heads):
+        raise ValueError(
+            f"{request.start_from} has {start.config.memory_heads} memory heads, not {request.memory_heads}: "
+            "leave --memory-heads out."
+        )
+    request = replace(request, memory_heads=start.config.memory_heads if start else request.memory_heads)
     given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
     with work.begin(command):  # from here on, a mistake in the command would be in the way of its correction
         workers = Workers(request.workers)
@@ -375,7 +386,8 @@ def make_data(
                 workers=workers,
                 progress=partial(_advance, bar, request.recipe, work, limit),
             )
-            kept = _keep(work, generated.conversations, generated.features, cleaner, batch)
+            whole = request.memory_heads > 0
+            kept = _keep(work, generated.conversations, generated.features, cleaner, batch, whole)
             trained += sum(int(row.trained.sum()) for row in kept)
             batch, duration = batch + 1, work.elapsed - started
             work.note(batches=batch, dropped=_dropped(work, cleaner.dropped))
@@ -435,7 +447,12 @@ def _dropped(work: Work, found: Dropped) -> dict[str, int]:
 
 
 def _keep(
-    work: Work, rows: list[Conversation], hidden: mx.array | None, cleaner: Cleaner, batch: int
+    work: Work,
+    rows: list[Conversation],
+    hidden: mx.array | None,
+    cleaner: Cleaner,
+    batch: int,
+    whole: bool,
 ) -> list[Conversation]:
     """Write the usable ones of a batch's conversations."""
     kept = [i for i, row in enumerate(rows) if row.trained[1:].any() and cleaner.keep(row)]
@@ -445,7 +462,7 @@ def _keep(
         shard = work.folder / "data" / f"b{batch:06d}-{start:03d}.npz"
         part = [rows[i] for i in chosen]
         if hidden is not None:
-            write_features(work.features(shard), select(hidden[mx.array(chosen)], part))
+            write_features(work.features(shard), select(hidden[mx.array(chosen)], part, whole))
         write_shard(shard, part)
     return [rows[i] for i in kept]
 
@@ -458,22 +475,25 @@ def make_features(work: Work, target: Target, request: Request, workers: Workers
     shards = work.shards()
     held = shards[::HELD_OUT]
     train = [shard for shard in shards if shard not in held]
-    rows = {shard: read_shard(shard) for shard in shards}
+    rows, whole = {shard: read_shard(shard) for shard in shards}, request.memory_heads > 0
     vocabulary = int(target.embed.weight.shape[0])
     kept = [row for shard in train for row in rows[shard]]
     counts = count_tokens(kept, vocabulary)
     cached = _cached(work, target, request, shards, rows, workers)
     missing = [shard for shard in shards if not work.features(shard).exists()] if cached else []
     for shard in tqdm(missing, desc="Reading data", unit="shard", disable=not missing):
-        write_features(work.features(shard), extract(target, rows[shard], workers))
+        write_features(work.features(shard), extract(target, rows[shard], workers, whole))
         mx.clear_cache()
 
     def shards_of(paths: list[Path]) -> Shards:
         def load(index: int) -> Features:
             path = work.features(paths[index])
-            return read_features(path) if path.exists() else extract(target, rows[paths[index]], workers)
+            if path.exists():
+                return read_features(path)
+            return extract(target, rows[paths[index]], workers, whole)
 
-        return Shards([sum(int(row.trained[1:].sum()) for row in rows[path]) for path in paths], load)
+        sizes = [sum(int(row.trained[1:].sum()) for row in rows[path]) for path in paths]
+        return Shards(sizes, load, [len(rows[path]) for path in paths] if whole else [])
 
     tokens, trained = sum(len(row.tokens) for row in kept), int(counts[0].sum())
     held_out = sum(len(rows[shard]) for shard in held)
@@ -492,7 +512,7 @@ def _cached(
         return True
     first = shards[0]
     start = time.monotonic()
-    features = extract(target, rows[first], workers)
+    features = extract(target, rows[first], workers, request.memory_heads > 0)
     computing = time.monotonic() - start
     write_features(work.features(first), features)
     start = time.monotonic()
@@ -548,19 +568,25 @@ def fit(
 
 
 def _new_drafter(target: Target, data: Data, request: Request) -> Drafter:
-    vocabulary, hidden = target.embed.weight.shape[0], target.embed(mx.array([0])).shape[-1]
-    some = _some(data, vocabulary)
-    config = DrafterConfig(
+    config = _config(target, request)
+    some = _some(data, config.vocab_size)
+    config = replace(config, draft_vocab_size=None if some is None else len(some))
+    return initial_drafter(target, config, some, request.settings.seed)
+
+
+def _config(target: Target, request: Request) -> DrafterConfig:
+    """The sizes of a new drafter that knows all tokens."""
+    hidden = target.embed(mx.array([0])).shape[-1]
+    return DrafterConfig(
         hidden_size=hidden,
-        vocab_size=int(vocabulary),
+        vocab_size=target.vocabulary,
         exit_dim=request.exit_dim or hidden,
         num_draft_layers=request.blocks,
         rnn=request.cell != "none",
-        draft_vocab_size=None if some is None else len(some),
         context_layers=target.layers_read,
         cell="simple" if request.cell == "none" else request.cell,
+        memory_heads=request.memory_heads,
     )
-    return initial_drafter(target, config, some, request.settings.seed)
 
 
 def _some(data: Data, vocabulary: int) -> np.ndarray[Any, Any] | None:
@@ -582,7 +608,7 @@ def _epochs(
     times = [time.monotonic() for _ in islice(trial.run(), 4)]
     per_step = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
     left = (1 - EVALUATION_TIME) * request.seconds - work.elapsed
-    per_epoch = steps_of(data.train.sizes, replace(request.settings, epochs=1.0))
+    per_epoch = steps_of(data.train.sizes, replace(request.settings, epochs=1.0), data.train.rows)
     scoring = 1.1  # held-out scores and checkpoints take their part
     epochs = min(max(left / (per_step * scoring * per_epoch), 1 / per_epoch), MOST_EPOCHS)
     work.note(epochs=epochs)

@@ -22,7 +22,7 @@ from ..loading.files import atomic_file
 from ..models.bundle import cast
 from ..models.drafter import Drafter, DrafterConfig
 from ..models.target import Target
-from .features import Features, join, load_tensors
+from .features import Features, WholeRows, join, load_tensors
 from .loss import (
     SEGMENT,
     Batch,
@@ -32,6 +32,7 @@ from .loss import (
     draw,
     gradients,
     make_batch,
+    make_row_batch,
     score,
     segments_at_once,
 )
@@ -67,10 +68,21 @@ class Settings:
 
 @dataclass
 class Shards:
-    """Features in parts: ``sizes`` positions each, of which ``load`` gets one."""
+    """Features in parts: ``sizes`` trained positions each, of which ``load`` gets one."""
 
     sizes: list[int]
     load: Callable[[int], Features]
+    rows: list[int] = field(default_factory=list)  # how many each has, if batches are of whole ones
+
+    @property
+    def unit(self) -> int:
+        """Positions of what batches are made of: segments, or rows on average."""
+        return unit_of(self.sizes, self.rows)
+
+
+def unit_of(sizes: Sequence[int], rows: Sequence[int]) -> int:
+    """As ``Shards.unit``."""
+    return max(1, round(sum(sizes) / sum(rows))) if rows else SEGMENT
 
 
 @dataclass
@@ -96,8 +108,8 @@ def initial_drafter(
 ) -> Drafter:
     """A drafter whose last layer is the base model's own head, so that it speaks from the first step on.
 
-    Residual blocks begin as the identity, and the cell's input product begins large enough that the
-    base model's (small) embeddings drive it.
+    Residual blocks begin as the identity, and the products of the base model's (small) embeddings begin
+    large enough to have a say.
     """
     mx.random.seed(seed)
     hidden, width = config.hidden_size, config.exit_dim
@@ -110,9 +122,12 @@ def initial_drafter(
     )
     for block in drafter.lm_head[:-1]:
         block.linear.weight, block.linear.bias = mx.zeros((width, width)), mx.zeros(width)
+    size = mx.sqrt(mx.square(target.embed(ids[:4096]).astype(mx.float32)).mean())
     if config.rnn:
-        size = mx.sqrt(mx.square(target.embed(ids[:4096]).astype(mx.float32)).mean())
         drafter.rnn_w.weight = drafter.rnn_w.weight / mx.clip(size, 1e-3, 1.0)
+    if config.memory_heads:
+        of_context, of_token = mx.split(drafter.memory_kv.weight, [width], axis=1)
+        drafter.memory_kv.weight = mx.concatenate([of_context, of_token / mx.clip(size, 1e-3, 1.0)], axis=1)
     mx.eval(drafter.parameters())
     return drafter
 
@@ -144,17 +159,32 @@ def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] 
     return other
 
 
+def with_memory(drafter: Drafter, target: Target, heads: int, seed: int) -> Drafter:
+    """The same network with a memory, which gives nothing yet."""
+    config = replace(drafter.config, memory_heads=heads)
+    ids = None if config.draft_vocab_size is None else drafter.to_target(mx.arange(config.head_outputs))
+    other = initial_drafter(target, config, None if ids is None else np.array(ids), seed)
+    other.update(drafter.parameters())
+    return other
+
+
 def _principal(rows: mx.array, width: int) -> mx.array:
     """[H, width], the directions in which ``rows`` [Vd, H] vary most."""
     _, vectors = np.linalg.eigh(np.array(rows.T @ rows))
     return mx.array(np.ascontiguousarray(vectors[:, ::-1][:, :width]))
 
 
-def schedule(sizes: Sequence[int], settings: Settings, epoch: int) -> list[tuple[list[int], list[Any]]]:
-    """The order of one epoch: groups of shards, and for each of their batches where its segments begin."""
+def schedule(
+    sizes: Sequence[int], settings: Settings, epoch: int, rows: Sequence[int] = ()
+) -> list[tuple[list[int], list[Any]]]:
+    """The order of one epoch: groups of shards, and for each of their batches where its segments begin.
+
+    Args:
+        rows: of each shard, if batches are of whole rows; then it is the rows' numbers in the group.
+    """
     random = np.random.default_rng([settings.seed, epoch])
     order = random.permutation(len(sizes)).tolist()
-    per_batch = max(1, settings.batch // SEGMENT)
+    per_batch = max(1, settings.batch // unit_of(sizes, rows))
     groups = []
     for begin in range(0, len(order), GROUP):
         shards = order[begin : begin + GROUP]
@@ -163,18 +193,18 @@ def schedule(sizes: Sequence[int], settings: Settings, epoch: int) -> list[tuple
         for offset, size in zip(offsets, (sizes[shard] for shard in shards), strict=False):
             first = min(int(random.integers(SEGMENT)), max(0, size - SEGMENT))
             begun.append(offset + np.arange(first, size, SEGMENT))
-        starts = np.concatenate(begun)
+        starts = np.arange(sum(rows[shard] for shard in shards)) if rows else np.concatenate(begun)
         random.shuffle(starts)
         whole = max(1, len(starts) // per_batch)
         groups.append((shards, [starts[i * per_batch : (i + 1) * per_batch] for i in range(whole)]))
     return groups
 
 
-def steps_of(sizes: Sequence[int], settings: Settings) -> int:
+def steps_of(sizes: Sequence[int], settings: Settings, rows: Sequence[int] = ()) -> int:
     """How many steps the settings' epochs have."""
     whole, part = int(settings.epochs), settings.epochs - int(settings.epochs)
-    count = sum(sum(len(b) for _, b in schedule(sizes, settings, epoch)) for epoch in range(whole))
-    last = sum(len(b) for _, b in schedule(sizes, settings, whole)) if part else 0
+    count = sum(sum(len(b) for _, b in schedule(sizes, settings, epoch, rows)) for epoch in range(whole))
+    last = sum(len(b) for _, b in schedule(sizes, settings, whole, rows)) if part else 0
     return max(1, count + math.ceil(part * last))
 
 
@@ -195,7 +225,7 @@ class Trainer:
     def __init__(self, target: Target, drafter: Drafter, data: Data, settings: Settings, workers: Workers):
         self.target, self.drafter, self.data, self.settings = target, drafter, data, settings
         self.dtype: mx.Dtype = getattr(mx, settings.dtype)
-        self.steps = steps_of(data.train.sizes, settings)
+        self.steps = steps_of(data.train.sizes, settings, data.train.rows)
         self.progress = Progress()
         self.optimizer = optim.AdamW(0.0, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
         self.parameters: Any = cast(drafter.trainable_parameters(), mx.float32)
@@ -260,11 +290,11 @@ class Trainer:
 
     def _batches(self) -> Iterator[tuple[Features, np.ndarray[Any, Any]]]:
         """All batches from the current step on, whatever the epoch."""
-        skip, epoch = self.progress.step, 0
+        skip, epoch, train = self.progress.step, 0, self.data.train
         while True:
-            for shards, batches in schedule(self.data.train.sizes, self.settings, epoch):
+            for shards, batches in schedule(train.sizes, self.settings, epoch, train.rows):
                 if skip < len(batches):
-                    features = join([self.data.train.load(shard) for shard in shards])
+                    features = join([train.load(shard) for shard in shards])
                     yield from ((features, starts) for starts in batches[skip:])
                 skip = max(0, skip - len(batches))
             epoch += 1
@@ -288,7 +318,7 @@ class Trainer:
         objective, pieces = self.settings.objective, 1
         random = np.random.default_rng([self.settings.seed, self.progress.step, part])
         if objective.negatives < 1:  # drawing holds the logits of a piece at once
-            pieces = math.ceil(len(starts) / segments_at_once(self.head, objective))
+            pieces = math.ceil(len(starts) / segments_at_once(self.head, objective, self.data.train.unit))
         total = None
         for piece in np.array_split(starts, pieces):
             batch = self._batch(features, piece)
@@ -320,16 +350,23 @@ class Trainer:
 
     def _batch(self, features: Features, starts: np.ndarray[Any, Any]) -> Batch:
         config, length = self.drafter.config, self.settings.objective.length
+        if isinstance(features, WholeRows):
+            rows = make_row_batch(features, starts, length, config.hidden_size, self._to_draft)
+            read = rows.read_context.astype(self.dtype)
+            return replace(rows, context=rows.context.astype(self.dtype), read_context=read)
         batch = make_batch(features, starts, length, config.hidden_size, self._to_draft)
         return replace(batch, context=batch.context.astype(self.dtype))
 
     def _held_out_batches(self) -> list[Batch]:
         """Up to ``SCORED`` positions, evenly from all held-out shards."""
-        shards, per_batch = self.data.held_out, max(1, self.settings.batch // SEGMENT)
-        most = max(1, SCORED // SEGMENT // len(shards.sizes))
+        shards = self.data.held_out
+        per_batch = max(1, self.settings.batch // shards.unit)
+        most = max(1, SCORED // shards.unit // len(shards.sizes))
         batches = []
         for shard, size in enumerate(shards.sizes):
             starts = np.arange(0, max(1, size - SEGMENT), SEGMENT)
+            if shards.rows:
+                starts = np.arange(shards.rows[shard])
             chosen = starts[np.linspace(0, len(starts) - 1, min(most, len(starts))).astype(int)]
             features = shards.load(shard)
             batches += [
