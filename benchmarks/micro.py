@@ -24,7 +24,6 @@ from mlx_redrafter.engine.loop import Fixed, bucket, enqueue
 from mlx_redrafter.engine.step_times import candidates
 from mlx_redrafter.engine.stopwatch import after_text
 from mlx_redrafter.model import SpeculativeModel
-from mlx_redrafter.models.fused import FusedDrafter
 from mlx_redrafter.train.evaluate import parse_shape
 
 import mlx.core as mx  # isort: skip
@@ -68,7 +67,7 @@ def label(shape: DraftShape) -> str:
 
 def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
     """The stages of a step of one shape, after a text of ``rows`` tokens."""
-    target, drafter = model.prepare().target, FusedDrafter(model.drafter) if model.drafter else None
+    target, drafter = model.prepare().target, model.prepare().drafter
     assert target is not None
     state = with_room_for_a_step(model, rows, shape)
     shown = View(state.capacity)

@@ -89,8 +89,7 @@ class SpeculativeModel:
         same = kinds == self._kinds  # only values differ: steps take as long, and drafts can be verified
         drafter: Any = self.drafter
         try:
-            drafter = FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter
-            memory = drafter if isinstance(drafter, FusedDrafter) else None
+            drafter, memory = _as_it_decodes(drafter)
             target = Target(self.model, drafter.config.context_layers if drafter else (), memory)
             if self.refusal or not same:
                 _check_fit(self.drafter, target.embed)
@@ -232,6 +231,15 @@ def load(
         remedy = "load it without one, as with --drafter none."
         raise ValueError(f"{speculative.refusal.removesuffix('.')}: {remedy}")
     return speculative, tokenizer
+
+
+def _as_it_decodes(drafter: Any) -> tuple[Any, Any]:
+    """A drafter as steps use it, and the same if it has a memory."""
+    if isinstance(drafter, Drafter) and drafter.config.memory_heads:
+        from .models.memory import MemoryDrafter
+
+        return (with_memory := MemoryDrafter(drafter)), with_memory
+    return FusedDrafter(drafter) if isinstance(drafter, Drafter) else drafter, None
 
 
 def _check_fit(drafter: Drafter | None, embed: Any) -> None:

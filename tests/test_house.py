@@ -133,6 +133,7 @@ def test_a_generation_loads_what_a_model_folder_needs(tmp_path):
         {"conversations", "gguf", "loading.gguf", "loading.build_tokenizers", "models.save"}
     )
     assert loaded.isdisjoint({"llguidance", "engine.grammar", "engine.host"})
+    assert loaded.isdisjoint({"models.memory", "models.stored"})
     lines = {name: len(FILES[name].read_text("utf-8").splitlines()) for name in loaded & FILES.keys()}
     for name in ("engine.stopwatch", "models.trial", "loading.files"):
         lines.pop(name, 0)  # loaded where step times, or whether drafts are right, are not known yet, once

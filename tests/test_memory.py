@@ -21,8 +21,8 @@ from mlx_redrafter.engine.loop import Batch, Fixed, bucket
 from mlx_redrafter.engine.prefix_folder import PrefixFolder, prefix_identity
 from mlx_redrafter.engine.prefixes import Prefixes
 from mlx_redrafter.engine.runner import Runner
-from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization, attend, attend_at_once
-from mlx_redrafter.models.fused import FusedDrafter
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
+from mlx_redrafter.models.memory import MemoryDrafter, attend, attend_at_once, read_texts
 from mlx_redrafter.models.target import Target, to_prompt_cache
 
 SIZES = {"exit_dim": 20, "num_draft_layers": 1, "rnn": True, "memory_heads": 2, "memory_head_size": 8}
@@ -46,7 +46,7 @@ def make_drafter(hidden=8, vocabulary=20, **changes):
 def with_memory(model, **changes):
     """A target and the drafter whose memory it writes."""
     found = Target(model).embed(mx.array([0])).shape[-1]
-    fused = FusedDrafter(make_drafter(found, 101, **changes))
+    fused = MemoryDrafter(make_drafter(found, 101, **changes))
     return Target(model, fused.config.context_layers, fused), fused
 
 
@@ -93,7 +93,7 @@ def golden(drafter, context, texts, drafted):
 
 def fused_logits(drafter, context, texts, drafted, capacity):
     """The same, as decoding computes it, from buffers with rows of others after the text's."""
-    fused, size = FusedDrafter(drafter), len(texts)
+    fused, size = MemoryDrafter(drafter), len(texts)
     context, texts, drafted = (mx.array(x, mx.float32)[None] for x in (context, texts, drafted))
     rows = [mx.pad(x, [(0, 0), (0, 0), (0, capacity - size), (0, 0)], constant_values=50.0)
             for x in fused.remember(context, texts)]  # fmt: skip
@@ -127,7 +127,7 @@ def test_decoding_is_the_trained_form_at_every_place(cell, changes):
     drafter, length = make_drafter(cell=cell, **changes), 3
     context, texts = some_text(drafter.config, 10)
     whole_context, whole_texts = (mx.array(x, mx.float32)[None] for x in (context, texts))
-    memory = drafter.read(whole_context[:, :7], whole_texts[:, :7], mx.arange(7)[None])
+    memory = read_texts(drafter, whole_context[:, :7], whole_texts[:, :7], mx.arange(7)[None])
     state, states = mx.zeros((1, 7, 8)), []
     for depth in range(length):
         state = drafter.advance(whole_texts[:, 1 + depth : 8 + depth], state)
@@ -151,7 +151,7 @@ def test_both_forms_of_attention_are_one():
 
 def test_an_empty_memory_gives_nothing():
     drafter = make_drafter()
-    fused, state = FusedDrafter(drafter), mx.random.normal((1, 2, 28))
+    fused, state = MemoryDrafter(drafter), mx.random.normal((1, 2, 28))
     rows = [mx.full((1, 2, 4, 8), 7.0)] * 2
     prepared = mx.random.normal((1, 2, 20))
     seen = fused.look_back(rows, mx.array([0]), 4)
@@ -163,7 +163,7 @@ def test_training_begins_at_the_network_without_it():
     drafter = Drafter(config)
     context, texts = (mx.array(x, mx.float32)[None] for x in some_text(config, 5))
     state = mx.random.normal((1, 5, 8))
-    with_it = drafter.logits(context, state, drafter.read(context, texts, mx.arange(5)[None]))
+    with_it = drafter.logits(context, state, read_texts(drafter, context, texts, mx.arange(5)[None]))
     assert mx.array_equal(with_it, drafter.logits(context, state))
     np.testing.assert_allclose(np.log1p(np.exp(np.array(drafter.memory_decay))), 0.5, rtol=1e-5)
 
@@ -423,6 +423,6 @@ def test_no_step_copies_the_memory(values):
 
 
 def test_a_drafter_without_one_costs_no_layer():
-    target, _ = with_memory(make_model(), memory_heads=0)
+    target = Target(make_model())
     _, layers = target.layers_of(target.make_cache())
     assert target.memory is None and not layers.memory and len(layers.rows) == 2

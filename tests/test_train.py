@@ -26,6 +26,7 @@ from mlx_redrafter.model import load
 from mlx_redrafter.models.bundle import load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 from mlx_redrafter.models.identity import identity_of
+from mlx_redrafter.models.memory import read_texts
 from mlx_redrafter.models.save import write_drafter
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.train import loss, run
@@ -370,7 +371,7 @@ def test_gradients_of_a_memory_are_the_automatic_ones(target, chunk):
             for s in np.flatnonzero(mask[0, n]).tolist()[::3]:
                 end = batch.place[n, s].item() + 1  # what is after it is not even there
                 seen = batch.read_context[n : n + 1, :end], target.embed(batch.read[n : n + 1, :end])
-                memory, state = drafter.read(*seen, mx.array([[end - 1]])), mx.zeros((1, 1, H))
+                memory, state = read_texts(drafter, *seen, mx.array([[end - 1]])), mx.zeros((1, 1, H))
                 for d in range(3):
                     state = drafter.advance(target.embed(batch.tokens[n, s + d])[None, None], state)
                     logits = drafter.logits(batch.context[n : n + 1, s : s + 1], state, memory)

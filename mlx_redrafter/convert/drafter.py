@@ -29,7 +29,8 @@ from ..loading.tokenizer import load_tokenizer
 from ..models import bundle
 from ..models.drafter import DrafterConfig, Quantization
 from ..models.identity import BaseIdentity, identity_of
-from ..models.save import pack, write_drafter
+from ..models.save import write_drafter
+from ..models.stored import pack
 
 DRAFTER_GROUP_SIZE = 32  # weights per scale: 4 bits keep 98.4 % of the tokens per step, with 64 97.6 %
 LINES_AT_ONCE = 256
@@ -137,7 +138,7 @@ def export_drafter(source: str | Path, output: str | Path) -> None:
         (config.context_layers, "context of several layers"),
         (config.cell != "simple", "gated cell"),
         (config.memory_heads, "memory of the text"),
-        (bundle.stored_as(folder, config, raw), "stored form of fewer bits"),
+        (raw.get(bundle.SECTION, {}).get("stored"), "stored form of fewer bits"),
     ):
         if changed:
             raise ValueError(

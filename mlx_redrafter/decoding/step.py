@@ -132,14 +132,11 @@ class Proposed:
 
 @dataclass
 class Verified:
-    """What the target says of a tree's N nodes, and the buffers with the nodes' rows written.
-
-    Those of the drafter's memory are not.
-    """
+    """What the target says of a tree's N nodes, and the buffers with the nodes' rows written."""
 
     logits: mx.array  # [B, N, V]
     context: mx.array  # [B, N, F]
-    rows: list[Rows]  # per layer [B, Hkv, C, ...]
+    rows: list[Rows]  # per layer [B, Hkv, C, ...]; a memory's are not written
     nodes: list[Rows]  # per layer [B, Hkv, N, ...]
     # The recurrent layers' states after a node [B] of each text and those that it comes after.
     states: Callable[[mx.array], list[list[mx.array]]] = lambda last: []

@@ -109,10 +109,7 @@ class _Prompt:
         """Tokens to read; the last one is the first step's."""
         return len(self.request.prompt) - 1 - self.read
 
-    @property
-    def all_caches(self) -> list[Any]:
-        """Of the model and the drafter."""
-        return [*(self.caches or ()), *self.memory]
+    all_caches = property(lambda self: [*self.caches, *self.memory])  # the model's and the drafter's
 
 
 class Engine:

@@ -2,9 +2,9 @@
 
 Tensor names are Apple's. A bundle that this package wrote has an ``mlx_redrafter`` section in its
 config.json: which base model it belongs to, which tensors nothing reads, and whether linear layers are
-``stored`` in fewer bits than they have in memory. A folder without that
-section is a checkpoint in Apple's layout and loads too, in one file or sharded, under each of the
-names in use. Every value is checked on the way in; weights are only ever read from safetensors.
+``stored`` in fewer bits than they have in memory. A folder without that section is a checkpoint in Apple's
+layout and loads too, in one file or sharded, under each of the names in use. Every value is checked on the
+way in; weights are only ever read from safetensors.
 """
 
 import re
@@ -94,37 +94,18 @@ def read_weights(
 ) -> tuple[dict[str, mx.array], list[str]]:
     """All tensors of a drafter under their canonical names, lazy, and the names of those nothing reads.
 
-    Args:
-        dtype: of what is ``stored`` in fewer bits; None: that of its scales.
+    What is ``stored`` in fewer bits is of the ``dtype``, or of its scales'.
+
     Raises:
         ValueError: one is missing, damaged, there twice, or has another shape than config.json says.
     """
-    weights, stored = _read_files(folder), stored_as(folder, config, raw)
+    weights, stored = _read_files(folder), None
+    if (given := raw.get(SECTION, {}).get("stored")) is not None:
+        from .stored import stored_as, unpack
+
+        stored = stored_as(given, config, folder)
     unused = check_shapes(config, weights, folder, stored)
-    if stored is not None:
-        for layer in [x.removesuffix(".scales") for x in config.shapes(stored) if x.endswith(".scales")]:
-            scales, biases = (weights.pop(f"{layer}.{part}") for part in ("scales", "biases"))
-            exact = scales.astype(mx.float32), biases.astype(mx.float32)
-            floats = mx.dequantize(
-                weights[f"{layer}.weight"], exact[0], exact[1], stored.group_size, stored.bits
-            )
-            weights[f"{layer}.weight"] = floats.astype(dtype or scales.dtype)
-    return weights, unused
-
-
-def stored_as(folder: Path, config: DrafterConfig, raw: Mapping[str, Any]) -> Quantization | None:
-    """How linear layers are quantized on disk that are not in memory; None: they are not."""
-    if (given := raw.get(SECTION, {}).get("stored")) is None:
-        return None
-    try:
-        if not isinstance(given, dict) or not {"bits"} <= given.keys() <= {"bits", "group_size"}:
-            raise ValueError("it needs 'bits' and 'group_size'")
-        if config.quantization is not None:
-            raise ValueError("the drafter is quantized in memory too")
-        return Quantization(**given)
-    except ValueError as error:
-        path = folder / "config.json"
-        raise ValueError(f"{path}: 'stored' is {given!r} ({error}): convert the drafter again.") from error
+    return (weights if stored is None else unpack(config, weights, stored, dtype)), unused
 
 
 def _read_files(folder: Path) -> dict[str, mx.array]:

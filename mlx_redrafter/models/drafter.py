@@ -9,7 +9,7 @@ may hold the states of more layers of the base model, the recurrent cell may be 
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ Q_GROUP_SIZES = (32, 64, 128)
 CELLS = ("simple", "gru")
 MOST_HEADS, MOST_HEAD_SIZE = 64, 256  # of a memory, whose rows take room for every token of a text
 MEMORY_EPS = 1e-5
-LOG2_E = math.log2(math.e)
+
+Recall = Callable[[mx.array], mx.array]  # what blocks would read -> the same and what the memory adds
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class DrafterConfig:
                 )
         _check_size("memory_heads", self.memory_heads, least=0, most=MOST_HEADS)
         _check_size("memory_head_size", self.memory_head_size, most=MOST_HEAD_SIZE)
-        if self.memory_window is not None:
-            _check_size("memory_window", self.memory_window)
+        _check_size("memory_window", 1 if self.memory_window is None else self.memory_window)
         if self.memory_heads and not self.can_split:
             raise ValueError(
                 f"memory_heads is {self.memory_heads}, but no half of input_proj reads the context alone: "
@@ -154,11 +154,6 @@ class DrafterConfig:
         return self.hidden_size * (3 if self.cell == "gru" else 1)
 
     @property
-    def memory_outputs(self) -> int:
-        """M * Dh, what the heads of the memory give together."""
-        return self.memory_heads * self.memory_head_size
-
-    @property
     def can_split(self) -> bool:
         """Whether ``input_proj`` is there, and is a layer of the context and one of the state."""
         splits = self.quantizes(self.context_size) or not self.quantizes(self.head_inputs)
@@ -181,9 +176,10 @@ class DrafterConfig:
             layers["rnn_w"] = self.hidden_size, self.cell_outputs, False
         shapes: dict[str, tuple[int, ...]] = {}
         if self.memory_heads:
-            layers["memory_kv"] = width + self.hidden_size, 2 * self.memory_outputs, False
-            layers["memory_q"] = width, self.memory_outputs, False
-            layers["memory_out"] = self.memory_outputs, width, False
+            outputs = self.memory_heads * self.memory_head_size
+            layers["memory_kv"] = width + self.hidden_size, 2 * outputs, False
+            layers["memory_q"] = width, outputs, False
+            layers["memory_out"] = outputs, width, False
             shapes["memory_q_norm.weight"] = (self.memory_head_size,)
             shapes["memory_decay"] = shapes["memory_sink"] = (self.memory_heads,)
         for name, (inputs, outputs, bias) in layers.items():
@@ -201,15 +197,6 @@ class DrafterConfig:
     def quantizes(self, inputs: int) -> bool:
         """Whether a linear layer with this input width is quantized."""
         return self.quantization is not None and inputs % self.quantization.group_size == 0
-
-
-@dataclass
-class Memory:
-    """What a drafter is shown of its memory."""
-
-    keys: mx.array  # [B, M, T, Dh]
-    values: mx.array  # [B, M, T, Dh]
-    bias: mx.array  # [B, M, n or 1, T], see ``Drafter.memory_bias``
 
 
 class ResidualBlock(nn.Module):
@@ -251,8 +238,8 @@ class Drafter(nn.Module):
             self.rnn_u = nn.Linear(config.hidden_size, config.cell_outputs)
             self.rnn_w = nn.Linear(config.hidden_size, config.cell_outputs, bias=False)
         if config.memory_heads:
-            inputs, outputs = config.exit_dim + config.hidden_size, config.memory_outputs
-            self.memory_kv = nn.Linear(inputs, 2 * outputs, bias=False)
+            outputs = config.memory_heads * config.memory_head_size
+            self.memory_kv = nn.Linear(config.exit_dim + config.hidden_size, 2 * outputs, bias=False)
             self.memory_q = nn.Linear(config.exit_dim, outputs, bias=False)
             self.memory_q_norm = nn.RMSNorm(config.memory_head_size, MEMORY_EPS)
             self.memory_out = nn.Linear(outputs, config.exit_dim, bias=False)
@@ -297,20 +284,20 @@ class Drafter(nn.Module):
         candidate: mx.array = nn.silu(new[..., 2 * size :] + r * old[..., 2 * size :])  # [..., H]
         return candidate + z * (state - candidate)
 
-    def logits(self, context: mx.array, state: mx.array, memory: "Memory | None" = None) -> mx.array:
+    def logits(self, context: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
         """Unnormalised log-probabilities of the next draft token.
 
         Args:
             context: [..., F], what the base model knew when it emitted the first token.
             state: [..., H], the state after the last token.
-            memory: what the n states [B, n, H] are shown of it; None: nothing.
+            memory: what is shown of it (``memory.py``); None: nothing.
         Returns:
             [..., Vd]
         """
         logits: mx.array = self.lm_head[-1](self.body(context, state, memory))
         return logits
 
-    def body(self, context: mx.array, state: mx.array, memory: "Memory | None" = None) -> mx.array:
+    def body(self, context: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
         """What the last layer reads [..., exit_dim]; arguments as ``logits``, broadcast."""
         x: mx.array
         if (halves := self.halves()) is not None:
@@ -321,7 +308,7 @@ class Drafter(nn.Module):
             if "input_proj" in self:
                 x = self.input_proj(x)  # [..., exit_dim]
         if memory is not None:
-            x = self.recall(x, memory)
+            x = memory(x)
         for block in self.lm_head[:-1]:
             x = block(x)
         return x
@@ -334,55 +321,6 @@ class Drafter(nn.Module):
         config = self.config
         return _split(self.input_proj, config.context_size, config.head_inputs) if config.can_split else None
 
-    def remember(self, prepared: mx.array, embedding: mx.array) -> list[mx.array]:
-        """What the memory keeps of T tokens: keys and values, each [B, M, T, Dh].
-
-        Args:
-            prepared: [B, T, exit_dim], the context's half of ``input_proj`` after reading each token.
-            embedding: [B, T, H], of the tokens.
-        """
-        both = self.memory_kv(mx.concatenate([prepared, embedding], axis=-1))  # [B, T, 2 * M * Dh]
-        keys, values = (self._heads(half) for half in mx.split(both, 2, axis=-1))
-        return [mx.fast.rms_norm(keys, None, MEMORY_EPS), values]
-
-    def memory_bias(self, distance: mx.array) -> mx.array:
-        """What is added to scores, the logarithmic kernel of KERPLE (arXiv 2205.09921).
-
-        Args:
-            distance: [B, n, T], from the last token read to each one that is kept; negative: it is not seen.
-        Returns:
-            [B, M, n, T]
-        """
-        slope = nn.softplus(self.memory_decay.astype(mx.float32))[:, None, None]
-        shown = (distance >= 0) & (distance < (self.config.memory_window or mx.inf))
-        kernel = -slope * mx.log1p(mx.maximum(distance, 0).astype(mx.float32))[:, None]
-        bias: mx.array = mx.where(shown[:, None], kernel, -mx.inf).astype(self.memory_decay.dtype)
-        return bias
-
-    def read(self, context: mx.array, embedding: mx.array, place: mx.array) -> "Memory":
-        """What is shown of the memory at some places of whole texts, for training: the tokens up to there.
-
-        Args:
-            context: [B, T, F], after reading each token.
-            embedding: [B, T, H], of the tokens.
-            place: [B, n].
-        """
-        halves = self.halves()
-        assert halves is not None
-        keys, values = self.remember(halves[0](context), embedding)
-        return Memory(keys, values, self.memory_bias(place[..., None] - mx.arange(context.shape[1])))
-
-    def recall(self, x: mx.array, memory: "Memory") -> mx.array:
-        """``x`` [..., B, n, exit_dim] and what it finds in the memory, or in a sink that gives nothing."""
-        queries = self.memory_q_norm(self._heads(self.memory_q(x)))  # [..., B, M, n, Dh]
-        how = attend_at_once if mx.default_device().type == mx.gpu and x.ndim == 3 else attend
-        found = how(queries, memory.keys, memory.values, memory.bias, self.memory_sink)
-        after: mx.array = x + self.memory_out(found.swapaxes(-3, -2).reshape(*x.shape[:-1], -1))
-        return after
-
-    def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:-1], -1, self.config.memory_head_size).swapaxes(-3, -2)
-
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids of the base model for indices into the draft vocabulary; any shape, kept."""
         return index if self._draft_to_target is None else self._draft_to_target[index]
@@ -394,27 +332,6 @@ class Drafter(nn.Module):
 
     def _is_quantized(self, _path: str, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear) and self.config.quantizes(module.weight.shape[-1])
-
-
-def attend_at_once(
-    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array
-) -> mx.array:
-    """Attention [B, M, n, Dh] with a score [M] more, which gives nothing; on a GPU in one kernel."""
-    scale = queries.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=bias, sinks=sink)
-
-
-def attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array) -> mx.array:
-    """The same, also of queries [..., B, M, n, Dh].
-
-    It takes half the time on a CPU, where MLX's power of two takes a third of its exponential's.
-    """
-    scale, sink = LOG2_E * queries.shape[-1] ** -0.5, (LOG2_E * sink)[:, None, None]
-    scores = (scale * queries) @ keys.swapaxes(-1, -2) + LOG2_E * bias  # [B, M, n, T]
-    top = mx.stop_gradient(mx.maximum(scores.max(axis=-1, keepdims=True), sink))
-    powers = mx.power(2.0, scores - top)
-    total = powers @ mx.ones((powers.shape[-1], 1), powers.dtype) + mx.power(2.0, sink - top)
-    return (powers @ values) / total
 
 
 def _split(layer: nn.Module, cut: int, inputs: int) -> tuple[nn.Module, nn.Module]:

@@ -5,8 +5,7 @@ import copy
 import mlx.core as mx
 from mlx import nn
 
-from ..decoding.layers import Rows, places
-from .drafter import Drafter, Memory
+from .drafter import Drafter, Recall
 
 
 class FusedDrafter:
@@ -46,28 +45,13 @@ class FusedDrafter:
         prepared: mx.array = context if self._of_context is None else self._of_context(context)
         return prepared
 
-    def remember(self, context: mx.array, embedding: mx.array) -> Rows:
-        """As ``Drafter.remember``, of the tokens' context [B, T, F] and embedding [B, T, H]."""
-        return self._drafter.remember(self.prepare(context), embedding)
-
-    def look_back(self, rows: Rows, count: mx.array, columns: int) -> Memory:
-        """What queries after the first ``count`` [B] tokens are shown of the memory's buffers [B, M, C, Dh].
-
-        Args:
-            columns: of the first rows, or all of a ring.
-        """
-        keys, values = (part[:, :, :columns] for part in rows)
-        place = places(count, keys.shape[2])  # [B, C]
-        distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
-        return Memory(keys, values, self._drafter.memory_bias(distance[:, None]))
-
-    def logits(self, prepared: mx.array, state: mx.array, memory: Memory | None = None) -> mx.array:
-        """As ``Drafter.logits`` [..., Vd], of what ``prepare``, ``advance`` and ``look_back`` returned."""
+    def logits(self, prepared: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
+        """As ``Drafter.logits`` [..., Vd], of what ``prepare``, ``advance`` (and ``look_back``) returned."""
         if self._of_context is None:
             return self._drafter.logits(prepared, state)
         x = prepared + (state[..., self._size :] if self._of_state is None else self._of_state(state))
         if memory is not None:
-            x = self._drafter.recall(x, memory)
+            x = memory(x)
         for layer in self._drafter.lm_head:
             x = layer(x)
         return x

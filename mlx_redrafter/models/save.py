@@ -1,7 +1,7 @@
 """Writing a drafter to disk: the bundle that ``bundle.py`` reads."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ..loading.files import atomic_folder
 from .bundle import FORMAT, MODEL_TYPE, SECTION, check_shapes
 from .drafter import DrafterConfig, Quantization
 from .identity import BaseIdentity
+from .stored import pack
 
 
 def write_drafter(
@@ -49,25 +50,3 @@ def write_drafter(
         mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), {"format": "mlx"})
         if card:
             (temporary / "README.md").write_text(card, "utf-8", "replace")
-
-
-def pack(
-    config: DrafterConfig, weights: Mapping[str, mx.array], how: Quantization
-) -> Iterator[tuple[str, mx.array]]:
-    """The tensors of a drafter with all linear layers quantized that fit, one after the other.
-
-    Raises:
-        ValueError: none fits.
-    """
-    layers = {name.removesuffix("scales") for name in config.shapes(how) if name.endswith(".scales")}
-    if not layers:
-        raise ValueError(
-            f"no layer's width is a multiple of the group size {how.group_size}: take a smaller one."
-        )
-    for name, weight in weights.items():
-        if (layer := name.removesuffix("weight")) in layers and name.endswith(".weight"):
-            parts = mx.quantize(weight, how.group_size, how.bits)
-            mx.eval(parts)
-            yield from zip((name, f"{layer}scales", f"{layer}biases"), parts, strict=True)
-        else:
-            yield name, weight

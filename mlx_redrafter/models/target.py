@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,10 +42,12 @@ from ..decoding.layers import (
 from ..decoding.step import Verified
 from ..decoding.tree import Tree
 from ..loading.cache import read_note, write_note
-from .fused import FusedDrafter
 from .hooks import ERRORS, Recorder, States, Tape, leaves, parts, view, with_each
 from .identity import token_embedding
 from .tried import conditions
+
+if TYPE_CHECKING:
+    from .memory import MemoryDrafter
 
 RMS_EPS = 1e-6
 INNER_NAMES = ("model", "transformer", "backbone")
@@ -61,7 +63,7 @@ class Target:
             layers, or lists of these.
         layers: layers, counted from 1, whose outputs are part of the hidden states too, each divided by
             its root mean square. So F = H * (1 + len(layers)).
-        drafter: one that has a memory, to which every token that is read is told.
+        memory: the drafter that is told of every token that is read.
 
     Attributes:
         has_states: whether it has recurrent layers.
@@ -73,10 +75,9 @@ class Target:
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int] = (), drafter: FusedDrafter | None = None
+        self, model: nn.Module, layers: Sequence[int] = (), memory: "MemoryDrafter | None" = None
     ) -> None:
-        self.model = model
-        self.memory = drafter if drafter is not None and drafter.config.memory_heads else None
+        self.model, self.memory = model, memory
         self._caches = make_prompt_cache(model)  # empty
         kept = list(leaves(self._caches))
         self.windows = [_window(cache, model) for cache in kept if type(cache) is not ArraysCache]
@@ -137,18 +138,9 @@ class Target:
         return with_each(self._caches, empty)
 
     def make_memory(self, caches: Sequence[Any]) -> list[Any]:
-        """A cache for the drafter's memory, which ``forward`` writes if it comes after mlx-lm's ``caches``.
-
-        It knows nothing of the tokens that these hold. There is none if the drafter has no memory.
-        """
-        if self.memory is None:
-            return []
-        window, held = self.windows[-1], max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
-        cache = KVCache() if window is None else RotatingKVCache(window)
-        if held:  # entries of zeros give nothing, as the sink
-            known = self.memory.remember(self.no_context()[:, None], self.embed(mx.array([[0]])))
-            cache.update_and_fetch(*(mx.repeat(mx.zeros_like(part), held, axis=2) for part in known))
-        return [cache]
+        """The drafter's, if it has a memory, for ``forward`` after mlx-lm's; of their tokens it knows none."""
+        held = max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
+        return [] if self.memory is None else [self.memory.make_cache(held)]
 
     def suits(self, caches: Sequence[Any]) -> bool:
         """Whether mlx-lm caches keep the rows that the model needs, and in places that are known."""

@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.drafter import Drafter
+from ..models.memory import read_texts
 from ..models.target import Target
 from .features import Features, WholeRows
 
@@ -203,7 +204,7 @@ def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch,
     memory = None
     if isinstance(batch, RowBatch):
         read = embed(batch.read).astype(batch.context.dtype)
-        memory = drafter.read(batch.read_context, read, batch.place)
+        memory = read_texts(drafter, batch.read_context, read, batch.place)
     return drafter.body(batch.context, mx.stack(states), memory)
 
 

@@ -1,0 +1,136 @@
+"""A drafter's memory of the text: attention over what it noted of every token that the model has read.
+
+What is noted of a token, its *entry*, is a key and a value for each of M heads, of the token's embedding
+and of the context after it. Every depth of a draft queries all entries, older ones at a disadvantage that
+grows with the logarithm of the distance (KERPLE, arXiv 2205.09921), and a sink, which gives nothing.
+
+Entries are rows as those of the model's own layers. Only drafters that have a memory need this file.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from ..decoding.layers import Rows, places
+from .drafter import MEMORY_EPS, Drafter
+from .fused import FusedDrafter
+
+LOG2_E = math.log2(math.e)
+
+
+@dataclass
+class Memory:
+    """What queries are shown of a drafter's memory."""
+
+    drafter: Drafter
+    keys: mx.array  # [B, M, T, Dh]
+    values: mx.array  # [B, M, T, Dh]
+    bias: mx.array  # [B, M, n or 1, T], see ``bias``
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x`` [..., B, n, exit_dim] and what it finds."""
+        drafter = self.drafter
+        queries = drafter.memory_q_norm(_heads(drafter, drafter.memory_q(x)))  # [..., B, M, n, Dh]
+        how = attend_at_once if mx.default_device().type == mx.gpu and x.ndim == 3 else attend
+        found = how(queries, self.keys, self.values, self.bias, drafter.memory_sink)
+        after: mx.array = x + drafter.memory_out(found.swapaxes(-3, -2).reshape(*x.shape[:-1], -1))
+        return after
+
+
+class MemoryDrafter(FusedDrafter):
+    """A drafter with a memory as it decodes."""
+
+    def make_cache(self, held: int) -> Any:
+        """mlx-lm's cache for the entries, in which those of the first ``held`` tokens give nothing."""
+        config = self.config
+        window, heads, size = config.memory_window, config.memory_heads, config.memory_head_size
+        cache: Any = KVCache() if window is None else RotatingKVCache(window)
+        if held:
+            zeros = mx.zeros((1, heads, held, size), self.start.dtype)
+            cache.update_and_fetch(zeros, zeros)
+        return cache
+
+    def remember(self, context: mx.array, embedding: mx.array) -> Rows:
+        """Entries of tokens with this context [B, T, F] and embedding [B, T, H]."""
+        return entries(self._drafter, self.prepare(context), embedding)
+
+    def look_back(self, rows: Rows, count: mx.array, columns: int) -> Memory:
+        """What queries after the first ``count`` [B] tokens are shown of the buffers [B, M, C, Dh].
+
+        Args:
+            columns: of the first rows, or all of a ring.
+        """
+        keys, values = (part[:, :, :columns] for part in rows)
+        place = places(count, keys.shape[2])  # [B, C]
+        distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
+        return Memory(self._drafter, keys, values, bias(self._drafter, distance[:, None]))
+
+
+def read_texts(drafter: Drafter, context: mx.array, embedding: mx.array, place: mx.array) -> Memory:
+    """What is shown at some places of whole texts, for training: the tokens up to there.
+
+    Args:
+        context: [B, T, F], after reading each token.
+        embedding: [B, T, H], of the tokens.
+        place: [B, n].
+    """
+    halves = drafter.halves()
+    assert halves is not None
+    keys, values = entries(drafter, halves[0](context), embedding)
+    return Memory(drafter, keys, values, bias(drafter, place[..., None] - mx.arange(context.shape[1])))
+
+
+def entries(drafter: Drafter, prepared: mx.array, embedding: mx.array) -> Rows:
+    """Keys and values of T tokens, each [B, M, T, Dh].
+
+    Args:
+        prepared: [B, T, exit_dim], the context's half of ``input_proj`` after reading each token.
+        embedding: [B, T, H], of the tokens.
+    """
+    both = drafter.memory_kv(mx.concatenate([prepared, embedding], axis=-1))  # [B, T, 2 * M * Dh]
+    keys, values = (_heads(drafter, half) for half in mx.split(both, 2, axis=-1))
+    return [mx.fast.rms_norm(keys, None, MEMORY_EPS), values]
+
+
+def bias(drafter: Drafter, distance: mx.array) -> mx.array:
+    """What is added to the scores of entries.
+
+    Args:
+        distance: [B, n, T], from the last token read to each entry's; negative: it is not seen.
+    Returns:
+        [B, M, n, T]
+    """
+    slope = nn.softplus(drafter.memory_decay.astype(mx.float32))[:, None, None]
+    shown = (distance >= 0) & (distance < (drafter.config.memory_window or mx.inf))
+    kernel = -slope * mx.log1p(mx.maximum(distance, 0).astype(mx.float32))[:, None]
+    found: mx.array = mx.where(shown[:, None], kernel, -mx.inf).astype(drafter.memory_decay.dtype)
+    return found
+
+
+def _heads(drafter: Drafter, x: mx.array) -> mx.array:
+    return x.reshape(*x.shape[:-1], -1, drafter.config.memory_head_size).swapaxes(-3, -2)
+
+
+def attend_at_once(
+    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array
+) -> mx.array:
+    """Attention [B, M, n, Dh] with a score [M] more, which gives nothing; on a GPU in one kernel."""
+    scale = queries.shape[-1] ** -0.5
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=bias, sinks=sink)
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array) -> mx.array:
+    """The same, also of queries [..., B, M, n, Dh].
+
+    It takes half the time on a CPU, where MLX's power of two takes a third of its exponential's.
+    """
+    scale, sink = LOG2_E * queries.shape[-1] ** -0.5, (LOG2_E * sink)[:, None, None]
+    scores = (scale * queries) @ keys.swapaxes(-1, -2) + LOG2_E * bias  # [B, M, n, T]
+    top = mx.stop_gradient(mx.maximum(scores.max(axis=-1, keepdims=True), sink))
+    powers = mx.power(2.0, scores - top)
+    total = powers @ mx.ones((powers.shape[-1], 1), powers.dtype) + mx.power(2.0, sink - top)
+    return (powers @ values) / total
