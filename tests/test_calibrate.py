@@ -8,6 +8,7 @@ import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,6 +246,17 @@ def test_policy_of_a_model() -> None:
     assert list(policy.cost) == candidates(speculative().prepare())
     assert all(shape.width == 0 for shape in make_policy(speculative(drafter=False).prepare).of(1).cost)  # type: ignore[attr-defined]
     assert make_policy(speculative(drafter=False).prepare, lookup=0) == Fixed(PLAIN)
+
+
+def test_on_metal_sixteen_rows_are_for_quantized_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    metal = replace(backend.CPU, shapes=backend.METAL.shapes, in_floats=backend.METAL.in_floats)
+    monkeypatch.setattr(backend, "current", lambda: metal)
+    model = speculative()
+    assert max(shape.size for shape in candidates(model.prepare())) == 15
+    fits = lambda _, layer: isinstance(layer, nn.Linear) and layer.weight.shape[1] % 32 == 0  # noqa: E731
+    nn.quantize(model.model, 32, 4, class_predicate=fits)
+    quantized = {shape.size for shape in candidates(model.prepare())}
+    assert {16, 32} <= quantized and 15 not in quantized
 
 
 def test_a_policy_does_not_keep_its_model() -> None:

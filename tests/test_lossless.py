@@ -19,7 +19,9 @@ from mlx_redrafter.models.target import Target, from_prompt_cache
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPES = [(1, 1), (1, 4), (2, 3), (4, 5), (4, 5, 8), (3, 2, 2)]
-AUTOMATIC = list(dict.fromkeys(s for b in (backend.METAL, backend.CUDA, backend.CPU) for s in b.shapes))
+AUTOMATIC = list(
+    dict.fromkeys(s for b in (backend.METAL, backend.CUDA, backend.CPU) for s in (*b.shapes, *b.in_floats))
+)
 
 
 def plain(model, count, prompt=PROMPT):

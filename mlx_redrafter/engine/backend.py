@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Backend:
         dtype: the type that weights are given at load, dequantized if need be; None keeps them.
         shapes: what the automatic choice chooses from, plain decoding first. Which of them pays is
             measured on the machine; these are what its kernels are made for.
+        in_floats: the same for models whose weights are not quantized, where that matters.
         grain: rows by which attention's view of the buffers grows, while it is short. 1: always row
             by row, since nothing is compiled, and a plain step that sees only its own rows needs no mask.
         compiled: whether steps are compiled.
@@ -32,6 +34,12 @@ class Backend:
     grain: int
     compiled: bool
     eager: bool
+    in_floats: tuple[DraftShape, ...] = ()
+
+    def shapes_for(self, weights: Iterable[mx.array]) -> tuple[DraftShape, ...]:
+        """What the automatic choice chooses from, for a model with these weights."""
+        is_quantized = any(weight.dtype == mx.uint32 for weight in weights)  # packed
+        return self.shapes if is_quantized or not self.in_floats else self.in_floats
 
     def padded(self, texts: int) -> int:
         """How many texts a step is made for: compiled, the next power of two, so that few are traced."""
@@ -43,17 +51,18 @@ def _shapes(*shapes: tuple[int, int, int | None, int]) -> tuple[DraftShape, ...]
     return (PLAIN, *(DraftShape(*shape) for shape in shapes))
 
 
+_SMALL = ((0, 0, None, 3), (1, 1, 2, 1), (1, 2, 3, 2), (2, 3, 5, 4), (3, 4, 8, 4))
 # Up to 5 rows cost little with 4-bit weights on every Apple GPU, more than that fill one tile of 32 rows;
-# attention has its vector kernel up to 8 rows (if rows x heads per key head <= 32).
+# attention has its vector kernel up to 8 rows (if rows x heads per key head <= 32). In half precision 15 rows
+# are cheap and 16 cost twice as much on an M2 Ultra (Apple's own measurements; MLX's wide gemv ends at 15).
 METAL = Backend(
     "metal",
     None,
-    _shapes(
-        (0, 0, None, 3), (1, 1, 2, 1), (1, 2, 3, 2), (2, 3, 5, 4), (3, 4, 8, 4), (4, 5, 16, 5), (8, 5, 32, 6)
-    ),
+    _shapes(*_SMALL, (4, 5, 16, 5), (8, 5, 32, 6)),
     grain=256,
     compiled=True,
     eager=True,
+    in_floats=_shapes(*_SMALL, (4, 5, 15, 5)),
 )
 # Tensor cores take over at 8 rows; up to 64 rows cost about what one does in half precision.
 CUDA = Backend(

@@ -63,7 +63,8 @@ def candidates(runner: Runner | None, lookup: int | None = None) -> list[DraftSh
         return [PLAIN]
     drafter: Any = runner.drafter
     known = drafter.config.head_outputs if drafter else 0
-    shapes = [shape for each in backend.current().shapes if (shape := _fit(each, known, lookup)) is not None]
+    usable = backend.current().shapes_for(runner.target.weights)
+    shapes = [shape for each in usable if (shape := _fit(each, known, lookup)) is not None]
     return list(dict.fromkeys(shapes if runner.target.trees else [shape.chain for shape in shapes]))
 
 

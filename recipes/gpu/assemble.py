@@ -1,11 +1,12 @@
 """A drafter folder from what ``run.py`` left.
 
-    python assemble.py MODEL OUTPUT LAYERS PART ... [--store-bits 8]
+    python assemble.py MODEL OUTPUT LAYERS PART ... [--store-bits 8] [--training NAME.json --start DRAFTER]
 
 LAYERS are the context's layers, as 8,16,23.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import mlx_redrafter as r
@@ -24,6 +25,8 @@ def main() -> None:
     parser.add_argument("parts", type=Path, nargs="+")
     parser.add_argument("--name", help="of the base model")
     parser.add_argument("--store-bits", type=int)
+    parser.add_argument("--training", type=Path, help="what run.py tells of the run")
+    parser.add_argument("--start", type=Path, help="the folder of the drafter that the run began with")
     args = parser.parse_args()
     weights = {name: x for part in args.parts for name, x in mx.load(str(part)).items()}
     model, _ = r.load(args.model, drafter=None)
@@ -37,7 +40,14 @@ def main() -> None:
         memory_heads=heads, memory_head_size=weights["memory_q.weight"].shape[0] // heads,
     )  # fmt: skip
     stored = Quantization(args.store_bits, 64) if args.store_bits else None
-    write_drafter(args.output, config, weights, identity, stored=stored)
+    phases = []
+    if args.start:
+        phases = json.loads((args.start / "config.json").read_text())["mlx_redrafter"]["training"]["phases"]
+    if args.training:
+        phases.append(json.loads(args.training.read_text())["runs"]["depth"])
+    steps = sum(phase["steps"] for phase in phases)
+    extra = {"training": {"steps": steps, "phases": phases}} if phases else {}
+    write_drafter(args.output, config, weights, identity, extra, stored=stored)
 
 
 main()
