@@ -16,8 +16,9 @@ import random
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 import curves
@@ -28,6 +29,9 @@ from mlx_redrafter.models.drafter import DrafterConfig, Quantization
 
 LABEL = "PROJECTION from published kernel timings and acceptance measured on a small model; no Mac was used."
 PLAIN = DraftShape(0, 0)
+GRIDS = json.loads(Path(__file__).with_name("apple_grid.json").read_text())
+APPLE_DEPTH = GRIDS["drafter"] / GRIDS["model"]  # of a drafted token: all of the drafter is read
+KNEE = 16  # rows in half precision from which another kernel is used, which the fits leave out
 SIMULATED = 3000  # steps of the policy
 # chip, bits per weight, curves: the published one, and others that tell another story
 SCENARIOS = (
@@ -122,7 +126,7 @@ def main() -> None:
     except (ValueError, OSError, KeyError, TypeError) as error:
         sys.exit(f"error: {error}")
     rows = report["projections"]
-    print(table(rows), check_table(report["check"]), sources(rows), sep="\n\n")
+    print(table(rows), check_table(report["check"]), fits_table(fits()), sources(rows), sep="\n\n")
     if args.output:
         args.output.write_text(json.dumps({"command": shlex.join(sys.argv), **report}, indent=1) + "\n")
 
@@ -269,6 +273,64 @@ def check() -> dict[str, Any]:
     for name in ("m1-m2-fp16", "m1-pro-fp16"):
         said[name] = round(tokens / (curves.curve(name)(1 + length) + length * drafter / model), 2)
     return {"what": "M1 Max, 7B, width 1, 2.15 tokens per step", "published": published, "projected": said}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A step of Apple's own MLX code below 16 rows, in plain steps.
+
+    It is 1 + ``fixed`` + ``per_row`` for each row after the first + ``APPLE_DEPTH`` for each depth.
+    """
+
+    chip: str
+    weights: str
+    fixed: float
+    per_row: float
+    errors: dict[tuple[int, int], float]  # of the widths and lengths that it was not fitted on
+
+    def step(self, width: int, length: int) -> float:
+        return 1 + self.fixed + self.per_row * (width * (length + 1) - 1) + length * APPLE_DEPTH
+
+
+def fits(column: int = 3) -> list[Fit]:
+    """Apple's published grids, each fitted at ``column`` drafted tokens, and how far it is off."""
+    found = []
+    for grid in GRIDS["grids"]:
+        measured = {
+            (int(width), length): step
+            for width, cells in grid["by_width"].items()
+            for length, step in enumerate(cells["step"], 1)
+            if int(width) * (length + 1) < KNEE
+        }
+        known = [
+            (w * (n + 1) - 1, step - 1 - n * APPLE_DEPTH) for (w, n), step in measured.items() if n == column
+        ]
+        per_row, fixed = linear_regression(*zip(*known, strict=True))
+        fit = Fit(grid["chip"], grid["weights"], fixed, per_row, {})
+        others = {
+            shape: fit.step(*shape) / step - 1 for shape, step in measured.items() if shape[1] != column
+        }
+        found.append(replace(fit, errors=others))
+    return found
+
+
+def fits_table(found: Sequence[Fit]) -> str:
+    """Markdown: the fits, and a chain of 4 with Apple's acceptance, if our step had its cost per row."""
+    depth = Model("7B", GRIDS["model"], 4096).drafter_bytes(16) / (2 * GRIDS["model"])
+    lines = [
+        "| chip | weights | fixed | per row | worst error | chain of 4, Apple's | ours, fixed 0.2 | 0 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for fit, grid in zip(found, GRIDS["grids"], strict=True):
+        chain = grid["by_width"]["1"]
+        worst = max(fit.errors, key=lambda shape: abs(fit.errors[shape]))
+        ours = [chain["tokens"][3] / (1 + fixed + 4 * (fit.per_row + depth)) for fixed in (0.2, 0.0)]
+        lines.append(
+            f"| {fit.chip} | {fit.weights} | {fit.fixed:.2f} | {fit.per_row:.3f} | {fit.errors[worst]:+.0%} "
+            f"({worst[0]}x{worst[1]}) | {chain['tokens'][3] / chain['step'][3]:.2f} "
+            f"| {ours[0]:.2f} | {ours[1]:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def table(projections: Sequence[dict[str, Any]]) -> str:
