@@ -138,7 +138,7 @@ class Target:
         return with_each(self._caches, empty)
 
     def make_memory(self, caches: Sequence[Any]) -> list[Any]:
-        """The drafter's, if it has a memory: the last of ``forward``'s caches; it does not know older tokens."""
+        """The cache of the drafter's memory, if it has one: the last that ``forward`` takes."""
         held = max(int(getattr(cache, "offset", 0)) for cache in leaves(caches))
         return [] if self.memory is None else [self.memory.make_cache(held)]
 
