@@ -188,7 +188,7 @@ def load(
         path_or_hf_repo: a folder, a GGUF file or a Hugging Face repository; None is the default model.
         tokenizer_config: options of the tokenizer, such as ``{"eos_token": "</s>"}``.
         drafter: a folder, a shipped drafter's name or a Hugging Face repository; "auto" takes the one
-            that ships for the model, if any; None loads none.
+            that ships for the model, or is found on this machine or on the hub, if any; None loads none.
         dtype: auto (float32 on a CPU, elsewhere as stored), float32, float16 or bfloat16. A float type
             dequantizes a quantized model.
         model_config: entries that take the place of those in config.json.
@@ -228,6 +228,10 @@ def load(
     loaded = drafter_for(model, name, drafter)
     speculative = SpeculativeModel(model, loaded, context_length)
     if loaded is not None and speculative.prepare() is None:
+        if drafter == "auto" and find_drafter(identity_of(model)) is None:  # nobody asked for it
+            speculative.prepare_or_tell()
+            speculative.drafter = None
+            return speculative, tokenizer
         remedy = "load it without one, as with --drafter none."
         raise ValueError(f"{speculative.refusal.removesuffix('.')}: {remedy}")
     return speculative, tokenizer
@@ -278,11 +282,19 @@ def drafter_for(model: nn.Module, name: str, drafter: str | Path | None) -> Draf
     if drafter is None:
         return None
     identity = identity_of(model, name)
-    source = find_drafter(identity) if drafter == "auto" else drafter_folder(drafter)
-    if source is None:
-        return None
     embedding: Any = token_embedding(model)
-    return load_drafter(source, identity, embedding(mx.array([0])).dtype)
+    dtype = embedding(mx.array([0])).dtype
+    source = find_drafter(identity) if drafter == "auto" else drafter_folder(drafter)
+    if source is not None:
+        return load_drafter(source, identity, dtype)
+    from .loading.search import search_drafter
+
+    found = search_drafter(identity)
+    try:
+        return None if found is None else load_drafter(found, identity, dtype)
+    except ValueError as error:  # nobody asked for it
+        warnings.warn(f"decoding without the drafter that was found: {error}", stacklevel=1)
+        return None
 
 
 def _context_length(config: dict[str, Any], folder: Path) -> int | None:

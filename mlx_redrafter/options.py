@@ -236,7 +236,10 @@ def load_model(
     for token in options.extra_eos_token:
         tokenizer.eos_token_ids.add(_token_id(token, tokenizer))
     if model.drafter is None and drafter is not None:
-        warnings.warn(f"no drafter ships for {options.model}: name one with --drafter.", stacklevel=1)
+        warnings.warn(
+            f"no drafter ships for {options.model}, and none was found: name one with --drafter.",
+            stacklevel=1,
+        )
     return model, tokenizer
 
 

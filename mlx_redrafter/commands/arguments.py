@@ -54,7 +54,7 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kv-bits", type=int, choices=CHOICES["kv_bits"], help="of a quantized cache")
     add("--kv-group-size", type=int, choices=CHOICES["kv_group_size"], help="of the quantized cache")
     add("--quantized-kv-start", type=int, help="first step with a quantized cache")
-    add("--drafter", help="folder, shipped name, repository; auto: the one that ships; none")
+    add("--drafter", help="folder, shipped name, repository; auto: one that ships or is found; none")
     text = "beams of the draft; auto: the shape that is fastest here for this text"
     add("--beam-width", type=_beam_width, help=text)
     add("--beam-length", type=int, help="tokens drafted per step, the guaranteed one not counted")

@@ -1,7 +1,6 @@
 """``mlx-redrafter convert``."""
 
 import argparse
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 from mlx_lm.convert import QUANT_RECIPES
 
 from ..convert.base import MODES, convert_base
-from ..convert.drafter import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter, upload
+from ..convert.drafter import DRAFTER_GROUP_SIZE, check_output, convert_drafter, is_drafter
 from ..loading.base import DTYPES
 from ..loading.gguf import QUANTS
+from ..loading.hub import check_repository, upload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,13 +47,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing to convert: name a base model with --model, or a drafter with --drafter.")
     check_output(args.mlx_path)
     repo = args.upload_repo
-    if repo is not None and not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", repo):
-        raise ValueError(f"{repo!r} is not the name of a Hugging Face repository: use owner/name.")
+    if repo is not None:
+        check_repository(repo)
     if args.drafter is None and is_drafter(args.hf_path, args.revision):
         args.drafter, args.hf_path = args.hf_path, None
     report = (_run_base if args.drafter is None else _run_drafter)(args)
     if repo is not None:
-        upload(args.mlx_path, repo)
+        upload(args.mlx_path, repo, "converted")
         report += f"\nuploaded to https://huggingface.co/{repo}"
     print(report)
     return 0

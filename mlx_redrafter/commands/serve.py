@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model-dir", action="append", type=Path, default=[], help="folder with models; may be repeated")
     add("--adapter-path", help="folder of LoRA adapters to apply")
     add("--trust-remote-code", action="store_true", help="let the model's repository run its code")
-    add("--drafter", default="auto", help="folder, shipped name, repository; auto: the one that ships; none")
+    add(
+        "--drafter",
+        default="auto",
+        help="folder, shipped name, repository; auto: one that ships or is found; none",
+    )
     add("--dtype", choices=DTYPES, default="auto", help="of the weights; a float type dequantizes")
     add("--context-length", type=int, help="tokens a text may have (default: what the model's config says)")
     add("--host", default="127.0.0.1", help="address to listen at")

@@ -234,33 +234,14 @@ def save_counts(path: str | Path, counts: Counts) -> None:
             temporary.write_text(json.dumps({"vocab_size": len(counts), "counts": seen}) + "\n", "utf-8")
 
 
-def upload(folder: str | Path, repo: str) -> None:
-    """Upload a folder to a Hugging Face repository, which is created if need be.
-
-    Raises:
-        ValueError: it failed; the folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=str(folder))
-    except Exception as error:  # whatever the library's HTTP client raises
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ValueError(
-            f"{folder} is converted, but uploading it to {repo} failed ({reason}): "
-            f"log in with `hf auth login`, then `hf upload {repo} {shell_word(folder)}`."
-        ) from error
-
-
 def drafter_card(config: DrafterConfig, base: BaseIdentity | None) -> str:
     """The README.md of a converted drafter."""
     model = base.name if base is not None and base.name else "BASE_MODEL"
     header = f"base_model: {model}\n" if "/" in model else ""
     bits = f", {config.quantization.bits}-bit" if config.quantization else ""
+    tags = "\n".join(f"- {tag}" for tag in ("mlx", "redrafter", *(base.tags() if base else ())))
     return (
-        f"---\nlibrary_name: mlx-redrafter\n{header}tags:\n- mlx\n- redrafter\n---\n\n"
+        f"---\nlibrary_name: mlx-redrafter\n{header}tags:\n{tags}\n---\n\n"
         "# A recurrent drafter\n\n"
         f"It makes {base or 'its base model'} generate faster without changing its output "
         "([ReDrafter](https://arxiv.org/abs/2403.09919)).\n\n"

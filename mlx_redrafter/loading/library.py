@@ -20,8 +20,8 @@ from safetensors import safe_open
 from ..models.bundle import MODEL_TYPE
 from .base import find_shards, has_module
 from .read import first_line, gguf_parts, read_object
+from .search import LM_STUDIO, downloads
 
-LM_STUDIO = ("~/.lmstudio/models", "~/.cache/lm-studio/models")
 LEVELS = 2  # of folders below one of models: PUBLISHER/NAME
 LARGEST = 1 << 26  # bytes of a JSON file
 Facts = dict[str, Any]  # fields of an Entry
@@ -61,11 +61,14 @@ class Entry:
 def library(folders: Sequence[Path] = ()) -> list[Entry]:
     """The models and drafters in ``folders``, in Hugging Face's cache and in LM Studio's folders, by name.
 
+    Drafters that were found by themselves are among them.
     Of each of ``folders`` these are itself, its subfolders down to two levels, and the GGUF files in them.
     """
     places = [(root, "", LEVELS) for root in folders]
     places += [(folder, repo, 1) for repo, folder in _snapshots()]
     places += [(Path(os.path.expanduser(root)), "", LEVELS) for root in LM_STUDIO]
+    with suppress(OSError):  # nothing says where the cache is
+        places.append((downloads(), "", LEVELS))
     entries: dict[str, Entry] = {}  # by where their weights are
     for root, name, levels in places:
         for entry in _below(root, name, levels):

@@ -1,7 +1,8 @@
 """Which base model a drafter belongs to: told by its token embedding, in any precision."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,9 @@ from mlx import nn
 
 DIGEST_ROWS = 64
 DIGEST_BITS = 4 * DIGEST_ROWS
+DIGITS = f"[0-9a-f]{{{DIGEST_BITS // 4}}}"
+DIGEST_TAG = "redrafter-embedding-"
+TAG = "mlx-redrafter"  # of drafters on Hugging Face's hub
 SAME_MODEL = 0.2  # of the digest's bits may differ between two precisions of one model
 EMBEDDING_NAMES = ("embed_tokens", "wte", "embed_in", "tok_embeddings", "word_embeddings")
 
@@ -33,7 +37,7 @@ class BaseIdentity:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(f"[0-9a-f]{{{DIGEST_BITS // 4}}}", str(self.embedding_digest)):
+        if not re.fullmatch(DIGITS, str(self.embedding_digest)):
             raise ValueError(f"embedding_digest is {self.embedding_digest!r}: convert the drafter again.")
 
     def matches(self, other: "BaseIdentity") -> bool:
@@ -41,6 +45,19 @@ class BaseIdentity:
         same_sizes = (self.hidden_size, self.vocab_size) == (other.hidden_size, other.vocab_size)
         differing = (int(self.embedding_digest, 16) ^ int(other.embedding_digest, 16)).bit_count()
         return same_sizes and differing <= SAME_MODEL * DIGEST_BITS
+
+    def tags(self) -> list[str]:
+        """Of its drafters on Hugging Face's hub: that of all drafters, its sizes, its digest."""
+        return [
+            TAG,
+            f"redrafter-{self.hidden_size}x{self.vocab_size}",
+            f"{DIGEST_TAG}{self.embedding_digest}",
+        ]
+
+    def may_have(self, tags: Iterable[str]) -> bool:
+        """Whether a drafter with these tags may be for this model: it records no other's digest."""
+        digests = [tag.removeprefix(DIGEST_TAG) for tag in tags if re.fullmatch(DIGEST_TAG + DIGITS, tag)]
+        return not digests or any(self.matches(replace(self, embedding_digest=each)) for each in digests)
 
     def __str__(self) -> str:
         return (

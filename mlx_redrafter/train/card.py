@@ -26,6 +26,7 @@ class Facts:
     base: str  # the base model as the user named it
     drafter: str = ""  # the drafter's folder or repository, for the usage snippet
     identity: str = ""  # of the base model, for people (str(BaseIdentity))
+    tags: Sequence[str] = ()  # further ones, by which it is found
     license: str = ""  # of the drafter, as Hugging Face abbreviates it
     license_note: str = ""  # where the licence comes from, or what else binds the user
     commands: Sequence[str] = ()  # the command lines that made it
@@ -123,7 +124,8 @@ def _front_matter(facts: Facts) -> str:
         lines.append(f"license: {_yaml(facts.license)}")
     if REPOSITORY.fullmatch(facts.base):  # Hugging Face takes nothing else
         lines.append(f"base_model: {_yaml(facts.base)}")
-    return "\n".join([*lines, "tags:", "- mlx", "- redrafter", "- speculative-decoding", "---"])
+    tags = [f"- {tag}" for tag in ("mlx", "redrafter", "speculative-decoding", *facts.tags)]
+    return "\n".join([*lines, "tags:", *tags, "---"])
 
 
 def _yaml(text: str) -> str:
