@@ -14,6 +14,7 @@ from .. import model as models
 from ..conversations import read_prompts
 from ..loading.files import check_writable, shell_word
 from ..loading.find import DEFAULT_MODEL
+from ..loading.hub import check_upload, upload
 from ..options import check_range
 from ..train import run as training
 from ..train.evaluate import Measured, parse_shape
@@ -23,7 +24,8 @@ from ..train.trainer import Settings
 from .arguments import seconds, taken
 
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
-NOT_ASKED = ("run", "command", "output", "resume", "words")  # may change on resuming
+NOT_ASKED = ("run", "command", "output", "resume", "words", "upload_repo")
+NETWORK = ("exit_dim", "blocks", "cell", "context_layers")  # may change on resuming
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, help="computations side by side (default: one per core, one on a GPU)")
     add("--license", default="", help="of the drafter, for its model card, such as apache-2.0")
     add("--seed", type=int, default=0, help="of data and training")
+    add("--upload-repo", metavar="OWNER/NAME", help="publish it with its card on Hugging Face's hub")
     add = parser.add_argument_group("data").add_argument
     text = "conversations, prompts or text (.jsonl, .json, .txt, .npz); without, the model writes its own"
     add("--data", help=text, **files)
@@ -66,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--memory-heads", type=int, help="with which it attends to the whole text (default: none)")
     text = "layers it reads besides the last state (default: a low, a middle and a high one; "
     add("--context-layers", type=int, nargs="*", metavar="N", help=text + "none given: Apple's layout)")
-    add("--start-from", metavar="DRAFTER", help="train an existing drafter on, also one in Apple's layout")
+    text = "train an existing drafter on, also one in Apple's layout; none: begin with a new one (default: "
+    text += "for a fine-tuned model that of its base, if there is one and no flag above asks for another)"
+    add("--start-from", default="auto", metavar="DRAFTER", help=text)
     add = parser.add_argument_group("training").add_argument
     add("--length", type=int, default=5, help="depths it is trained for")
     add("--labels", default="soft", choices=("soft", "hard"), help="distribution or token")
@@ -100,10 +105,14 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         kept = {name: x for name, x in training.read_facts(work)["asked"].items() if name not in given}
         vars(args).update(kept)
+    if args.start_from == "auto" and given.keys() & {*NETWORK}:
+        args.start_from = "none"
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():
         raise ValueError(f"{output} exists already: delete it or name another output folder.")
     check_writable(output)
+    if args.upload_repo is not None:
+        check_upload(args.upload_repo)
     _warn_of_idle(args, given)
     request = _request(args, given, _limit_memory(args.memory_limit))
     prompts = {Path(path).name: read_prompts(path) for path in args.eval_prompts}
@@ -124,6 +133,9 @@ def run(args: argparse.Namespace) -> int:
     base += " --trust-remote-code" * args.trust_remote_code
     print(f"Wrote {output}. Use it with: mlx-redrafter generate{base} --drafter {shell_word(output)}")
     _report(measured)
+    if args.upload_repo is not None:
+        upload(output, args.upload_repo, "trained")
+        print(f"Uploaded to https://huggingface.co/{args.upload_repo}")
     return 0
 
 
@@ -139,7 +151,7 @@ def _given(words: Sequence[str]) -> dict[str, Any]:
 def _warn_of_idle(args: argparse.Namespace, given: Collection[str]) -> None:
     """Warn of flags that do nothing beside others."""
     for why, there, names in (
-        ("--start-from", args.start_from, ("exit_dim", "blocks", "cell", "context_layers")),
+        ("--start-from", args.start_from not in (None, "auto", "none"), NETWORK),
         ("--time", args.time, ("epochs",)),
         ("--labels hard", args.labels == "hard", ("label_temp",)),
         ("--opened 0", args.opened == 0, ("openings",)),

@@ -37,9 +37,10 @@ from ..conversations import Prompt, encode, usable
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape
 from ..loading.files import atomic_file
-from ..loading.find import drafter_folder
+from ..loading.find import drafter_folder, find_drafter
+from ..loading.search import search_drafter
 from ..model import SpeculativeModel
-from ..models.bundle import cast, load_drafter
+from ..models.bundle import base_of, cast, load_drafter, read_config
 from ..models.drafter import Drafter, DrafterConfig
 from ..models.identity import BaseIdentity, identity_of
 from ..models.save import write_drafter
@@ -97,7 +98,8 @@ class Request:
     cell: str = "simple"  # or gru, or none
     memory_heads: int = 0  # 0: no memory, or that of start_from
     context_layers: tuple[int, ...] | None = None  # None: a low, a middle and a high one; empty: Apple's
-    start_from: str | None = None  # a drafter to train on, instead of a new one
+    start_from: str | None = None  # a drafter to train on, or auto: that of the model this one was made from
+    upload_repo: str | None = None  # where it will be published, for the card
     seconds: float | None = None  # for everything together
     cache: str = "auto"  # disk keeps hidden states, off computes them in every epoch, auto chooses
     license: str = ""  # of the drafter, for the card
@@ -237,7 +239,7 @@ def train(
     work = Work.open(output.with_name(f"{output.name}.train"), asked)
     identity = identity_of(model.model, name)
     work.check({name: identity.embedding_digest, **{path: _mark(path) for path in request.data}})
-    start = _start(request, model)
+    start = _start(request, identity, work)
     if model.prepare() is None:  # texts are written, and drafts would be verified, by an engine
         raise ValueError(model.refusal)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
@@ -275,14 +277,31 @@ def _mark(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
-def _start(request: Request, model: SpeculativeModel) -> Drafter | None:
-    """The drafter to train on, if one is named."""
-    if request.start_from is None:
+def _start(request: Request, identity: BaseIdentity, work: Work) -> Drafter | None:
+    """The drafter to train on: a named one, or one found when the run began; None for a new one."""
+    if request.start_from == "auto":
+        if "start" not in work.facts:
+            work.facts["start"] = _known_start(identity)
+        name = work.facts["start"]
+        if name:
+            print(f"Starting from {name}: --start-from none starts from nothing.")
+    else:
+        name = request.start_from
+    if name in (None, "", "none"):
         return None
-    drafter = load_drafter(drafter_folder(request.start_from), identity_of(model.model), mx.float32)
+    drafter = load_drafter(drafter_folder(name), identity, mx.float32)
     if drafter.config.quantization is not None:
-        raise ValueError(f"{request.start_from} is quantized: start from a drafter that is not.")
+        raise ValueError(f"{name} is quantized: start from a drafter that is not.")
     return drafter
+
+
+def _known_start(identity: BaseIdentity) -> str:
+    """The folder of a drafter for the model that this one was fine-tuned from, by its embedding; or ""."""
+    found = find_drafter(identity) or search_drafter(identity)
+    raw = {} if found is None else read_config(found)
+    base = base_of(raw)
+    own = base is None or base.name == identity.name  # then another drafter for the same model is wanted
+    return "" if own or "quantization" in raw else str(found)
 
 
 def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
@@ -763,8 +782,9 @@ def describe(
         sources.append(f"written by the model itself, {written}")
     shown = Facts(
         base=identity.name,
-        drafter=name,
+        drafter=request.upload_repo or name,
         identity=str(identity),
+        tags=identity.tags(),
         license=request.license,
         license_note="A drafter is derived from its base model: that model's license applies to it.",
         commands=list(dict.fromkeys(facts["commands"])),
