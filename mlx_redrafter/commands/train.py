@@ -25,7 +25,7 @@ from .arguments import seconds, taken
 
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
 NOT_ASKED = ("run", "command", "output", "resume", "words", "upload_repo")
-NETWORK = ("exit_dim", "blocks", "cell", "context_layers")  # may change on resuming
+NETWORK = ("exit_dim", "blocks", "cell", "context_layers")  # what --start-from decides
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         kept = {name: x for name, x in training.read_facts(work)["asked"].items() if name not in given}
         vars(args).update(kept)
-    if args.start_from == "auto" and given.keys() & {*NETWORK}:
+    if args.start_from == "auto" and given.keys() & {*NETWORK, "memory_heads"}:
         args.start_from = "none"
     asked = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_ASKED}
     if output.exists():

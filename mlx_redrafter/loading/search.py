@@ -46,7 +46,7 @@ def local_drafter(identity: BaseIdentity) -> Path | None:
     """The newest drafter for this base model in the places that ``mlx-redrafter models`` lists."""
     found = []
     for config in _configs():
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, TypeError):
             known = config.stat()
             small = known.st_size <= LARGEST and MODEL_TYPE in config.read_text("utf-8")
             base = base_of(read_config(config.parent)) if small else None  # a model's own is not parsed
