@@ -33,7 +33,7 @@ from mlx_redrafter.train import run as training
 from mlx_redrafter.train.card import Facts, model_card
 
 ME, COMMIT = identity(1), "0123456789" * 4
-SLOW = hub_drafters.MOMENT + 0.8  # seconds; some of it is this machine's
+SLOW = hub_drafters.MOMENT + 2  # seconds; the rest is this machine's, which may be busy; servers take 5
 LIST, REPO = "/api/models", "someone/drafter"
 JSON, WEIGHTS = (
     f"/{REPO}/resolve/{revision}" for revision in ("main/config.json", f"{COMMIT}/model.safetensors")
@@ -266,7 +266,9 @@ def test_hostile_lists(server, listing):
     assert found is None and seconds < SLOW
     before = len(server.asked)
     found, seconds = timed()
-    assert found is None and seconds < 0.5 and len(server.asked) == before  # not again for an hour
+    assert (
+        found is None and seconds < hub_drafters.MOMENT and len(server.asked) == before
+    )  # not again for an hour
 
 
 @pytest.mark.parametrize(
