@@ -50,9 +50,8 @@ class Layers:
     """The buffers of every layer, and the rows of the last path that are not in them yet."""
 
     rows: list[Rows]  # C rows of each text
-    path: list[Rows] = field(
-        default_factory=list
-    )  # L + 1 rows of each, or none; of a chain the memory's only
+    # L + 1 rows of each, or none; of a chain the memory's only.
+    path: list[Rows] = field(default_factory=list)
     path_start: mx.array | None = None  # [B] where the path's rows belong
     states: list[list[mx.array]] = field(default_factory=list)  # of each recurrent layer, each [B, ...]
     windows: Sequence[int | None] = ()  # last rows that each layer needs; None: all. Empty: all need all

@@ -307,10 +307,7 @@ class Engine:
         text.kept = kept_as(prompt.caches[0])
         if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
             text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
-        prompt.caches, prompt.memory = (
-            None,
-            [],
-        )  # steps must have the only references, unless the caller has some
+        prompt.caches, prompt.memory = None, []  # steps must have the only references, or the caller
         state = begin(request.prompt, text.rows, layers, self.target.no_context(), request.seeds)
         del layers
         self._place(text, state)
