@@ -217,7 +217,6 @@ def _receive(
     if (token := get_token()) and not constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
         headers["authorization"] = f"Bearer {token}"
     for _ in range(REDIRECTS):
-        headers["Accept-Encoding"] = "identity"  # a kilobyte may hold a gigabyte
         with get_session().stream(
             "GET", url, headers=headers, timeout=MOMENT, follow_redirects=False
         ) as answer:
