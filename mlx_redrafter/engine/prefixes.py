@@ -76,7 +76,7 @@ class Prefixes:
             raise ValueError(f"prompt cache bytes {limit} is not usable: give 0 or more.")
         self._clock = itertools.count(1)
         self._folder: PrefixFolder | None
-        self._drafter: Any = self  # whose memory is kept too: not known yet
+        self._drafter: list[object] = []  # whose memory is kept too, once it is known
         self.clear()
         self._folder = folder
 
@@ -88,9 +88,9 @@ class Prefixes:
 
     def belong_to(self, drafter: object) -> None:
         """Forget what was kept with another drafter's memory, or with none (None)."""
-        if self._drafter not in (self, drafter):
+        if self._drafter not in ([], [drafter]):
             self.clear()
-        self._drafter = drafter
+        self._drafter = [drafter]
 
     @property
     def nbytes(self) -> int:
