@@ -9,9 +9,9 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,6 +24,9 @@ from .loading.find import drafter_folder
 from .model import SpeculativeModel, load
 from .models.bundle import parse_config, read_config
 from .text import check_shape
+
+if TYPE_CHECKING:
+    from .engine.ranks import Ranks
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}  # of a quantized cache
@@ -219,9 +222,19 @@ def choose_drafter(options: ModelOptions, decoding: DecodingOptions) -> str | Pa
 
 
 def load_model(
-    options: ModelOptions, drafter: str | Path | None, tokenizer_config: dict[str, Any] | None = None
+    options: ModelOptions,
+    drafter: str | Path | None,
+    tokenizer_config: dict[str, Any] | None = None,
+    ranks: "Ranks | None" = None,
 ) -> tuple[SpeculativeModel, TokenizerWrapper]:
-    """The model with its drafter and tokenizer; warns of a drafter that was not found."""
+    """The model with its drafter and tokenizer; warns of a drafter that was not found.
+
+    With ``ranks``, all machines load it, each a part.
+    """
+    if ranks is not None:
+        check_alone(options)
+        if ranks.rank == 0:
+            ranks.channel.tell("load", asdict(options), drafter and str(drafter))
     model, tokenizer = load(
         options.model,
         tokenizer_config,
@@ -230,6 +243,7 @@ def load_model(
         model_config={"quantize_activations": True} if options.quantize_activations else None,
         adapter_path=options.adapter_path,
         trust_remote_code=options.trust_remote_code,
+        ranks=ranks,
     )
     model.context_length = options.context_length or model.context_length
     tokenizer.model_max_length = sys.maxsize  # the context is checked, transformers need not warn
@@ -241,6 +255,18 @@ def load_model(
             stacklevel=1,
         )
     return model, tokenizer
+
+
+def check_alone(options: object) -> None:
+    """Raise ``ValueError`` for what is asked for and works on one machine only."""
+    for name in ("adapter_path", "draft_model", "prompt_cache_file", "cost_curve", "concurrency"):
+        if getattr(options, name, None):
+            raise ValueError(f"{flag(name)} works on one machine only: leave it out, or mlx.launch.")
+
+
+def follow_load(ranks: "Ranks", options: dict[str, Any], drafter: str | None) -> None:
+    """Load what rank 0 loads."""
+    load_model(ModelOptions(**options), drafter, ranks=ranks)
 
 
 def load_draft_model(options: ModelOptions, tokenizer: TokenizerWrapper) -> nn.Module | None:

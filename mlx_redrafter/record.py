@@ -31,7 +31,9 @@ def _record(received: list[Response], settings: dict[str, Any]) -> dict[str, Any
     last = received[-1]
     drafted = last.steps > 0
     file = settings["prompt_cache_file"]
-    settings = {name: value for name, value in settings.items() if name not in ("run", "command", "json")}
+    settings = {
+        name: value for name, value in settings.items() if name not in ("run", "ranks", "command", "json")
+    }
     settings |= {"model": settings["model"] or DEFAULT_MODEL, "prompt_cache_file": file and str(file)}
     return {
         "text": "".join(response.text for response in received),

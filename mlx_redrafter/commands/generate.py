@@ -13,7 +13,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..chat import Continuing
-from ..options import check_text, choose_drafter, describe_shape, load_draft_model, load_model, warn_of_idle
+from ..options import (
+    check_alone,
+    check_text,
+    choose_drafter,
+    describe_shape,
+    load_draft_model,
+    load_model,
+    warn_of_idle,
+)
 from ..text import Response, statistics, stream_generate
 from .arguments import add_decoding_arguments, colours, harmless, options_of
 
@@ -38,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, printing text as it is accepted and then statistics, or one JSON record."""
     check_text("prompt", args.prompt, empty=True)
+    if args.ranks:
+        check_alone(args)
     asked, prompting, decoding = options_of(args)
     prompt = _standard_input() if args.prompt == "-" else args.prompt
     if not prompt.strip():
@@ -51,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         cache = read_prompt_cache(args.prompt_cache_file, asked.model, *kept_as)
         asked = replace(asked, model=asked.model or cache.model)
     with warnings.catch_warnings(record=True) as notes:
-        model, tokenizer = load_model(asked, drafter, cache.tokenizer_config if cache else None)
+        model, tokenizer = load_model(asked, drafter, cache.tokenizer_config if cache else None, args.ranks)
         warn_of_idle(asked, prompting, decoding, tokenizer)
         if args.show_draft and args.no_draft and args.draft_model is None:
             warnings.warn("--show-draft does nothing where nothing is drafted.", stacklevel=1)

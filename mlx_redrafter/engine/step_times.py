@@ -123,6 +123,7 @@ def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
         "shapes": [list(astuple(shape)) for shape in shapes],
         "texts": texts,
         "versions": versions(),
+        **({"machines": runner.leader.machines} if runner.leader else {}),
     }
 
 

@@ -114,6 +114,13 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.name: _digest(path) for path in folder.iterdir() if path.name != RECORD}
 
 
+def digest_of(folder: Path) -> str:
+    """Of a model's config and weights (samples of them), in short."""
+    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
+    known = [_digest(file) for file in files if file.is_file()]
+    return hashlib.sha256("".join(known).encode()).hexdigest()[:12]
+
+
 def _digest(path: Path) -> str:
     """Of a file's size, its first 8 MiB (a GGUF's metadata, a whole tokenizer) and samples of the others."""
     size = path.stat().st_size

@@ -1,0 +1,326 @@
+"""Several machines decode together, started by ``mlx.launch``; each has a part of the model (``split.py``).
+
+Rank 0 runs the command and decides. What it asks of its engines it tells the others, which have engines of
+their own and ask the same of them, so that all build the same steps. The sums of partial results differ in
+their last bits from rank to rank: a near tie would fall differently on each. So nothing is decided twice:
+a step's drafts and picks are rank 0's (``share``), and so is its draft shape.
+"""
+
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, astuple
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import stream_generate
+from mlx_lm.generate import generation_stream
+
+from ..decoding.layers import Quantization
+from ..decoding.sampling import Sampling
+from ..decoding.state import DraftShape, State
+from ..loading.cache import versions
+from . import backend
+from .channel import Channel, connect
+from .engine import Engine, Request
+from .loop import Chooser, Emitted
+from .runner import Runner
+
+SAME = "install the same versions everywhere"
+MOST = 512  # bytes that are spread before there are connections
+# Options of mlx-lm's decoding that decide what it computes.
+PLAIN_OPTIONS = (
+    *("max_tokens", "prefill_step_size", "max_kv_size"),
+    *("kv_bits", "kv_group_size", "quantized_kv_start"),
+)
+
+
+class Ranks:
+    """The machines that decode together, as one of them sees them.
+
+    Attributes:
+        rank, size: the own number, and how many there are.
+        machines: what they are, as JSON.
+        model, tokenizer: what was loaded last, on all of them.
+    """
+
+    def __init__(self, group: mx.distributed.Group, channel: Channel) -> None:
+        self.group, self.channel = group, channel
+        self.rank, self.size = group.rank(), group.size()
+        self.model: Any = None
+        self.tokenizer: Any = None
+        self.agree("version of", versions(), SAME)
+        self.agree("kind of device,", {"MLX's device": backend.current().name}, "start all on the same kind")
+        self.machines = channel.gather([backend.chip(), os.cpu_count()])
+        self._count = 0  # engines and plain texts so far
+        self._engines: dict[int, Engine] = {}
+        self._plain: dict[int, Iterator[Any]] = {}
+
+    def share(self, numbers: mx.array) -> mx.array:
+        """Rank 0's whole numbers, on every rank, without waiting.
+
+        The others' count too, as nothing: all ranks must have the same graph, or unlike sums would meet.
+        """
+        return mx.distributed.all_sum(numbers * int(self.rank == 0), group=self.group)
+
+    def agree(self, what: str, own: Mapping[str, Any], remedy: str) -> None:
+        """Raise ``ValueError`` on every rank if one of them has other values than rank 0."""
+        first, *others = self.channel.gather(dict(own))
+        for rank, found in enumerate(others, 1):
+            for name, value in found.items():
+                if value != first.get(name):
+                    raise ValueError(
+                        f"rank {rank} has another {what} {name} ({value}) than rank 0 "
+                        f"({first.get(name)}): {remedy}."
+                    )
+
+    # --- What rank 0 does, and tells ---------------------------------------------------------------------
+
+    def engine(self, runner: Runner, policy: Chooser, chunk: int, options: dict[str, Any]) -> Engine:
+        """An engine that has the other ranks' do the same."""
+        self._count += 1
+        self.channel.tell("engine", self._count, chunk, options.get("texts", 16))
+        least = min(self.channel.gather(options["max_memory"]))
+        options = {**options, "max_memory": least, "prefixes": None}
+        return _Led(self, self._count, runner, _Telling(policy, self.channel), chunk, options)
+
+    def stream_generate(
+        self, model: Any, tokenizer: Any, prompt: Sequence[int], sampler: Any = None, **options: Any
+    ) -> Iterator[Any]:
+        """As mlx-lm's function of that name, for the model that all have."""
+        for name in ("draft_model", "prompt_cache"):
+            if options.pop(name, None) is not None:
+                raise ValueError(f"{name} cannot be used on several machines: leave it out.")
+        self._count += 1
+        number, pick = self._count, sampler or _greedy
+        known = {name: options[name] for name in PLAIN_OPTIONS if name in options}
+        self.channel.tell("plain", number, list(prompt), known)
+        own = stream_generate(model, tokenizer, list(prompt), sampler=self._shared(pick), **options)
+        try:
+            while True:
+                self.channel.tell("next", number)
+                if (response := next(own, None)) is None:
+                    return
+                yield response
+        finally:
+            self.channel.tell("leave", number)
+            own.close()
+            settle()
+
+    def _shared(self, pick: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        return lambda logprobs: self.share(pick(logprobs))
+
+    # --- What the others do ------------------------------------------------------------------------------
+
+    def follow(self, load: Callable[..., tuple[Any, Any]]) -> int:
+        """Do what rank 0 tells, until it ends.
+
+        Args:
+            load: loads a model as rank 0 does, and is given the same.
+        """
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 knows what to keep, and ends all
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        warnings.simplefilter("ignore")  # rank 0 tells them
+        self._load = load
+        while True:
+            self.obey(self.channel.receive())
+
+    def obey(self, message: list[Any]) -> None:
+        """Do what one message of rank 0's says."""
+        name, *given = message
+        getattr(self, f"_on_{name}")(*given)
+
+    def _on_load(self, *given: Any) -> None:
+        self._load(self, *given)
+
+    def _on_engine(self, number: int, chunk: int, texts: int) -> None:
+        device, runner = backend.current(), self.model.prepare()
+        memory = min(self.channel.gather(max(backend.free_memory(), 0)))
+        usual: dict[str, Any] = {name: getattr(device, name) for name in ("grain", "padded", "eager")}
+        self._engines[number] = Engine(
+            runner, _Following(self), chunk, texts=texts, max_memory=memory, **usual
+        )
+
+    def _on_submit(self, number: int, request: dict[str, Any]) -> None:
+        request["sampling"] = Sampling(**request["sampling"])
+        request["stop"] = frozenset(request["stop"])
+        request["kv"] = request["kv"] and Quantization(**request["kv"])
+        self._engines[number].submit(Request(**request, seed=0))
+
+    def _on_resume(self, number: int, rows: int) -> None:
+        from .stopwatch import after_text
+
+        engine = self._engines[number]
+        engine.resume(after_text(engine.runner, rows), rows)
+
+    def _on_step(self, number: int) -> None:
+        check(self._engines[number].step())
+
+    def _on_cancel(self, number: int, text: int) -> None:
+        self._engines[number].cancel(text)
+
+    def _on_close(self, number: int) -> None:
+        self._engines.pop(number).close()
+        settle()
+
+    def _on_plain(self, number: int, prompt: list[int], options: dict[str, Any]) -> None:
+        pick = self._shared(_greedy)
+        self._plain[number] = stream_generate(
+            self.model.model, self.tokenizer, prompt, sampler=pick, **options
+        )
+
+    def _on_next(self, number: int) -> None:
+        next(self._plain[number], None)
+
+    def _on_leave(self, number: int) -> None:
+        responses: Any = self._plain.pop(number)
+        responses.close()
+        settle()
+
+
+class _Led(Engine):
+    """Rank 0's engine: what it is asked, all are."""
+
+    def __init__(
+        self, ranks: Ranks, number: int, runner: Runner, policy: Chooser, chunk: int, options: dict[str, Any]
+    ) -> None:
+        super().__init__(runner, policy, chunk, **options)
+        self._channel, self._own = ranks.channel, number
+
+    def submit(self, request: Request) -> int:
+        """As an engine's; ``ValueError`` for what one machine alone would know."""
+        for name in ("processors", "sampler", "grammar", "caches"):
+            if getattr(request, name):
+                raise ValueError(f"{name} of a request cannot be used on several machines: leave them out.")
+        text = super().submit(request)
+        told = {
+            "prompt": [int(token) for token in request.prompt],
+            "max_tokens": request.max_tokens,
+            "sampling": asdict(request.sampling),
+            "stop": sorted(request.stop),
+            "kv": request.kv and asdict(request.kv),
+            "pauses": list(request.pauses),
+            "checkpoints": list(request.checkpoints),
+        }
+        self._channel.tell("submit", self._own, told)
+        return text
+
+    def resume(self, state: State, rows: int) -> int:
+        """As an engine's; the state must be ``stopwatch.after_text``'s."""
+        self._channel.tell("resume", self._own, rows)
+        return super().resume(state, rows)
+
+    def step(self) -> list[Emitted]:
+        """As an engine's."""
+        self._channel.tell("step", self._own)
+        return check(super().step())
+
+    def cancel(self, number: int) -> None:
+        """As an engine's."""
+        self._channel.tell("cancel", self._own, number)
+        super().cancel(number)
+
+    def close(self) -> None:
+        """As an engine's, which is not used any more."""
+        super().close()
+        self._channel.tell("close", self._own)
+        settle()
+
+
+class _Telling:
+    """Rank 0's policy, which tells its choices."""
+
+    def __init__(self, policy: Chooser, channel: Channel) -> None:
+        self._policy, self._channel = policy, channel
+
+    def choose(self, rows: int, texts: Sequence[int]) -> DraftShape:
+        shape = self._policy.choose(rows, texts)
+        self._channel.tell("shape", *astuple(shape))
+        return shape
+
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
+    ) -> None:
+        self._policy.observe(shape, ranks, seconds, away)
+
+
+class _Following:
+    """The policy that uses what rank 0 chose, which may have measured step times first."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def choose(self, rows: int, texts: Sequence[int]) -> DraftShape:
+        while (message := self._ranks.channel.receive())[0] != "shape":
+            self._ranks.obey(message)
+        return DraftShape(*message[1:])
+
+    def observe(
+        self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
+    ) -> None:
+        """Rank 0 learns."""
+
+
+def check(emitted: list[Emitted]) -> list[Emitted]:
+    """What a step gave; ``ValueError`` if a text failed here, since other machines may go on with it."""
+    for each in emitted:
+        if each.error is not None:
+            raise ValueError(str(each.error)) from each.error
+    return emitted
+
+
+def settle() -> None:
+    """Wait for this rank's device: sums that are under way must not meet those of another stream."""
+    mx.synchronize()
+    mx.synchronize(generation_stream)
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def run_together(run: Callable[[Ranks | None], int], load: Callable[..., Any], debug: bool = False) -> int:
+    """Run a command on rank 0, and have the other ranks follow; the exit code.
+
+    Args:
+        run: the command; it is given None where there is only one rank.
+        load: what ``Ranks.follow`` is to load models with.
+        debug: show tracebacks.
+
+    Raises:
+        ValueError: the ranks cannot find each other.
+    """
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the ranks cannot find each other ({error}): check mlx.launch's hosts.") from error
+    if group.size() == 1:
+        return run(None)
+    channel = connect(group.rank(), group.size(), lambda data: _spread(group, data))
+    try:
+        ranks = Ranks(group, channel)
+        code, text = run(ranks) if ranks.rank == 0 else ranks.follow(load), ""
+        channel.stop(code)
+        return code
+    except KeyboardInterrupt:
+        code, text = 130, "Interrupted."
+    except BrokenPipeError:  # the reader of our output has gone
+        code, text = 0, ""
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        code, text = 2, f"error: {' '.join(str(error).split()) or type(error).__name__}"
+        if isinstance(error, RuntimeError) and "peer" in text:
+            channel.lost()
+    channel.stop(code, text)
+    sys.stdout.flush()
+    os._exit(code)  # the device may wait for another rank for ever
+
+
+def _spread(group: mx.distributed.Group, data: bytes) -> bytes:
+    """Rank 0's bytes, on every rank."""
+    padded = data.ljust(MOST) if group.rank() == 0 else bytes(MOST)
+    return bytes(mx.distributed.all_sum(mx.array(list(padded), mx.uint8), group=group).tolist()).strip()  # type: ignore[arg-type]

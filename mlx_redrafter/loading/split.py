@@ -1,0 +1,77 @@
+"""A model's weights are split among machines by mlx-lm's ``shard``, having checked that it can be done."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.hooks import Tape, view
+from .base import LOAD_ERRORS
+
+QUERIES = ("n_heads", "num_heads", "num_attention_heads", "num_v_heads")  # of an attention layer
+KEYS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads", "num_k_heads")
+MOST = 64  # machines
+
+
+class _Part:
+    """Stands in for a group of so many machines while only the shapes matter."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+    def rank(self) -> int:
+        return 0
+
+
+def split(model: nn.Module, group: mx.distributed.Group, name: str) -> None:
+    """Keep this machine's part of a model that is loaded lazily, of which nothing has been read yet.
+
+    Raises:
+        ValueError: mlx-lm cannot split such models, or not among so many machines; it names the numbers that
+            would work.
+    """
+    shard: Any = getattr(model, "shard", None)
+    kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[-1]
+    if shard is None:
+        raise ValueError(
+            f"{name} cannot be split: mlx-lm has no tensor parallel 'shard' for {kind} models. "
+            "Run it on one machine, or take a model such as llama, qwen2 or qwen3."
+        )
+    size = group.size()
+    if not can_split(model, size):
+        usable = [str(n) for n in range(2, MOST + 1) if can_split(model, n)]
+        works = f"start {' or '.join(usable)}" if usable else "run it on one machine"
+        raise ValueError(f"{name} has {_heads(model)}, which {size} machines cannot share evenly: {works}.")
+    shard(group)
+
+
+def can_split(model: nn.Module, size: int) -> bool:
+    """Whether heads and weights can be shared evenly by so many machines. Nothing is computed."""
+    counts = {number for counted in _counts(model) for number in counted.values()}
+    if any(number % size for number in counts):
+        return False
+    try:
+        view(model, Tape()).shard(_Part(size))
+    except LOAD_ERRORS:
+        return False
+    return True
+
+
+def _counts(model: nn.Module) -> list[dict[str, int]]:
+    """The numbers of heads of each attention layer, by name."""
+    names = (*QUERIES, *KEYS)
+    found = [
+        {name: number for name in names if isinstance(number := getattr(module, name, None), int)}
+        for _, module in model.named_modules()
+    ]
+    return [counts for counts in found if counts]
+
+
+def _heads(model: nn.Module) -> str:
+    counts = next(iter(_counts(model)), {})
+    queries = next((counts[name] for name in QUERIES if name in counts), "some")
+    keys = next((f" and {counts[name]} key heads" for name in KEYS if name in counts), "")
+    return f"{queries} attention heads{keys}"
