@@ -18,6 +18,7 @@ from threading import Lock, Thread
 from typing import Any, NoReturn
 
 Message = list[Any]  # what it is, and what belongs to it
+HELLO = 64  # bytes by which another rank is known
 PATIENCE = 30.0  # seconds, until all are connected
 # Seconds until a machine that does not answer is taken for dead: idle ones, between two questions, questions.
 ALIVE = (("TCP_KEEPIDLE", 3), ("TCP_KEEPALIVE", 3), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4))
@@ -129,7 +130,8 @@ def connect(rank: int, size: int, spread: Callable[[bytes], bytes]) -> Channel:
                 try:
                     link, _ = server.accept()
                     link.settimeout(5)
-                    given, _, number = link.recv(64).decode("ascii", "replace").partition(" ")
+                    hello = link.recv(HELLO, socket.MSG_WAITALL).decode("ascii", "replace")
+                    given, _, number = hello.partition(" ")
                 except TimeoutError as error:
                     missing = sorted({*range(1, size)} - links.keys())
                     raise ValueError(f"rank {missing[0]} does not reach {host}: {_REMEDY}") from error
@@ -142,7 +144,7 @@ def connect(rank: int, size: int, spread: Callable[[bytes], bytes]) -> Channel:
     try:
         host, port, token = found
         link = socket.create_connection((host, port), PATIENCE)
-        link.sendall(f"{token} {rank}".encode())
+        link.sendall(f"{token} {rank}".encode().ljust(HELLO))
     except (OSError, ValueError) as error:
         raise ValueError(f"rank {rank} does not reach rank 0 at {host} ({error}): {_REMEDY}") from error
     return Channel(rank, {0: link})
