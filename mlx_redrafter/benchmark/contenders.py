@@ -32,7 +32,8 @@ def mlx_lm_contender(
     def answer(ids: list[int], max_tokens: int) -> Iterator[Any]:
         if options.seed is not None:
             mx.random.seed(options.seed)
-        responses = mlx_lm.stream_generate(model.model, tokenizer, ids, max_tokens, **given)
+        begin: Any = mlx_lm.stream_generate if model.ranks is None else model.ranks.stream_generate
+        responses = begin(model.model, tokenizer, ids, max_tokens=max_tokens, **given)
         return until(cast(Any, responses), stop) if stop else responses
 
     return Contender(BASELINE if draft_model is None else DRAFT_MODEL, answer)

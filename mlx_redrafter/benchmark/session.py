@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -40,6 +40,9 @@ from .measure import Asked, Plan, measure, turns_of, warm_up
 from .sources import load_prompts, sample
 from .statistics import ratio, shapes_used
 from .sweep import Grid
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
 
 SAVE_EVERY = 30.0  # seconds
 
@@ -93,9 +96,17 @@ class Session:
     """Measures what is asked for; ``ValueError`` if an option, a file or a model is not usable.
 
     The report says the ``settings``, and is saved as ``file`` now and then, in case this process is killed.
+    With ``ranks``, all machines measure together.
     """
 
-    def __init__(self, options: BenchmarkOptions, settings: dict[str, Any], file: Path | None) -> None:
+    def __init__(
+        self,
+        options: BenchmarkOptions,
+        settings: dict[str, Any],
+        file: Path | None,
+        ranks: "Ranks | None" = None,
+    ) -> None:
+        self.ranks = ranks
         self.options, self.decoding, self.grid = options, options.decoding, options.grid
         self.settings, self.file = settings, file
         prompts = load_prompts(options.prompts)
@@ -110,7 +121,7 @@ class Session:
         options, decoding = self.options, self.decoding
         self.machine = describe()
         _warn_if_busy(self.machine)
-        self.model, self.tokenizer = load_model(options.model, self.drafter)
+        self.model, self.tokenizer = load_model(options.model, self.drafter, ranks=self.ranks)
         warn_of_idle(options.model, options.prompting, decoding, self.tokenizer)
         self.meter, self.energy = find_meter(self.machine["backend"])
         encode = partial(options.prompting.encode, tokenizer=self.tokenizer)
@@ -174,6 +185,7 @@ class Session:
             "weights": weights(self.model.model),
             "shape": sweep.shape_name(describe_shape(shape)) if shape else "automatic",
             "energy": self.energy,
+            **({"machines": self.ranks.size} if self.ranks else {}),
         }
 
     def _save(self) -> None:

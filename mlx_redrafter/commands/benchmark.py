@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading.files import atomic_file, check_writable
+from ..options import check_alone
 from .arguments import add_decoding_arguments, colours, options_of, taken
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 PLOTS = Path("benchmark-plots")
 STDOUT = "-"
-NOT_SETTINGS = ("run", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
+NOT_SETTINGS = ("run", "ranks", "command", "words", "compare", "json", "markdown", "plots", "max_nodes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> int:
     if args.plots is not None:
         _require("matplotlib", "plots need")
     _check_files(args)
+    if args.ranks:
+        check_alone(args)
+        args.profile = 0  # its phases are this machine's only
     from ..benchmark.measure import settle
     from ..benchmark.session import BenchmarkOptions, Session
     from ..benchmark.sweep import Grid
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     options = taken(BenchmarkOptions, args, grid=grid, **parts)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in NOT_SETTINGS}
     file = None if args.json in (None, STDOUT) else Path(args.json)
-    session, code = Session(options, settings, file), 0
+    session, code = Session(options, settings, file, args.ranks), 0
     try:
         session.measure()
     except KeyboardInterrupt:
