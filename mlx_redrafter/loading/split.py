@@ -71,7 +71,7 @@ def _counts(model: nn.Module) -> list[dict[str, int]]:
 
 
 def _heads(model: nn.Module) -> str:
-    counts = next(iter(_counts(model)), {})
+    counts = max(_counts(model), key=len, default={})
     queries = next((counts[name] for name in QUERIES if name in counts), "some")
     keys = next((f" and {counts[name]} key heads" for name in KEYS if name in counts), "")
     return f"{queries} attention heads{keys}"

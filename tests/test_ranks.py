@@ -1,0 +1,139 @@
+"""Several machines decode together: here ranks on one, over MLX's ring."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from bundles import make_drafter, make_folder
+from models import make_model
+
+from mlx_redrafter.loading.split import can_split, split
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not mx.distributed.is_available("ring"), reason="ranks are forked, with a ring"
+)
+
+
+@pytest.fixture(scope="module")
+def host():
+    """Does jobs (``ranks_host.py``)."""
+    file = Path(__file__).with_name("ranks_host.py")
+    with subprocess.Popen([sys.executable, file], stdin=-1, stdout=-1, text=True) as process:
+
+        def do(**job):
+            print(json.dumps(job), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield do
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds models: ``cycle`` with its drafter, and others."""
+    folder = tmp_path_factory.mktemp("models")
+    make_drafter(folder / "drafter", make_folder(folder / "cycle"))
+    make_folder(folder / "nine", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    return folder
+
+
+def words(model, *more):
+    return ["generate", "--model", str(model), "--prompt", "one two", "--verbose", "False", *more]
+
+
+@pytest.mark.parametrize("name", ["llama", "compiled", "llama-mha", "qwen2", "qwen3", "qwen3_moe"])
+def test_four_texts_that_come_and_go_say_what_each_says_alone_on_one_machine(host, name):
+    """With drafts of every kind, greedy and sampled."""
+    done = host(name=name, size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    assert json.loads(done["out"][0]) == json.loads(host(name=name)["out"][0])
+    assert not done["out"][1]
+
+
+def test_ties_fall_as_on_rank_0_whatever_others_draft_and_pick(host):
+    done = host(name="tied", size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    texts = json.loads(done["out"][0])
+    assert texts == json.loads(host(name="tied")["out"][0])
+    assert all(token % 2 == 0 for text in texts[:3] for token in text)  # rank 0 takes the first
+
+
+@pytest.mark.parametrize("more", [(), ("--temp", "1", "--seed", "3"), ("--no-draft",)])
+def test_generate_says_what_it_says_on_one_machine(host, folder, more):
+    given = words(folder / "cycle", "--drafter", str(folder / "drafter"), "--max-tokens", "20", *more)
+    done = host(words=given, size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    assert done["out"] == [*host(words=given)["out"], ""]
+
+
+def test_three_machines_share_nine_heads_and_two_cannot(host, folder):
+    given = words(folder / "nine", "--drafter", "none", "--lookup", "0", "--max-tokens", "6")
+    assert host(words=given, size=3)["out"] == [*host(words=given)["out"], "", ""]
+    done = host(words=given, size=2)
+    assert done["codes"] == [2, 2]
+    for line in done["err"]:
+        assert line.count("\n") == 1
+        assert "9 attention heads and 3 key heads, which 2 machines cannot share evenly: start 3." in line
+
+
+def test_commands_of_one_machine_are_refused_by_name(host, folder):
+    done = host(words=["chat", "--model", str(folder / "cycle")], size=2)
+    assert done["codes"] == [2, 2]
+    assert all("chat works on one machine only" in line for line in done["err"])
+    given = words(folder / "cycle", "--draft-model", str(folder / "cycle"))
+    assert "--draft-model works on one machine only" in host(words=given, size=2)["err"][1]
+
+
+def test_models_that_cannot_be_split_are_refused_by_name():
+    with pytest.raises(ValueError, match="mine cannot be split: .* for olmo2 models"):
+        split(make_model("olmo2"), mx.distributed.init(), "mine")
+
+
+def test_other_weights_and_versions_end_all_with_one_line(host, folder, tmp_path):
+    for name, size in (("a", 64), ("b", 128)):
+        make_folder(tmp_path / name / "m", hidden_size=size)
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    done = host(words=words("m", "--drafter", "none"), size=2, folders=folders)
+    assert done["codes"] == [2, 2]
+    assert all("rank 1 has another copy of m" in line and line.count("\n") == 1 for line in done["err"])
+    done = host(words=words(folder / "cycle"), size=2, old=1)
+    assert done["codes"] == [2, 2]
+    assert all("another version of mlx (0.1)" in line and line.count("\n") == 1 for line in done["err"])
+
+
+def test_a_rank_that_dies_ends_all_within_seconds(host, folder):
+    given = words(folder / "cycle", "--drafter", "none", "--lookup", "0", "--max-tokens", "900")
+    done = host(words=given, size=2, signal="SIGKILL", to=[1])
+    assert done["codes"] == [2, -9]
+    assert done["err"][0].splitlines()[-1].startswith("error: rank 1 has ended without a word")
+    assert done["seconds"] < 10
+    done = host(words=given, size=2, signal="SIGKILL", to=[0])
+    assert done["codes"] == [-9, 2]
+    assert done["seconds"] < 10
+
+
+def test_an_interrupt_ends_all(host, folder):
+    given = words(folder / "cycle", "--drafter", "none", "--lookup", "0", "--max-tokens", "900")
+    done = host(words=given, size=2, signal="SIGINT", to=[0, 1])
+    assert done["codes"] == [130, 130]
+    assert "Interrupted." in done["err"][0]
+    assert done["seconds"] < 10
+
+
+def test_a_model_is_split_if_heads_and_weights_can_be_shared_evenly():
+    model = make_model("llama")  # of 4 heads, 2 key heads, and 48 columns inside
+    assert [n for n in range(2, 9) if can_split(model, n)] == [2]
+    assert model.layers[0].self_attn.n_heads == 4  # nothing was changed
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="two processes import everything")
+def test_mlx_launch_starts_it(folder, host):
+    given = words(folder / "cycle", "--drafter", str(folder / "drafter"), "--max-tokens", "8")
+    launch = [Path(sys.executable).with_name(name) for name in ("mlx.launch", "mlx-redrafter")]
+    started = [launch[0], "-n", "2", "--backend", "ring", "--", launch[1], *given]
+    done = subprocess.run(started, capture_output=True, stdin=subprocess.DEVNULL, timeout=300, check=True)
+    assert done.stdout.decode() == host(words=given)["out"][0]
