@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from threading import RLock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +19,7 @@ from .engine.engine import CHUNK, Engine, engine_here
 from .engine.loop import Chooser
 from .engine.runner import Runner
 from .loading.base import LOAD_ERRORS, as_floats, load_base
-from .loading.find import DEFAULT_MODEL, digest_of, drafter_folder, find_drafter, model_folder
+from .loading.find import DEFAULT_MODEL, drafter_folder, find_drafter, model_folder
 from .loading.read import check_finite
 from .loading.tokenizer import load_tokenizer
 from .models.bundle import load_drafter
@@ -28,9 +28,6 @@ from .models.fused import FusedDrafter
 from .models.hooks import ERRORS, parts
 from .models.identity import identity_of, token_embedding
 from .models.target import Target
-
-if TYPE_CHECKING:
-    from .engine.ranks import Ranks
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -45,18 +42,12 @@ class SpeculativeModel:
         drafter: None where there is none; then tokens are only copied from the text itself.
         refusal: why the model cannot verify drafts, as far as is known; empty if it can.
         context_length: tokens the model was made for, or None if its config does not say.
-        ranks: the machines that have a part of the model each; None: it is whole.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        drafter: Drafter | None,
-        context_length: int | None = None,
-        ranks: "Ranks | None" = None,
-    ) -> None:
+    ranks: Any = None  # machines that have a part of the model each (``engine/ranks.py``)
+
+    def __init__(self, model: nn.Module, drafter: Drafter | None, context_length: int | None = None) -> None:
         self.model = model
-        self.ranks = ranks
         self.drafter = drafter
         self.context_length = context_length
         self.refusal = self._told = ""
@@ -104,31 +95,16 @@ class SpeculativeModel:
             target = Target(self.model, drafter.config.context_layers if drafter else (), memory)
             if self.refusal or not same:
                 _check_fit(self.drafter, target.embed)
-                # Notes of what was found would be there on some machines only.
                 target.check("" if self.ranks else f"{backend.current().name} {backend.chip()}")
             elif self._runner is not None:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
-            compiled = backend.current().compiled
-            self._runner = Runner(target, drafter, compiled=compiled, leader=self.ranks)
-            self.refusal = ""
+            self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""
         except ERRORS as error:  # mlx-lm's code may have changed
             self._runner, self.refusal = None, str(error).partition("\n")[0] or type(error).__name__
         if self.ranks is not None:
-            self._agree(self.ranks)
+            self._runner, self.refusal = self.ranks.agree_on(self._runner, self.refusal)
         self._parts, self._kinds = found, kinds
         self._policies = self._policies if same else dict(self._given_policies)
-
-    def _agree(self, ranks: "Ranks") -> None:
-        """What rank 0 found out of the model counts: on another, the last bits may have decided otherwise."""
-        own, target = self.refusal, self._runner.target if self._runner else None
-        found = [self.refusal, target and target.trees, target and target.batches]
-        self.refusal, trees, batches = ranks.channel.decide(found)
-        if self.refusal or target is None:
-            self._runner = None
-            if not self.refusal:
-                raise ValueError(own)
-        else:
-            target.trees, target.batches = trees, batches
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], held: int = 0, name: str = "") -> None:
         """Raise ``ValueError`` for the first of the prompts' token ids that the model cannot read.
@@ -209,7 +185,7 @@ def load(
     adapter_path: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    ranks: "Ranks | None" = None,
+    ranks: Any = None,
 ) -> tuple[SpeculativeModel, TokenizerWrapper]:
     """Load a model with its drafter, and the tokenizer: stands in for ``mlx_lm.load``.
 
@@ -224,7 +200,7 @@ def load(
         adapter_path: LoRA adapters to apply.
         revision: branch, tag or commit of the repository.
         trust_remote_code: let the tokenizer and the model run code of their repository.
-        ranks: machines that all load the model now, each a part of it.
+        ranks: machines that all load it now, each a part of it.
 
     Raises:
         ValueError: something is missing, damaged, or does not fit; one line that says what.
@@ -235,8 +211,6 @@ def load(
     if drafter is not None and drafter != "auto":
         drafter = drafter_folder(drafter)  # before the model, which takes longer
     folder = model_folder(name, revision)
-    if ranks is not None:
-        ranks.agree("copy of", {name: digest_of(folder)}, "copy the model's folder to all machines")
     model, config = load_base(folder, trust_remote_code, check_values=False, model_config=model_config)
     context_length = _context_length(config, folder)
     tokenizer = load_tokenizer(
@@ -250,25 +224,17 @@ def load(
         from .loading.adapters import apply_adapters
 
         model = apply_adapters(model, adapter_path)
-    if ranks is None:
-        _read_weights(model, folder)
+    _read_weights(model, folder) if ranks is None else ranks.split(model, folder, name, dtype)
     if (wanted := backend.current().dtype if dtype == "auto" else dtype) is not None:
         as_floats(model, wanted)
-    if ranks is not None:
-        from .loading.split import split
-
-        split(model, ranks.group, name)
-        _read_weights(model, folder, one_by_one=True)  # whole tensors, of which a part is kept
-    elif wanted is not None:
-        _compute_weights(model)
+        weights: Any = tree_flatten(model.parameters())
+        for _, weight in weights:
+            mx.eval(weight)  # one at a time: dequantizing takes several times its memory
     _try_out(model, folder)
     loaded = drafter_for(model, name, drafter)
-    speculative = SpeculativeModel(model, loaded, context_length, ranks)
+    speculative = SpeculativeModel(model, loaded, context_length)
     if ranks is not None:
-        known = loaded.config.to_dict() if loaded else None
-        ranks.agree("drafter:", {"config": known}, "copy its folder to all machines")
-        ranks.model, ranks.tokenizer = speculative, tokenizer
-        speculative.prepare()
+        ranks.take(speculative, tokenizer)
     if loaded is not None and speculative.prepare() is None:
         if drafter == "auto" and find_drafter(identity_of(model)) is None:  # nobody asked for it
             speculative.prepare_or_tell()
@@ -299,15 +265,9 @@ def _check_fit(drafter: Drafter | None, embed: Any) -> None:
         )
 
 
-def _compute_weights(model: nn.Module) -> None:
-    weights: Any = tree_flatten(model.parameters())
-    for _, weight in weights:
-        mx.eval(weight)  # one at a time: dequantizing takes several times its memory
-
-
-def _read_weights(model: nn.Module, folder: Path, one_by_one: bool = False) -> None:
+def _read_weights(model: nn.Module, folder: Path) -> None:
     try:
-        _compute_weights(model) if one_by_one else mx.eval(model.parameters())
+        mx.eval(model.parameters())
     except RuntimeError as error:
         raise ValueError(f"the weights in {folder} cannot be read ({error}): get the model again.") from error
     check_finite(folder, dict(tree_flatten(model.parameters())))

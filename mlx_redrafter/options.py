@@ -9,9 +9,9 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,9 +24,6 @@ from .loading.find import drafter_folder
 from .model import SpeculativeModel, load
 from .models.bundle import parse_config, read_config
 from .text import check_shape
-
-if TYPE_CHECKING:
-    from .engine.ranks import Ranks
 
 USUAL = DraftShape(2, 4)  # where some of its numbers are asked for, and not the others
 CHOICES = {"kv_bits": (2, 3, 4, 5, 6, 8), "kv_group_size": (32, 64, 128)}  # of a quantized cache
@@ -206,9 +203,6 @@ def describe_shape(shape: DraftShape) -> dict[str, int]:
     return dict(zip(names, (shape.width, shape.length, shape.size, shape.lookup), strict=True))
 
 
-# --- Loading ---------------------------------------------------------------------------------------------
-
-
 def choose_drafter(options: ModelOptions, decoding: DecodingOptions) -> str | Path | None:
     """What ``load`` is to be told of the drafter, having checked it and the shape as far as is possible."""
     drafter: str | Path | None = None if decoding.no_draft or options.drafter == "none" else options.drafter
@@ -222,19 +216,9 @@ def choose_drafter(options: ModelOptions, decoding: DecodingOptions) -> str | Pa
 
 
 def load_model(
-    options: ModelOptions,
-    drafter: str | Path | None,
-    tokenizer_config: dict[str, Any] | None = None,
-    ranks: "Ranks | None" = None,
+    options: ModelOptions, drafter: str | Path | None, tokenizer_config: Any = None, ranks: Any = None
 ) -> tuple[SpeculativeModel, TokenizerWrapper]:
-    """The model with its drafter and tokenizer; warns of a drafter that was not found.
-
-    With ``ranks``, all machines load it, each a part.
-    """
-    if ranks is not None:
-        check_alone(options)
-        if ranks.rank == 0:
-            ranks.channel.tell("load", asdict(options), drafter and str(drafter))
+    """The model with its drafter and tokenizer, for all ``ranks``; warns of a drafter that was not found."""
     model, tokenizer = load(
         options.model,
         tokenizer_config,
@@ -257,18 +241,6 @@ def load_model(
     return model, tokenizer
 
 
-def check_alone(options: object) -> None:
-    """Raise ``ValueError`` for what is asked for and works on one machine only."""
-    for name in ("adapter_path", "draft_model", "prompt_cache_file", "cost_curve", "concurrency"):
-        if getattr(options, name, None):
-            raise ValueError(f"{flag(name)} works on one machine only: leave it out, or mlx.launch.")
-
-
-def follow_load(ranks: "Ranks", options: dict[str, Any], drafter: str | None) -> None:
-    """Load what rank 0 loads."""
-    load_model(ModelOptions(**options), drafter, ranks=ranks)
-
-
 def load_draft_model(options: ModelOptions, tokenizer: TokenizerWrapper) -> nn.Module | None:
     """mlx-lm's draft model, if one is asked for; ``ValueError`` if its tokenizer is another."""
     if options.draft_model is None:
@@ -289,9 +261,6 @@ def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:
     if len(ids) == 1 and ids[0] in known.values():
         return ids[0]
     raise ValueError(f"--extra-eos-token {token!r} is not one token of this model: name one, or use --stop.")
-
-
-# --- Checking --------------------------------------------------------------------------------------------
 
 
 def warn_of_idle(

@@ -7,32 +7,25 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import stream_generate
+import mlx_lm
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding.sampling import draw, filter_settings, seeds_at
 from .engine.engine import Request
-from .engine.runner import Leader
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
 
 def decode(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    request: Request,
-    vocabulary: int,
-    leader: Leader | None = None,
-    **options: Any,
+    model: nn.Module, tokenizer: TokenizerWrapper, request: Request, vocabulary: int, **options: Any
 ) -> Iterator[GenerationResponse]:
     """What a request asks for, with the random numbers that drafting would use.
 
     Args:
         vocabulary: V, or more.
-        leader: of the machines that have a part of the model each.
-        **options: those of ``mlx_lm.stream_generate`` that a request has not.
+        **options: those of ``mlx_lm.stream_generate`` that a request has not; and ``ranks``, a model's.
     """
     sampling, places = request.sampling, count(len(request.prompt) - 1)
     filters = filter_settings([sampling], vocabulary)
@@ -48,8 +41,7 @@ def decode(
     own = make_logits_processors(dict(sampling.logit_bias), **given)
     if request.grammar is not None:
         own.append(request.grammar.processor())
-    begin: Any = stream_generate if leader is None else leader.stream_generate
-    responses = begin(
+    responses = (options.pop("ranks", None) or mlx_lm).stream_generate(
         model,
         tokenizer,
         list(request.prompt),

@@ -10,6 +10,8 @@ from .loading.find import DEFAULT_MODEL
 from .options import describe_shape
 from .text import Response
 
+OTHERS = ("run", "ranks", "command", "json")  # no settings
+
 
 def print_record(responses: Iterator[Response], settings: dict[str, Any]) -> None:
     """Print the record, also of a generation that was interrupted."""
@@ -31,9 +33,7 @@ def _record(received: list[Response], settings: dict[str, Any]) -> dict[str, Any
     last = received[-1]
     drafted = last.steps > 0
     file = settings["prompt_cache_file"]
-    settings = {
-        name: value for name, value in settings.items() if name not in ("run", "ranks", "command", "json")
-    }
+    settings = {name: value for name, value in settings.items() if name not in OTHERS}
     settings |= {"model": settings["model"] or DEFAULT_MODEL, "prompt_cache_file": file and str(file)}
     return {
         "text": "".join(response.text for response in received),

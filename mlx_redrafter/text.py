@@ -162,7 +162,7 @@ def stream_generate(
             tokenizer,
             request,
             model.vocabulary or 1 << 30,
-            leader=model.ranks,
+            ranks=model.ranks,
             max_tokens=max_tokens,
             prefill_step_size=prefill_step_size,
             prompt_progress_callback=prompt_progress_callback,

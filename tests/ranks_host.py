@@ -68,7 +68,8 @@ def together(model, texts, own=lambda rank: (RandomDrafter, pick), compiled=Fals
             split(found, ranks.group, "the model")
             target = Target(found)
             make, picks = own(ranks.rank)
-            runner = Runner(target, make(target), picks, compiled, leader=ranks)
+            runner = Runner(target, make(target), picks, compiled)
+            ranks.lead(runner)
             ranks.model = Loaded(runner)
             if ranks.rank:
                 return ranks.follow(None)

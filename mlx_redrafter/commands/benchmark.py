@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..loading.files import atomic_file, check_writable
-from ..options import check_alone
 from .arguments import add_decoding_arguments, colours, options_of, taken
 
 if TYPE_CHECKING:
@@ -66,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
         _require("matplotlib", "plots need")
     _check_files(args)
     if args.ranks:
-        check_alone(args)
         args.profile = 0  # its phases are this machine's only
     from ..benchmark.measure import settle
     from ..benchmark.session import BenchmarkOptions, Session

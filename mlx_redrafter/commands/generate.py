@@ -13,15 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..chat import Continuing
-from ..options import (
-    check_alone,
-    check_text,
-    choose_drafter,
-    describe_shape,
-    load_draft_model,
-    load_model,
-    warn_of_idle,
-)
+from ..options import check_text, choose_drafter, describe_shape, load_draft_model, load_model, warn_of_idle
 from ..text import Response, statistics, stream_generate
 from .arguments import add_decoding_arguments, colours, harmless, options_of
 
@@ -46,8 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, printing text as it is accepted and then statistics, or one JSON record."""
     check_text("prompt", args.prompt, empty=True)
-    if args.ranks:
-        check_alone(args)
     asked, prompting, decoding = options_of(args)
     prompt = _standard_input() if args.prompt == "-" else args.prompt
     if not prompt.strip():

@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 from ..blas import load_blas
 
 DEBUG = "MLX_REDRAFTER_DEBUG"  # environment variable: show tracebacks
-RANK = "MLX_RANK"  # environment variable of mlx.launch's: the number of this process, of several
-TOGETHER = ("generate", "benchmark", "serve")  # commands that decode with several machines
 
 
 class Diagnostics(io.TextIOWrapper):
@@ -68,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = sys.argv[1:] if arguments is None else list(arguments)
         args = build_parser(words[0] if words and words[0] in COMMANDS else "").parse_args(words)
         args.words = words
-        code = _run_together(args) if RANK in os.environ else int(args.run(args))
+        run = import_module(".together", __package__).run if "MLX_RANK" in os.environ else args.run
+        code = int(run(args))
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -103,20 +102,6 @@ def build_parser(chosen: str | None = None) -> Parser:
             if action.nargs != 0 and action.default not in (None, "", []) and "(default" not in action.help:
                 action.help += " (default: %(default)s)"
     return parser
-
-
-def _run_together(args: argparse.Namespace) -> int:
-    """Run the command with the other machines that ``mlx.launch`` has started it on."""
-    from ..engine.ranks import Ranks, run_together
-    from ..options import follow_load
-
-    def run(ranks: Ranks | None) -> int:
-        if ranks is not None and args.command not in TOGETHER:
-            raise ValueError(f"{args.command} works on one machine only: start it without mlx.launch.")
-        args.ranks = ranks
-        return int(args.run(args))
-
-    return run_together(run, follow_load, bool(os.environ.get(DEBUG)))
 
 
 def one_line(text: str) -> str:

@@ -12,7 +12,7 @@ Dh head size. A node's *row* is its keys and values; ``seeds`` are random number
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -24,17 +24,11 @@ from .lookup import Found
 from .penalties import penalise
 from .sampling import draw, seeds_at
 from .state import DraftShape, Output, State
-from .tree import Tree, build_chain, build_tree, from_beam, same_tree
+from .tree import Tree, build_chain, build_tree, from_beam
 
 
 def step(
-    target: "Verifier",
-    drafter: Proposer | None,
-    pick: "Pick",
-    shape: DraftShape,
-    state: State,
-    view: View,
-    share: "Share | None" = None,
+    target: "Verifier", drafter: Proposer | None, pick: "Pick", shape: DraftShape, state: State, view: View
 ) -> tuple[State, Output]:
     """Draft, verify, accept; commit comes first, for the step before (``layers.py`` says why).
 
@@ -45,28 +39,21 @@ def step(
         shape: how much is drafted.
         state: with room for ``shape.room`` rows after the text, and in rings for ``shape.size`` nodes.
         view: what attention is shown of the buffers.
-        share: where several machines decode together, who are not bit-identical: the first one's drafts and
-            picks are everyone's.
     """
-    state, proposed, seen = look_ahead(target, drafter, shape, state, view, share)
-    return conclude(pick, shape, state, proposed, seen, share)
+    state, proposed, seen = look_ahead(target, drafter, shape, state, view)
+    return conclude(pick, shape, state, proposed, seen)
 
 
 def look_ahead(
-    target: "Verifier",
-    drafter: Proposer | None,
-    shape: DraftShape,
-    state: State,
-    view: View,
-    share: "Share | None" = None,
+    target: "Verifier", drafter: Proposer | None, shape: DraftShape, state: State, view: View
 ) -> tuple[State, "Proposed", "Verified"]:
     """Commit, propose, verify, which is all that takes the device long: the state with the tree's rows
     written, what was proposed, and what the target says of it."""
     assert state.layers.has_room(shape.size)
     state = replace(state, layers=commit(state.layers))
     proposed = propose(target, drafter, shape, state, view)
-    if share is not None and shape.size > 1:
-        proposed = replace(proposed, tree=same_tree(proposed.tree, shape.depth, share))
+    if target.leader is not None and shape.size > 1:
+        proposed = replace(proposed, tree=target.leader.share_tree(proposed.tree, shape.depth))
     seen = target.verify(proposed.tree, state.layers, state.rows, view)
     return replace(state, layers=replace(state.layers, rows=seen.rows)), proposed, seen
 
@@ -97,17 +84,11 @@ def propose(
 
 
 def conclude(
-    pick: "Pick",
-    shape: DraftShape,
-    state: State,
-    proposed: "Proposed",
-    seen: "Verified",
-    share: "Share | None" = None,
+    pick: "Pick", shape: DraftShape, state: State, proposed: "Proposed", seen: "Verified"
 ) -> tuple[State, Output]:
     """Follow the target's picks down the tree; the state after the accepted path."""
     tree = proposed.tree
     all_logits, picks = pick(tree, state, seen.logits)  # [B, N, V], [B, N]
-    picks = picks if share is None else share(picks)
     accepted = accept(tree, picks, shape.depth)
     end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
     last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
@@ -141,7 +122,6 @@ def pick(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array
 
 # Logits [B, N, V] at a tree's nodes -> the logits that count (after penalties), and a token [B, N] for each.
 Pick = Callable[[Tree, State, mx.array], tuple[mx.array, mx.array]]
-Share = Callable[[mx.array], mx.array]  # whole numbers -> the first machine's, on every machine
 
 
 @dataclass
@@ -166,6 +146,8 @@ class Verified:
 
 class Verifier(Protocol):
     """The language model, as the step sees it."""
+
+    leader: Any  # where several machines verify, makes all trees the first one's; else None
 
     def embed(self, tokens: mx.array) -> mx.array:
         """[...] -> [..., H]."""

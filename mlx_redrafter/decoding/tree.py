@@ -9,7 +9,6 @@ duplicates. Example (width 2, length 2, all nodes kept), after the token "the":
     ancestors of node 3: 0, 1, 3
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -96,15 +95,6 @@ def make_tree(tokens: mx.array, parents: mx.array, depth: int, ranks: mx.array |
     ancestors = ancestor_mask(parents, depth)
     depths = ancestors.sum(axis=-1).astype(mx.int32) - 1
     return Tree(tokens, parents, depths, ancestors, mx.zeros_like(parents) if ranks is None else ranks)
-
-
-def same_tree(tree: Tree, depth: int, share: Callable[[mx.array], mx.array]) -> Tree:
-    """The tree that ``share`` makes of its tokens, parents and ranks, as one array [3, B, N]."""
-    parts = (tree.tokens, tree.parents, tree.ranks)
-    tokens, parents, ranks = share(mx.stack([part.astype(mx.int32) for part in parts]))
-    if tree.is_chain:
-        return replace(tree, tokens=tokens, ranks=ranks)
-    return make_tree(tokens, parents, depth, ranks)
 
 
 def _likeliest(scores: mx.array, count: int) -> mx.array:

@@ -358,10 +358,8 @@ def engine_here(runner: Runner, policy: Chooser, chunk: int = CHUNK, **options: 
     kept = max(prefixes.limit - prefixes.nbytes, 0) if prefixes else 0  # bytes it may still take
     usual: dict[str, Any] = {name: getattr(device, name) for name in ("grain", "padded", "eager")}
     usual["max_memory"] = max(backend.free_memory() - kept, 0)
-    if runner.leader is not None:
-        led: Engine = runner.leader.engine(runner, policy, chunk, {**usual, **options})
-        return led
-    return Engine(runner, policy, chunk, **{**usual, **options})
+    make: type[Engine] = Engine if runner.target.leader is None else runner.target.leader.engine
+    return make(runner, policy, chunk, **{**usual, **options})
 
 
 def _keep(prefixes: "Prefixes", request: Request, text: Text, layers: Layers, rows: int) -> None:

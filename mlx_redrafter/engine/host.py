@@ -28,8 +28,8 @@ def host_step(
     It is not compiled.
     """
     shape = shape if usual.target.trees else shape.chain
-    state, proposed, seen = look_ahead(usual.target, usual.drafter, shape, state, view, usual.share)
-    finish = partial(conclude, host_pick(texts), shape, proposed=proposed, seen=seen, share=usual.share)
+    state, proposed, seen = look_ahead(usual.target, usual.drafter, shape, state, view)
+    finish = partial(conclude, host_pick(texts), shape, proposed=proposed, seen=seen)
     return state, Unfinished(proposed.tree, seen.logits, finish)
 
 

@@ -12,7 +12,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ from mlx_lm.generate import generation_stream
 from ..decoding.layers import Quantization
 from ..decoding.sampling import Sampling
 from ..decoding.state import DraftShape, State
+from ..decoding.step import Pick
+from ..decoding.tree import Tree, make_tree
 from ..loading.cache import versions
 from . import backend
 from .channel import Channel, connect
@@ -66,6 +69,23 @@ class Ranks:
         """
         return mx.distributed.all_sum(numbers * int(self.rank == 0), group=self.group)
 
+    def share_tree(self, tree: Tree, depth: int) -> Tree:
+        """Rank 0's tree, on every rank: its tokens, parents and ranks, as one array [3, B, N]."""
+        parts = (tree.tokens, tree.parents, tree.ranks)
+        tokens, parents, ranks = self.share(mx.stack([part.astype(mx.int32) for part in parts]))
+        if tree.is_chain:
+            return replace(tree, tokens=tokens, ranks=ranks)
+        return make_tree(tokens, parents, depth, ranks)
+
+    def sharing(self, pick: Pick) -> Pick:
+        """A ``Pick`` that picks rank 0's tokens."""
+
+        def picks(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
+            logits, tokens = pick(tree, state, logits)
+            return logits, self.share(tokens)
+
+        return picks
+
     def agree(self, what: str, own: Mapping[str, Any], remedy: str) -> None:
         """Raise ``ValueError`` on every rank if one of them has other values than rank 0."""
         first, *others = self.channel.gather(dict(own))
@@ -77,9 +97,50 @@ class Ranks:
                         f"({first.get(name)}): {remedy}."
                     )
 
+    # --- Loading, which all do at the same time ------------------------------------------------------------
+
+    def tell_load(self, options: Any, drafter: Any) -> None:
+        """A model is loaded next: the others shall load it too."""
+        self.channel.tell("load", asdict(options), drafter and str(drafter))
+
+    def split(self, model: Any, folder: Path, name: str, dtype: str) -> None:
+        """Read this rank's part of the model, as floats of the type that ``load`` is told, if of one."""
+        from ..loading.base import as_floats
+        from ..loading.split import fingerprint, split
+
+        self.agree("copy of", {name: fingerprint(folder)}, "copy the model's folder to all machines")
+        as_floats(model, backend.current().dtype if dtype == "auto" else dtype)  # nothing is computed
+        split(model, self.group, name, folder)
+
+    def take(self, model: Any, tokenizer: Any) -> None:
+        """This is what was loaded; find out at the same time whether it can verify drafts."""
+        known = model.drafter.config.to_dict() if model.drafter else None
+        self.agree("drafter:", {"config": known}, "copy its folder to all machines")
+        self.model, self.tokenizer, model.ranks = model, tokenizer, self
+        model.prepare()
+
+    def agree_on(self, runner: Runner | None, refusal: str) -> tuple[Runner | None, str]:
+        """What rank 0 found out of the model: on another, the last bits may have decided otherwise."""
+        target = runner.target if runner else None
+        told, trees, batches = self.channel.decide(
+            [refusal, target and target.trees, target and target.batches]
+        )
+        if told:
+            return None, told
+        if runner is None or target is None:
+            raise ValueError(refusal)
+        target.trees, target.batches = trees, batches
+        self.lead(runner)
+        return runner, ""
+
+    def lead(self, runner: Runner) -> None:
+        """Let rank 0's drafts, picks and engines be what counts."""
+        runner.target.leader = self
+        runner.pick = self.sharing(runner.pick)
+
     # --- What rank 0 does, and tells ---------------------------------------------------------------------
 
-    def engine(self, runner: Runner, policy: Chooser, chunk: int, options: dict[str, Any]) -> Engine:
+    def engine(self, runner: Runner, policy: Chooser, chunk: int, **options: Any) -> Engine:
         """An engine that has the other ranks' do the same."""
         self._count += 1
         self.channel.tell("engine", self._count, chunk, options.get("texts", 16))
@@ -262,6 +323,14 @@ class _Following:
         self, shape: DraftShape, ranks: Mapping[int, Sequence[int]], seconds: float, away: float
     ) -> None:
         """Rank 0 learns."""
+
+
+def refuse(options: Any) -> None:
+    """Raise ``ValueError`` for what is asked for and works on one machine only."""
+    for name in ("adapter_path", "draft_model", "prompt_cache_file", "cost_curve", "concurrency"):
+        if getattr(options, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} works on one machine only: leave it out, or mlx.launch.")
 
 
 def check(emitted: list[Emitted]) -> list[Emitted]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
@@ -28,7 +28,6 @@ class Runner:
             drafter's weights, built in.
         drafter: None if no shape has beams.
         pick: how the target picks a token; compiled, it may use no other random numbers than the state's.
-        leader: where several machines run the steps, what has the others follow.
         compiled: trace each combination of a shape and a view that is used more than ``TRIALS`` times
             once, instead of building every step's graph anew.
 
@@ -37,15 +36,8 @@ class Runner:
     """
 
     def __init__(
-        self,
-        target: Target,
-        drafter: Proposer | None,
-        pick: Pick = pick,
-        compiled: bool = False,
-        leader: "Leader | None" = None,
+        self, target: Target, drafter: Proposer | None, pick: Pick = pick, compiled: bool = False
     ) -> None:
-        self.leader = leader
-        self.share = None if leader is None else leader.share
         self.target, self.drafter, self.pick, self.compiled = target, drafter, pick, compiled
         self.traces = 0
         # MLX may keep a trace when its function is gone, and find it for another one at the same address.
@@ -81,7 +73,7 @@ class Runner:
 
     def _step(self, target: Target, shape: DraftShape, state: State, view: View) -> tuple[State, Output]:
         self.traces += 1
-        return step(target, self.drafter, self.pick, shape, state, view, self.share)
+        return step(target, self.drafter, self.pick, shape, state, view)
 
     def _flat_step(self, shape: DraftShape, view: View) -> FlatStep:
         def run(arrays: Arrays, weights: list[mx.array], _: int) -> tuple[Arrays, Arrays]:
@@ -90,27 +82,6 @@ class Runner:
             return _flatten(after), dict(vars(output))
 
         return run
-
-
-class Leader(Protocol):
-    """Has other machines do what this one does (``ranks.py``)."""
-
-    @property
-    def machines(self) -> list[Any]:
-        """What they are, as JSON."""
-        ...
-
-    def share(self, numbers: mx.array) -> mx.array:
-        """The first machine's numbers, on every machine."""
-        ...
-
-    def engine(self, runner: Runner, policy: Any, chunk: int, options: dict[str, Any]) -> Any:
-        """As ``engine.engine_here``."""
-        ...
-
-    def stream_generate(self, model: Any, tokenizer: Any, prompt: Any, **options: Any) -> Any:
-        """As mlx-lm's."""
-        ...
 
 
 def _flatten(state: State) -> Arrays:

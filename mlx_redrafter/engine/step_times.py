@@ -123,7 +123,7 @@ def conditions(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
         "shapes": [list(astuple(shape)) for shape in shapes],
         "texts": texts,
         "versions": versions(),
-        **({"machines": runner.leader.machines} if runner.leader else {}),
+        **({"machines": runner.target.leader.machines} if runner.target.leader else {}),
     }
 
 

@@ -89,7 +89,7 @@ def _converted(gguf: Path) -> Path:
     parts = gguf_parts(source)
     quant = "nearest" if mx.default_device().type == mx.gpu else "keep"  # a CPU gets float32 anyway
     times = [part.stat().st_mtime_ns for part in parts]
-    made_from = [version("mlx-redrafter"), quant, *times, *map(_digest, parts)]
+    made_from = [version("mlx-redrafter"), quant, *times, *map(digest, parts)]
 
     def usable() -> bool:
         try:
@@ -111,17 +111,10 @@ def _converted(gguf: Path) -> Path:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path) for path in folder.iterdir() if path.name != RECORD}
+    return {path.name: digest(path) for path in folder.iterdir() if path.name != RECORD}
 
 
-def digest_of(folder: Path) -> str:
-    """Of a model's config and weights (samples of them), in short."""
-    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
-    known = [_digest(file) for file in files if file.is_file()]
-    return hashlib.sha256("".join(known).encode()).hexdigest()[:12]
-
-
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
     """Of a file's size, its first 8 MiB (a GGUF's metadata, a whole tokenizer) and samples of the others."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,12 +1,17 @@
 """A model's weights are split among machines by mlx-lm's ``shard``, having checked that it can be done."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..models.hooks import Tape, view
 from .base import LOAD_ERRORS
+from .find import digest
+from .read import check_finite
 
 QUERIES = ("n_heads", "num_heads", "num_attention_heads", "num_v_heads")  # of an attention layer
 KEYS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads", "num_k_heads")
@@ -26,8 +31,8 @@ class _Part:
         return 0
 
 
-def split(model: nn.Module, group: mx.distributed.Group, name: str) -> None:
-    """Keep this machine's part of a model that is loaded lazily, of which nothing has been read yet.
+def split(model: nn.Module, group: mx.distributed.Group, name: str, folder: Path | None = None) -> None:
+    """Read this machine's part of a model that is loaded lazily: of each tensor in turn, a part is kept.
 
     Raises:
         ValueError: mlx-lm cannot split such models, or not among so many machines; it names the numbers that
@@ -46,6 +51,17 @@ def split(model: nn.Module, group: mx.distributed.Group, name: str) -> None:
         works = f"start {' or '.join(usable)}" if usable else "run it on one machine"
         raise ValueError(f"{name} has {_heads(model)}, which {size} machines cannot share evenly: {works}.")
     shard(group)
+    try:
+        check_finite(folder or Path(name), dict(tree_flatten(model.parameters())))  # reads one at a time
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {folder} cannot be read ({error}): get the model again.") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's config and weights (of samples of them), in short."""
+    files = [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]
+    known = [digest(file) for file in files if file.is_file()]
+    return hashlib.sha256("".join(known).encode()).hexdigest()[:12]
 
 
 def can_split(model: nn.Module, size: int) -> bool:

@@ -85,6 +85,7 @@ class Target:
         if self.memory is not None:
             self.windows.append(self.memory.config.memory_window)
         self.trees = self.batches = True
+        self.leader: Any = None  # where several machines verify (``engine/ranks.py``)
         self.layers_read = tuple(layers)
         self._has_inner_head, self._full = False, list[list[mx.array]]()
         self._watch(model)

@@ -92,12 +92,7 @@ class PlainEngine:
 
     def __init__(self, model: SpeculativeModel, tokenizer: TokenizerWrapper, chunk: int) -> None:
         self._decode = partial(
-            decode,
-            model.model,
-            tokenizer,
-            vocabulary=model.vocabulary or 1 << 30,
-            prefill_step_size=chunk,
-            leader=model.ranks,
+            decode, model.model, tokenizer, vocabulary=model.vocabulary or 1 << 30, prefill_step_size=chunk
         )
         self._texts: dict[int, Iterator[Any]] = {}
         self._count = 0
