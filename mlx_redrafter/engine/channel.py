@@ -22,6 +22,7 @@ HELLO = 64  # bytes by which another rank is known
 PATIENCE = 30.0  # seconds, until all are connected
 # Seconds until a machine that does not answer is taken for dead: idle ones, between two questions, questions.
 ALIVE = (("TCP_KEEPIDLE", 3), ("TCP_KEEPALIVE", 3), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", 4))
+UNHEARD = 7000  # milliseconds for which what was sent may stay unanswered, where the system has such a limit
 
 
 class Channel:
@@ -43,6 +44,10 @@ class Channel:
             for option, value in ALIVE:
                 if hasattr(socket, option):
                     link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNHEARD)
+            elif sys.platform == "darwin":
+                link.setsockopt(socket.IPPROTO_TCP, 0x80, UNHEARD // 1000)  # TCP_RXT_CONNDROPTIME
             Thread(target=self._listen, args=(other,), name=f"rank {other}", daemon=True).start()
 
     def tell(self, *message: Any) -> None:
