@@ -9,7 +9,7 @@ from decoding import decode
 from mlx_lm.models.cache import make_prompt_cache
 from models import make_model
 from test_drafter import silu
-from test_engine import finish, plain, prompts
+from test_engine import check_while_texts_come_and_go, finish, plain, prompts
 from test_lossless import Turns
 from tiny import make_tiny
 
@@ -223,16 +223,7 @@ def test_greedy_is_plain_decoding_while_texts_come_and_go(model, changes, compil
     target, fused = with_memory(model, **changes)
     target.check()
     engine = Engine(Runner(target, fused, compiled=compiled), Turns(SHAPES), 16, texts=3, eager=compiled)
-    wanted, found = {}, {}
-    for i, prompt in enumerate(prompts(6)):
-        count = 9 + 6 * i % 23
-        wanted[engine.submit(Request(prompt, count))] = plain(model, prompt, count)
-        for _ in range(i):
-            for emitted in engine.step():
-                found.setdefault(emitted.number, []).extend(emitted.tokens)
-    for number, tokens in finish(engine).items():
-        found.setdefault(number, []).extend(tokens)
-    assert found == wanted
+    check_while_texts_come_and_go(engine, model, 6, 9)
 
 
 def memory_of(layers, rows):

@@ -64,9 +64,8 @@ class Layers:
     @property
     def capacity(self) -> int:
         """C, rows of each text that the buffers have room for; 0 if they are rings, or none: no bound."""
-        sizes = [
-            (int(parts[0].shape[2]), window) for parts, window in zip(self.rows, self.windows, strict=True)
-        ]
+        pairs = zip(self.rows, self.windows, strict=True)
+        sizes = [(int(parts[0].shape[2]), window) for parts, window in pairs]
         return min((size for size, window in sizes if window is None or size < window + self.room), default=0)
 
     def nbytes_of(self, capacity: int) -> int:

@@ -8,6 +8,7 @@
 Letters, the same in every file: B texts · N nodes of a tree · L depths of it · W beams · C capacity in rows ·
 T rows of text · H model width · F context width · V vocabulary · Vd draft vocabulary · Hq, Hkv heads ·
 Dh head size. A node's *row* is its keys and values; ``seeds`` are random numbers', keys are attention's.
+A drafter's *memory* is one more layer of rows: what it noted of every token that the target has read.
 """
 
 from collections.abc import Callable

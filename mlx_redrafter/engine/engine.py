@@ -109,7 +109,10 @@ class _Prompt:
         """Tokens to read; the last one is the first step's."""
         return len(self.request.prompt) - 1 - self.read
 
-    all_caches = property(lambda self: [*self.caches, *self.memory])  # the model's and the drafter's
+    @property
+    def all_caches(self) -> list[Any]:
+        """The model's and the drafter's, while it is being read."""
+        return [*(self.caches or []), *self.memory]
 
 
 class Engine:
@@ -301,10 +304,9 @@ class Engine:
     def _join(self, prompt: _Prompt) -> None:
         """Let a text whose prompt has been read take part in steps, in a batch of texts of like length."""
         text, request = prompt.text, prompt.request
-        assert prompt.caches is not None
         text.rows, layers = self.target.layers_of(prompt.all_caches)
         self._keep_prompt(request, text.rows, in_order(layers, text.rows))
-        text.kept = kept_as(prompt.caches[0])
+        text.kept = kept_as(prompt.all_caches[0])
         if request.kv is not None and text.kept is None:  # not before the first step, as in mlx-lm
             text.turn = replace(request.kv, start=max(request.kv.start, text.rows + 1))
         prompt.caches, prompt.memory = None, []  # steps must have the only references, or the caller
