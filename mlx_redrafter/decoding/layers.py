@@ -27,6 +27,8 @@ Rows = list[
     mx.array
 ]  # of one layer, each [B, Hkv, C, ...]: keys and values; if quantized, three parts of each
 
+Places = dict[tuple[int, int], mx.array]  # [B, 1, n, 1], where n rows go in a buffer of that size
+
 ROOM = 64  # rows of a ring besides its window, at first
 
 
@@ -109,9 +111,9 @@ def commit(layers: Layers) -> Layers:
     """Write the last path's rows to their places; rows after the accepted ones are never read."""
     if layers.path_start is None:
         return layers
-    start = layers.path_start
+    start, known = layers.path_start, dict[tuple[int, int], mx.array]()
     written = [
-        [write_rows(buffer, part, start, window) for buffer, part in zip(rows, path, strict=True)]
+        [write_rows(buffer, part, start, window, known) for buffer, part in zip(rows, path, strict=True)]
         if path
         else rows
         for rows, path, window in zip(layers.rows, layers.path, layers.windows, strict=True)
@@ -133,13 +135,24 @@ def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.
     return replace(layers, path=left, path_start=start)
 
 
-def write_rows(buffer: mx.array, rows: mx.array, start: mx.array, window: int | None = None) -> mx.array:
-    """``buffer`` [B, Hkv, C, ...] with ``rows`` [B, Hkv, n, ...] at ``start`` [B] of each text, and round."""
-    rows, size = rows.astype(buffer.dtype), buffer.shape[2]
+def write_rows(
+    buffer: mx.array,
+    rows: mx.array,
+    start: mx.array,
+    window: int | None = None,
+    known: Places | None = None,
+) -> mx.array:
+    """``buffer`` [B, Hkv, C, ...] with ``rows`` [B, Hkv, n, ...] at ``start`` [B] of each text, and round.
+
+    Layers that write at the same ``start`` share what is ``known`` of places.
+    """
+    rows, size, known = rows.astype(buffer.dtype), buffer.shape[2], {} if known is None else known
     if buffer.shape[0] == 1 and (window is None or rows.shape[2] == 1):
         return mx.slice_update(buffer, rows, start if window is None else start % size, axes=(2,))
-    place = (start[:, None] + mx.arange(rows.shape[2])) % size  # [B, n]
-    return mx.put_along_axis(buffer, mx.broadcast_to(place[:, None, :, None], rows.shape), rows, axis=2)
+    kind = rows.shape[2], size
+    if kind not in known:
+        known[kind] = ((start[:, None] + mx.arange(rows.shape[2])) % size)[:, None, :, None]
+    return mx.put_along_axis(buffer, known[kind], rows, axis=2)
 
 
 def write_tokens(history: mx.array, tokens: mx.array, start: mx.array) -> mx.array:

@@ -28,6 +28,7 @@ from mlx_lm.models.cache import (
 
 from ..decoding.layers import (
     Layers,
+    Places,
     Quantization,
     Rows,
     View,
@@ -235,6 +236,7 @@ class Target:
     def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View | None = None) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``start`` + its depth."""
         masks: dict[tuple[int | None, int], mx.array] = {}
+        places: Places = {}
         shown = view or View(max((int(parts[0].shape[2]) for parts in layers.rows), default=0))
         kept, states = zip(layers.rows, layers.windows, strict=True), iter(layers.states)
         trees: list[TreeCache] = []
@@ -244,7 +246,7 @@ class Target:
             if isinstance(cache, ArraysCache):
                 watched.append(self.tape.seen(next(states)))
                 return watched[-1]
-            trees.append(TreeCache(tree, start, shown, masks, *next(kept)))
+            trees.append(TreeCache(tree, start, shown, masks, places, *next(kept)))
             return trees[-1]
 
         caches = with_each(self._caches, stand_in)
@@ -398,12 +400,13 @@ class TreeCache:
         start: mx.array,
         view: View,
         masks: dict[tuple[int | None, int], mx.array],
+        places: Places,
         rows: Rows,
         window: int | None,
     ) -> None:
         self.tree, self.start, self.window = tree, start, window
         self.view, self.columns = view, min(view.columns, int(rows[0].shape[2]))
-        self.masks = masks  # by window and columns, shared by all layers
+        self.masks, self.places = masks, places  # by window and columns, shared by all layers
         nodes = tree.tokens.shape[1]
         self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
         self.offset = positions(tree, start)
@@ -440,7 +443,7 @@ class TreeCache:
             self.bits, self.group_size = how.bits, how.group_size
             self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
         pairs = zip(self.rows, self.nodes, strict=True)
-        self.rows = [write_rows(buffer, rows, self.start, self.window) for buffer, rows in pairs]
+        self.rows = [write_rows(buffer, rows, self.start, self.window, self.places) for buffer, rows in pairs]
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
