@@ -140,9 +140,7 @@ class SpeculativeModel:
             if lookup not in self._policies:
                 from .engine.step_times import make_policy
 
-                there: Any = weakref.ref(
-                    self
-                )  # which has the policy, and shall be gone when nobody else has it
+                there: Any = weakref.ref(self)  # which has the policy, and shall be gone with its last user
                 self._policies[lookup] = make_policy(lambda: there()._prepared(), lookup)
             return self._policies[lookup]
 

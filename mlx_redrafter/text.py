@@ -361,9 +361,7 @@ def _speculative(
     chunk: int,
     prefixes: "Prefixes | None",
 ) -> Iterator[Response]:
-    engine = model.engine(
-        policy, chunk, prefixes=prefixes
-    )  # with the model as it is when the first token is asked for
+    engine = model.engine(policy, chunk, prefixes=prefixes)  # as the model is at the first token
     target, kept = engine.target, request.caches
     rows = len(request.prompt) - 1 + (kept[0].offset if kept else 0)
     left: list[Layers] = []

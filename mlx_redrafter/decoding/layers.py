@@ -23,10 +23,8 @@ import mlx.core as mx
 
 from .tree import Tree
 
-Rows = list[
-    mx.array
-]  # of one layer, each [B, Hkv, C, ...]: keys and values; if quantized, three parts of each
-
+# Of one layer, each [B, Hkv, C, ...]: keys and values; if quantized, three parts of each.
+Rows = list[mx.array]
 Places = dict[tuple[int, int], mx.array]  # [B, 1, n, 1], where n rows go in a buffer of that size
 
 ROOM = 64  # rows of a ring besides its window, at first
@@ -136,15 +134,11 @@ def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.
 
 
 def write_rows(
-    buffer: mx.array,
-    rows: mx.array,
-    start: mx.array,
-    window: int | None = None,
-    known: Places | None = None,
+    buffer: mx.array, rows: mx.array, start: mx.array, window: int | None = None, known: Places | None = None
 ) -> mx.array:
     """``buffer`` [B, Hkv, C, ...] with ``rows`` [B, Hkv, n, ...] at ``start`` [B] of each text, and round.
 
-    Layers that write at the same ``start`` share what is ``known`` of places.
+    Layers that write at the same ``start`` share what is ``known``.
     """
     rows, size, known = rows.astype(buffer.dtype), buffer.shape[2], {} if known is None else known
     if buffer.shape[0] == 1 and (window is None or rows.shape[2] == 1):

@@ -96,9 +96,7 @@ class Sampling:
         """The settings that change how a token is drawn, by the names that ``draw`` knows."""
         if self.temperature == 0:
             return {}
-        used: dict[str, float] = {
-            "temperature": min(max(self.temperature, 1e-30), 1e30)
-        }  # float32 divides by it
+        used = {"temperature": min(max(self.temperature, 1e-30), 1e30)}  # float32 divides by it
         if 0 < self.top_p < 1:
             used["top_p"] = self.top_p
         if self.min_p > 0:

@@ -294,9 +294,8 @@ class Policy:
         place = np.array(shares).T * (len(SHARES) - 1)  # [2, B]
         below = np.minimum(place.astype(int), len(SHARES) - 2)
         kinds = zip(self._tables, below, place - below, strict=True)
-        drafted, copied = (
-            table[:, i] * (1 - part) + table[:, i + 1] * part for table, i, part in kinds
-        )  # [shapes, B]
+        # Each [shapes, B].
+        drafted, copied = (table[:, i] * (1 - part) + table[:, i + 1] * part for table, i, part in kinds)
         tokens = 1 + np.minimum(drafted + copied, self._depths)
         return dict(zip(self._times, tokens.mean(axis=1).tolist(), strict=True))
 

@@ -48,11 +48,8 @@ class BaseIdentity:
 
     def tags(self) -> list[str]:
         """Of its drafters on Hugging Face's hub: that of all drafters, its sizes, its digest."""
-        return [
-            TAG,
-            f"redrafter-{self.hidden_size}x{self.vocab_size}",
-            f"{DIGEST_TAG}{self.embedding_digest}",
-        ]
+        sizes = f"redrafter-{self.hidden_size}x{self.vocab_size}"
+        return [TAG, sizes, f"{DIGEST_TAG}{self.embedding_digest}"]
 
     def may_have(self, tags: Iterable[str]) -> bool:
         """Whether a drafter with these tags may be for this model: it records no other's digest."""
@@ -60,10 +57,9 @@ class BaseIdentity:
         return not digests or any(self.matches(replace(self, embedding_digest=each)) for each in digests)
 
     def __str__(self) -> str:
-        return (
-            f"{self.name or 'a model'} ({self.model_type}, hidden size {self.hidden_size}, "
-            f"vocabulary {self.vocab_size}, embedding {self.embedding_digest[:8]})"
-        )
+        sizes = f"hidden size {self.hidden_size}, vocabulary {self.vocab_size}"
+        known = f"{self.model_type}, {sizes}, embedding {self.embedding_digest[:8]}"
+        return f"{self.name or 'a model'} ({known})"
 
 
 def digest_rows(vocab_size: int) -> list[int]:
