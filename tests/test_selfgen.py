@@ -15,6 +15,7 @@ from mlx_redrafter.train import data, run, selfgen
 from mlx_redrafter.train.selfgen import Recipe, generate
 from mlx_redrafter.train.streams import Workers
 from mlx_redrafter.train.template import STOP_TOKENS, Template
+from mlx_redrafter.train.work import Request
 
 VOCABULARY = 310
 MARKED = ("chatml", "gemma", "inst", "llama3", "zephyr")  # templates whose answers end with a special token
@@ -345,7 +346,7 @@ def test_a_model_that_cannot_verify_drafts_is_refused_before_any_work(model, tmp
     options = {}, "model", run.Evaluation({}, [], [], 0), "train"
     with pytest.raises(ValueError, match="no rotary ones"):
         run.train(
-            SpeculativeModel(model, None), make_tokenizer("chatml"), run.Request(), tmp_path / "out", *options
+            SpeculativeModel(model, None), make_tokenizer("chatml"), Request(), tmp_path / "out", *options
         )
     assert not list(tmp_path.iterdir())
 

@@ -29,7 +29,7 @@ from mlx_redrafter.models.identity import identity_of
 from mlx_redrafter.models.memory import read_texts
 from mlx_redrafter.models.save import write_drafter
 from mlx_redrafter.models.target import Target
-from mlx_redrafter.train import loss, run
+from mlx_redrafter.train import collect, loss, run
 from mlx_redrafter.train.data import Conversation, write_shard
 from mlx_redrafter.train.features import WholeRows, extract, read_features, select, write_features
 from mlx_redrafter.train.loss import (
@@ -41,6 +41,7 @@ from mlx_redrafter.train.loss import (
     reachable,
     score,
 )
+from mlx_redrafter.train.selfgen import Recipe
 from mlx_redrafter.train.streams import Workers
 from mlx_redrafter.train.trainer import (
     Data,
@@ -53,6 +54,7 @@ from mlx_redrafter.train.trainer import (
     with_memory,
     with_vocabulary,
 )
+from mlx_redrafter.train.work import Request, Work, read_facts
 
 H, DRAFT = 32, 90
 ONE, TWO = Workers(1), Workers(2)
@@ -636,7 +638,12 @@ def test_generate_train_decode(model_folder, tmp_path, capsys):
     card = (output / "README.md").read_text()
     assert "--epochs 4" in card
     assert "written by the model itself" in card
-    assert sorted(os.listdir(output)) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(os.listdir(output)) == [
+        "README.md",
+        "config.json",
+        "learning_curve.png",
+        "model.safetensors",
+    ]
     assert measured(output, model_folder) > 2.0
     assert measured(untrained(model_folder, tmp_path), model_folder) < 1.3
     assert "Tokens per step, held-out conversations" in capsys.readouterr().out
@@ -919,11 +926,11 @@ def test_a_run_with_other_options_is_not_gone_on_with(model_folder, tmp_path, ca
 
 
 def test_a_run_that_reads_something_else_is_not_gone_on_with(tmp_path):
-    work = run.Work.open(tmp_path / "out.train", {"seed": 0})
+    work = Work.open(tmp_path / "out.train", {"seed": 0})
     work.check({"model": "m", "a.jsonl": "digest"})
     with work.begin("train"):
         pass
-    again = run.Work.open(tmp_path / "out.train", {"seed": 0})
+    again = Work.open(tmp_path / "out.train", {"seed": 0})
     again.check({"model": "m", "a.jsonl": "digest"})
     for read in ({"model": "m", "a.jsonl": "other"}, {"model": "m", "a.jsonl": ""}, {"model": "n"}):
         with pytest.raises(ValueError, match="has changed since the run in .*out.train began"):
@@ -933,11 +940,11 @@ def test_a_run_that_reads_something_else_is_not_gone_on_with(tmp_path):
 
 
 def test_two_runs_at_once(tmp_path):
-    first, second = (run.Work.open(tmp_path / "out.train", {}) for _ in range(2))
+    first, second = (Work.open(tmp_path / "out.train", {}) for _ in range(2))
     with first.begin("train"):
         with pytest.raises(ValueError, match="another run works in .*out.train"), second.begin("train"):
             pass
-        assert run.read_facts(first.folder)["commands"] == ["train"]
+        assert read_facts(first.folder)["commands"] == ["train"]
     with second.begin("train"):  # which the first one has left
         pass
 
@@ -1003,11 +1010,11 @@ def test_flags_of_writing_that_do_nothing_are_told(tmp_path, chat):
     tokenizer = test_data.make_tokenizer("chatml" if chat else None)
     test_data.write(tmp_path / "a.jsonl", {"text": " ".join(map(str, range(99)))}, {"prompt": "x"})
     flags = ("--rows", "--user-temp")
-    request = run.Request((str(tmp_path / "a.jsonl"),), tokens=9, writing=flags)
+    request = Request((str(tmp_path / "a.jsonl"),), tokens=9, writing=flags)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        given, _ = run.read_all(request, tokenizer)
-        run.read_all(replace(request, tokens=0, recipe=run.Recipe(length=20)), tokenizer)
+        given, _ = collect.read_all(request, tokenizer)
+        collect.read_all(replace(request, tokens=0, recipe=Recipe(length=20)), tokenizer)
     told = [str(warning.message) for warning in caught]
     assert given.prompts == [["x"]]
     assert told == [

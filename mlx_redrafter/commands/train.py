@@ -21,10 +21,13 @@ from ..train.evaluate import Measured, parse_shape
 from ..train.loss import Objective
 from ..train.selfgen import Recipe, read_openings
 from ..train.trainer import Settings
+from ..train.work import Request, read_facts
 from .arguments import seconds, taken
 
 WRITING = ("rows", "temp", "user_temp", "top_p", "top_k", "system_prompt", "openings", "opened")
 NOT_ASKED = ("run", "command", "output", "resume", "words", "upload_repo")
+ROWS = 64  # on a CPU
+SIZES = ("rows", "batch", "exit_dim")  # which memory and time decide, unless they are given
 NETWORK = ("exit_dim", "blocks", "cell", "context_layers")  # what --start-from decides
 
 
@@ -50,7 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "tokens of its own answers that the model writes (default: 2,000,000; with --time as many as "
     add("--tokens", type=int, help=text + "time allows; none where conversations are given)")
     add("--row-length", type=int, default=512, help="tokens per conversation")
-    add("--rows", type=int, default=64, help="conversations written at once")
+    add(
+        "--rows",
+        type=int,
+        help="conversations written at once (default: 64, on a GPU up to 256)",
+    )
     add("--temp", type=float, default=0.7, help="of the model's answers")
     add("--user-temp", type=float, default=1.0, help="of the user's turns it writes")
     add("--top-p", type=float, default=0.95, help="of the data's sampling")
@@ -63,7 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("drafter").add_argument
     text = "tokens the drafter knows; 0: all (default: 96 %% of the data, or those of --start-from)"
     add("--draft-vocab", type=int, help=text)
-    add("--exit-dim", type=int, help="width of its head (default: the model's hidden size)")
+    add(
+        "--exit-dim",
+        type=int,
+        help="width of its head (default: the model's, or less if it must)",
+    )
     add("--blocks", type=int, default=2, help="residual blocks of its head")
     add("--cell", default="simple", choices=("simple", "gru", "none"), help="recurrent cell")
     add("--memory-heads", type=int, help="with which it attends to the whole text (default: none)")
@@ -82,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dropout", default=0.2, help="of the drafter's inputs that a step does not see", **share)
     add("--depth-weight", type=float, default=0.9, help="of each depth to the one before")
     add("--epochs", type=float, default=2.0, help="passes over the data")
-    add("--batch", type=int, default=1024, help="positions per step")
+    text = "positions per step (default: 1,024, fewer if memory is short; by the number of steps with --time)"
+    add("--batch", type=int, help=text)
     add("--learning-rate", type=float, default=1.5e-3, help="highest")
     add("--warm-up", type=float, default=0.05, help="share of the steps")
     add("--weight-decay", type=float, default=0.01, help="of AdamW")
@@ -103,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output).expanduser()
     work, given = output.with_name(f"{output.name}.train"), _given(args.words[1:])
     if args.resume:
-        kept = {name: x for name, x in training.read_facts(work)["asked"].items() if name not in given}
+        kept = {name: x for name, x in read_facts(work)["asked"].items() if name not in given}
         vars(args).update(kept)
     if args.start_from == "auto" and given.keys() & {*NETWORK, "memory_heads"}:
         args.start_from = "none"
@@ -178,14 +190,14 @@ def _limit_memory(limit: float | None) -> int:
     return max(1 << 16, min(Objective.chunk, int(limit * 1e9 / 4 / 64)))
 
 
-def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> training.Request:
+def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> Request:
     for name, least in (("tokens", 0), ("memory_heads", 0), ("blocks", 0), ("exit_dim", 1), ("workers", 1)):
         check_range(name, getattr(args, name), least)
     recipe = taken(
         Recipe,
         args,
         length=args.row_length,
-        batch=args.rows,
+        batch=ROWS if args.rows is None else args.rows,
         temperature=args.temp,
         user_temperature=args.user_temp,
         systems=tuple(args.system_prompt),
@@ -195,16 +207,20 @@ def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> tr
     objective = taken(Objective, args, decay=args.depth_weight, temperature=args.label_temp, chunk=chunk)
     usual = "bfloat16" if mx.default_device().type == mx.gpu else "float32"
     dtype = usual if args.train_dtype == "auto" else args.train_dtype
+    sizes = {name: getattr(args, name) for name in SIZES}
+    batch = Settings.batch if args.batch is None else args.batch
     return taken(
-        training.Request,
+        Request,
         args,
         data=tuple(args.data),
         recipe=recipe,
-        settings=taken(Settings, args, objective=objective, dtype=dtype),
+        settings=taken(Settings, args, objective=objective, dtype=dtype, batch=batch),
         context_layers=None if args.context_layers is None else tuple(args.context_layers),
         memory_heads=args.memory_heads or 0,
         seconds=seconds(args.time),
         cache=args.cache_features,
+        memory=None if args.memory_limit is None else args.memory_limit * 1e9,
+        left_open=tuple(name for name, value in sizes.items() if value is None),
         writing=_flags(WRITING, given),
     )
 

@@ -23,6 +23,7 @@ def write_drafter(
     extra: Mapping[str, Any] | None = None,
     card: str = "",
     stored: Quantization | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a bundle; it appears whole or not at all.
 
@@ -33,6 +34,7 @@ def write_drafter(
         extra: further entries of the ``mlx_redrafter`` section.
         card: the text of README.md; none is written if empty.
         stored: how linear layers are quantized on disk only: they are floats again once they are loaded.
+        others: further files, by name.
     Raises:
         ValueError: a tensor is missing or has another shape, or ``folder`` exists.
         OSError: the disk is full or not writable.
@@ -50,3 +52,5 @@ def write_drafter(
         mx.save_safetensors(str(temporary / "model.safetensors"), dict(weights), {"format": "mlx"})
         if card:
             (temporary / "README.md").write_text(card, "utf-8", "replace")
+        for name, content in (others or {}).items():
+            (temporary / name).write_bytes(content)

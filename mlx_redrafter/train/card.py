@@ -48,6 +48,7 @@ class Facts:
     loss: Sequence[float] = ()  # on held-out conversations, for each depth
     top1: Sequence[float] = ()  # share of the held-out tokens that were its first choice, for each depth
     measured: Mapping[str, Sequence[Measured]] = field(default_factory=dict)  # for each set of prompts
+    pictures: Sequence[str] = ()  # files beside the card: its learning curve
     notes: Sequence[str] = ()  # further remarks, in Markdown
 
 
@@ -181,7 +182,7 @@ def _training(facts: Facts) -> str:
         [
             ("Steps", _count(facts.steps)),
             ("Epochs", "" if facts.epochs is None else f"{facts.epochs:.2f}"),
-            ("Time", "" if facts.seconds is None else _duration(facts.seconds)),
+            ("Time", "" if facts.seconds is None else duration(facts.seconds)),
             ("Seeds", ", ".join(f"{escape(name)} {seed}" for name, seed in facts.seeds.items())),
             ("Versions", ", ".join(f"{escape(k)} {escape(v)}" for k, v in facts.versions.items())),
         ]
@@ -197,7 +198,8 @@ def _losses(facts: Facts) -> str:
         for name, values in (("loss (nats)", facts.loss), ("top-1", facts.top1))
         if values
     ]
-    return _table(["depth", *(str(depth + 1) for depth in depths)], rows) if rows else ""
+    table = _table(["depth", *(str(depth + 1) for depth in depths)], rows) if rows else ""
+    return _joined([table, *(f"![Learning curve]({name})" for name in facts.pictures)])
 
 
 def _evaluation(facts: Facts) -> str:
@@ -237,7 +239,8 @@ def _count(value: int | None) -> str:
     return "" if value is None else f"{value:,}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people, such as 1 h 30 min."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -110,7 +110,8 @@ def evaluate(
         batch: prompts decoded at once.
         seed: of sampling, the order of batches, and the bootstrap.
         progress: called as ``tqdm`` is, with something to go through, ``desc``, ``unit`` and ``total``.
-        deadline: in seconds of ``time.monotonic``; batches begun before it are finished, and at least one is.
+        deadline: in seconds of ``time.monotonic``; one batch is decoded whatever it is, others if they
+            will take no longer than the slowest so far.
         workers: each decodes a batch of its own.
 
     Returns:
@@ -128,14 +129,18 @@ def evaluate(
     ways = [(shape, Sampling(temperature)) for shape in shapes for temperature in temperatures]
     found: list[list[tuple[int, Row]]] = [[] for _ in ways]  # prompts by number
     work = [(number, way) for number in range(len(batches)) for way in range(len(ways))]
+    took = [0.0]  # seconds per batch
 
     def decode(item: int) -> list[Row] | None:
-        if deadline is not None and item and time.monotonic() >= deadline:
+        began = time.monotonic()
+        if deadline is not None and item and began + max(took) >= deadline:
             return None
         number, way = work[item]
         shape, sampling = ways[way]
         asks = [Request(ids[i], max_tokens, sampling, seed + i, stop) for i in batches[number]]
-        return decode_batch(model, shape, asks, workers.cancelled.is_set)
+        decoded = decode_batch(model, shape, asks, workers.cancelled.is_set)
+        took.append(time.monotonic() - began)
+        return decoded
 
     with wired_limit(model.model):
         items = workers.each(decode, len(work))

@@ -1,18 +1,9 @@
 """From a model to a drafter: write or read data, compute hidden states, train, evaluate.
 
-Everything on the way is kept in a work folder beside the output, so a run can be interrupted anywhere:
-
-    run.json                what was asked for, and what has been done
-    data/a000000.npz        conversations (a: given, b: written), ``SHARD_ROWS`` per file
-    features/               hidden states, for one file of conversations each
-    checkpoint.safetensors  weights and the optimizer's state
-    best.safetensors        the weights with the best held-out score
+What is done on the way is in the work folder (``work.py``).
 """
 
-import fcntl
 import hashlib
-import json
-import math
 import os
 import shutil
 import signal
@@ -20,9 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -41,170 +31,27 @@ from ..loading.find import drafter_folder, find_drafter
 from ..loading.search import search_drafter
 from ..model import SpeculativeModel
 from ..models.bundle import base_of, cast, load_drafter, read_config
-from ..models.drafter import Drafter, DrafterConfig
+from ..models.drafter import Drafter
 from ..models.identity import BaseIdentity, identity_of
 from ..models.save import write_drafter
 from ..models.target import Target
+from . import curve
 from .card import Facts, environment, model_card
-from .data import (
-    Cleaner,
-    Conversation,
-    Dropped,
-    Given,
-    clean,
-    count_tokens,
-    read_given,
-    read_shard,
-    write_shard,
-)
+from .collect import keep_given, make_data, read_all
+from .data import Dropped, Given, count_tokens, read_shard
 from .evaluate import Measured, evaluate
-from .features import Features, extract, load_tensors, read_features, select, write_features
+from .features import Features, extract, load_tensors, read_features, write_features
 from .loss import Score
-from .selfgen import Recipe, check, generate
+from .plan import drafter_config, fit_machine, fit_time, foresee
 from .streams import Workers
-from .trainer import Data, Settings, Shards, Trainer, initial_drafter, steps_of, with_memory, with_vocabulary
+from .trainer import Data, Shards, Trainer, initial_drafter, with_memory, with_vocabulary
+from .work import Request, Work
 
-SHARD_ROWS = 16
 HELD_OUT = 24  # one shard in this many is held out
 COVERAGE = 0.96  # share of the data's tokens that the default draft vocabulary has
 VOCAB_STEP = 1024  # the default draft vocabulary is a multiple of it
-DATA_TIME = 0.6  # share of a time budget that goes to writing and reading data
-EVALUATION_TIME = 0.12
-DEFAULT_TOKENS = 2_000_000
-MOST_EPOCHS = 10.0
-SCORES = 12  # held-out scores in a run
 SAVE_SECONDS = 120.0
-UNLIMITED = 1 << 62
-CHAT_FLAGS = ("--user-temp", "--system-prompt", "--openings", "--opened")  # of no use to base models
-SHORTEST_CUT = 96  # tokens of a conversation that is cut because the time is up
-ANSWERS = 0.6  # the usual share of a conversation's tokens
-STALE = 3  # batches in a row with hardly anything new end the writing
 HELD_OUT_PROMPTS = 16
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for."""
-
-    data: tuple[str, ...] = ()  # files to train on, or to take prompts from
-    # Trained tokens that the model writes itself, besides ``data``; None: none if conversations are given,
-    # else as many as the time allows, or ``DEFAULT_TOKENS``.
-    tokens: int | None = None
-    recipe: Recipe = field(default_factory=Recipe)  # how it writes them
-    settings: Settings = field(default_factory=Settings)  # of training; epochs give way to seconds
-    draft_vocab: int | None = None  # None: those of start_from, or chosen by coverage; 0: all
-    exit_dim: int | None = None  # None is H
-    blocks: int = 2  # residual blocks of the head
-    cell: str = "simple"  # or gru, or none
-    memory_heads: int = 0  # 0: no memory, or that of start_from
-    context_layers: tuple[int, ...] | None = None  # None: a low, a middle and a high one; empty: Apple's
-    start_from: str | None = None  # a drafter to train on, or auto: that of the model this one was made from
-    upload_repo: str | None = None  # where it will be published, for the card
-    seconds: float | None = None  # for everything together
-    cache: str = "auto"  # disk keeps hidden states, off computes them in every epoch, auto chooses
-    license: str = ""  # of the drafter, for the card
-    workers: int | None = None  # None is one per core on a CPU, one on a GPU
-    writing: tuple[str, ...] = ()  # the user's own options of the recipe, to warn where they change nothing
-
-    def __post_init__(self) -> None:
-        if self.draft_vocab is not None and self.draft_vocab < 0:
-            size = f"a draft vocabulary of {self.draft_vocab} tokens"
-            raise ValueError(f"{size} is not usable: give 1 or more, or 0 for all.")
-
-
-@dataclass
-class Work:
-    """The work folder and its run.json."""
-
-    folder: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-    began: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    def open(cls, folder: Path, asked: dict[str, Any]) -> "Work":
-        """The run that the folder holds, or a new one; nothing is written before ``begin``.
-
-        Raises:
-            ValueError: it holds a run that was asked for otherwise.
-        """
-        work = cls(folder)
-        if (folder / "run.json").is_file():
-            work.facts = read_facts(folder)
-            before = work.facts["asked"]
-            if before != asked:
-                changed = [name for name in sorted({*asked, *before}) if asked.get(name) != before.get(name)]
-                raise ValueError(
-                    f"{folder} holds a run with other options ({', '.join(changed)}): give the same ones, or "
-                    "only --output with --resume; or delete that folder to start again."
-                )
-        work.facts["asked"] = asked
-        return work
-
-    def check(self, read: dict[str, str]) -> None:
-        """Raise ``ValueError`` if what is read (a digest for each name) is not what the run began with."""
-        before = self.facts.setdefault("read", read)
-        for name in read:
-            gone = not read[name] and "data_done" in self.facts  # which does no harm then
-            if read[name] != before.get(name) and not gone:
-                raise ValueError(
-                    f"{name} has changed since the run in {self.folder} began: put back what it was, or "
-                    "delete the folder to start again."
-                )
-
-    @contextmanager
-    def begin(self, command: str) -> Iterator[None]:
-        """Make what is not there yet of the folder, and note the command line; within, nobody else may.
-
-        Raises:
-            ValueError: another run works in the folder.
-        """
-        for name in ("data", "features"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.note(commands=[*self.facts.get("commands", []), command])
-            yield
-        except BlockingIOError as error:
-            raise ValueError(
-                f"another run works in {self.folder}: wait for its end, or name another output folder."
-            ) from error
-        finally:
-            os.close(folder)
-
-    def note(self, **facts: Any) -> None:
-        """Add to run.json."""
-        self.facts.update(facts, seconds=self.elapsed)
-        self.began = time.monotonic()
-        with atomic_file(self.folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.facts, indent=1) + "\n")
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of work, those of interrupted runs included."""
-        return float(self.facts.get("seconds", 0.0)) + time.monotonic() - self.began
-
-    def shards(self) -> list[Path]:
-        return sorted((self.folder / "data").glob("[ab]*.npz"))
-
-    def features(self, shard: Path) -> Path:
-        return self.folder / "features" / f"{shard.stem}.safetensors"
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """The run.json of a work folder.
-
-    Raises:
-        ValueError: it is not there, or damaged.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: there is no run to resume; leave --resume out.")
-    try:
-        facts = dict(json.loads(path.read_text("utf-8")))
-        return {**facts, "asked": dict(facts["asked"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): delete {folder} and start again.") from error
 
 
 def train(
@@ -244,7 +91,7 @@ def train(
         raise ValueError(model.refusal)
     target = Target(model.model, _layers(request, model) if start is None else start.config.context_layers)
     if start is None:
-        _config(target, request)  # which may be refused
+        drafter_config(target, request)  # which may be refused
     elif request.memory_heads and not start.config.memory_heads:
         start = with_memory(start, target, request.memory_heads, request.settings.seed)
     elif request.memory_heads not in (0, start.config.memory_heads):
@@ -254,9 +101,13 @@ def train(
         )
     request = replace(request, memory_heads=start.config.memory_heads if start else request.memory_heads)
     given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
+    if not (drawn := curve.can_draw()):
+        remedy = "pip install 'mlx-redrafter[benchmark]'"
+        warnings.warn(f"no learning curve is drawn without {curve.PACKAGE}: {remedy}.", stacklevel=1)
     with work.begin(command):  # from here on, a mistake in the command would be in the way of its correction
         workers = Workers(request.workers)
         set_blas_threads(1 if workers.count > 1 else os.cpu_count() or 1)
+        request = fit_machine(work, target, request, workers, start)
         keep_given(work, given, dropped)
         make_data(work, target, tokenizer, request, given, workers)
         data = make_features(work, target, request, workers)
@@ -264,9 +115,10 @@ def train(
         drafter = best_drafter(trainer, work)
         fast = SpeculativeModel(model.model, drafter, model.context_length)
         measured = evaluation.run(fast, tokenizer, work, request, workers)
-        card = describe(work, trainer, drafter, identity, request, measured, output.name)
-        stored = cast(drafter.weights(), mx.bfloat16)
-        write_drafter(output, drafter.config, stored, identity, {"training": work.facts["trained"]}, card)
+        pictures = {curve.NAME: curve.draw(work.facts["scores"])} if drawn else {}
+        card = describe(work, trainer, drafter, identity, request, measured, output.name, [*pictures])
+        stored, extra = cast(drafter.weights(), mx.bfloat16), {"training": work.facts["trained"]}
+        write_drafter(output, drafter.config, stored, identity, extra, card, others=pictures)
         shutil.rmtree(work.folder / "features", ignore_errors=True)
     return measured
 
@@ -309,181 +161,6 @@ def _layers(request: Request, model: SpeculativeModel) -> tuple[int, ...]:
         return request.context_layers
     count = len(Target(model.model).layers)
     return tuple(sorted({max(1, round(count * share)) for share in (0.27, 0.53, 0.77)} - {count}))
-
-
-# --- Data ------------------------------------------------------------------------------------------------
-
-
-def read_all(request: Request, tokenizer: TokenizerWrapper) -> tuple[Given, Dropped]:
-    """What all the files hold that the user gave, cleaned.
-
-    Raises:
-        ValueError: one of them cannot be used, or the model cannot write what is wanted besides.
-    """
-    whole = Given()
-    for name in request.data:
-        given = read_given(Path(name).expanduser(), tokenizer, request.recipe.length)
-        whole.conversations += given.conversations
-        whole.prompts += given.prompts
-        whole.unusable += given.unusable
-        whole.unread |= given.unread
-    wanted = _wanted(request, whole)
-    _warn_of_idle(request, whole, wanted, tokenizer.has_chat_template)
-    whole.conversations, dropped = clean(whole.conversations)
-    if wanted:
-        check(tokenizer, request.recipe, whole.prompts)
-    elif len(whole.conversations) < 2:
-        raise ValueError(f"too few conversations to train on ({dropped}): give or generate more of them.")
-    return whole, dropped
-
-
-def _warn_of_idle(request: Request, given: Given, wanted: int, chat: bool) -> None:
-    """Warn of flags and prompts that are of no use, and of what is not read beside prompts."""
-    why = "without a chat template" if wanted else "where the model writes nothing: see --tokens"
-    for flag in request.writing:
-        if not wanted or (flag in CHAT_FLAGS and not chat):
-            warnings.warn(f"{flag} does nothing {why}.", stacklevel=1)
-    if given.prompts and not wanted:
-        unanswered = f"prompts that are not answered, because of --tokens 0: {len(given.prompts)}."
-        warnings.warn(unanswered, stacklevel=1)
-    if given.unread:
-        keys = ", ".join(sorted(given.unread))
-        warnings.warn(f"not read, beside the prompts that the model answers: {keys}.", stacklevel=1)
-
-
-def _wanted(request: Request, given: Given) -> int:
-    """How many trained tokens the model is to write itself."""
-    if request.tokens is not None:
-        return request.tokens
-    if given.conversations and not given.prompts:
-        return 0
-    return UNLIMITED if request.seconds else DEFAULT_TOKENS
-
-
-def keep_given(work: Work, given: Given, found: Dropped) -> None:
-    """Write given conversations as shards, once."""
-    kept = given.conversations
-    if not kept or "given" in work.facts:
-        return
-    rows = max(1, min(SHARD_ROWS, len(kept) // 2))
-    for number, start in enumerate(range(0, len(kept), rows)):
-        write_shard(work.folder / "data" / f"a{number:06d}.npz", kept[start : start + rows])
-    dropped = _dropped(work, found)
-    work.note(given=len(kept), unusable=given.unusable, dropped=dropped)
-    print(
-        f"Data: {len(kept)} conversations, dropped {dropped['duplicates']} near-duplicates, "
-        f"{dropped['loops']} loops, {given.unusable} unusable."
-    )
-
-
-def make_data(
-    work: Work, target: Target, tokenizer: TokenizerWrapper, request: Request, given: Given, workers: Workers
-) -> None:
-    """Let the model write conversations until they have the wanted trained tokens or time is up.
-
-    Fills ``data/``, and ``features/`` with what generating computed anyway.
-    """
-    if work.facts.get("data_done"):
-        return
-    prompts, wanted, cleaner = given.prompts, _wanted(request, given), Cleaner()
-    batch, stale, duration = int(work.facts.get("batches", 0)), 0, 0.0
-    trained = _read_written(work, cleaner, batch)
-    limit = math.inf if request.seconds is None else DATA_TIME * request.seconds
-    total = None if wanted == UNLIMITED else wanted
-    with tqdm(total=total, initial=trained, unit="tok", desc="Writing data") as bar:
-        while trained < wanted and work.elapsed + duration < limit:
-            if request.tokens is None and prompts and batch * request.recipe.batch >= len(prompts):
-                break
-            started = work.elapsed
-            generated = generate(
-                target,
-                tokenizer,
-                request.recipe,
-                batch,
-                prompts=prompts,
-                features=request.cache != "off" and _has_room(work),
-                workers=workers,
-                progress=partial(_advance, bar, request.recipe, work, limit),
-            )
-            whole = request.memory_heads > 0
-            kept = _keep(work, generated.conversations, generated.features, cleaner, batch, whole)
-            trained += sum(int(row.trained.sum()) for row in kept)
-            batch, duration = batch + 1, work.elapsed - started
-            work.note(batches=batch, dropped=_dropped(work, cleaner.dropped))
-            cleaner.dropped = Dropped()
-            bar.n = trained
-            bar.refresh()
-            stale = stale + 1 if len(kept) * 8 < request.recipe.batch else 0
-            if stale == STALE:
-                bar.write("The model only repeats itself: going on with what it wrote so far.")
-                break
-    if batch:
-        dropped = work.facts["dropped"]
-        print(
-            f"Data: {trained:,} tokens written, dropped {dropped['duplicates']} near-duplicates and "
-            f"{dropped['loops']} loops."
-        )
-    if len(work.shards()) < 2:
-        raise ValueError("there are too few conversations to train on: give or generate more of them.")
-    work.note(data_done=True)
-
-
-def _read_written(work: Work, cleaner: Cleaner, batches: int) -> int:
-    """Trained tokens in the first ``batches`` batches, which the cleaner gets to know; others are deleted."""
-    trained = 0
-    for shard in work.shards():
-        if shard.name >= f"b{batches:06d}":  # of a batch that was interrupted while it was written
-            shard.unlink()
-        elif shard.name.startswith("b"):
-            for conversation in read_shard(shard):
-                cleaner.keep(conversation)
-                trained += int(conversation.trained.sum())
-    cleaner.dropped = Dropped()
-    return trained
-
-
-def _advance(bar: Any, recipe: Recipe, work: Work, limit: float, done: int, total: int) -> bool:
-    """Show a batch's progress, and say when the time is up.
-
-    What part of it is the model's answers is known only at the end.
-    """
-    bar.update(round(ANSWERS * recipe.batch))
-    if limit < math.inf:
-        bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
-    return work.elapsed > limit and done >= SHORTEST_CUT
-
-
-def _has_room(work: Work) -> bool:
-    """Whether all hidden states on disk take less than is still free there."""
-    used = sum(path.stat().st_size for path in (work.folder / "features").iterdir())
-    return used < shutil.disk_usage(work.folder).free
-
-
-def _dropped(work: Work, found: Dropped) -> dict[str, int]:
-    """The counts so far and those found now together."""
-    before = work.facts.get("dropped", {})
-    return {name: before.get(name, 0) + count for name, count in vars(found).items()}
-
-
-def _keep(
-    work: Work,
-    rows: list[Conversation],
-    hidden: mx.array | None,
-    cleaner: Cleaner,
-    batch: int,
-    whole: bool,
-) -> list[Conversation]:
-    """Write the usable ones of a batch's conversations."""
-    kept = [i for i, row in enumerate(rows) if row.trained[1:].any() and cleaner.keep(row)]
-    per_shard = max(1, min(SHARD_ROWS, len(kept) // 2))
-    for start in range(0, len(kept), per_shard):
-        chosen = kept[start : start + per_shard]
-        shard = work.folder / "data" / f"b{batch:06d}-{start:03d}.npz"
-        part = [rows[i] for i in chosen]
-        if hidden is not None:
-            write_features(work.features(shard), select(hidden[mx.array(chosen)], part, whole))
-        write_shard(shard, part)
-    return [rows[i] for i in kept]
 
 
 # --- Features ----------------------------------------------------------------------------------------------
@@ -576,36 +253,24 @@ def fit(
         data = replace(data, draft_to_target=np.array(ids, np.int32))
     else:
         drafter = with_vocabulary(start, target, _some(data, start.config.vocab_size), request.settings.seed)
-    settings = replace(request.settings, epochs=_epochs(work, target, drafter, data, request, workers))
+    settings, scores = fit_time(work, target, drafter, data, request, workers)
     trainer = Trainer(target, drafter, data, settings, workers)
     checkpoint = work.folder / "checkpoint.safetensors"
     if checkpoint.exists():
         trainer.restore(checkpoint)
     if trainer.progress.step < trainer.steps:
-        _run(trainer, work, checkpoint)
+        known, positions = sum(data.train.sizes), trainer.steps * settings.batch
+        left = positions * work.facts["pace"]
+        foresee(work, request, known, positions, request.seconds or work.elapsed + left)
+        _run(trainer, work, checkpoint, max(1, trainer.steps // scores))
     return trainer
 
 
 def _new_drafter(target: Target, data: Data, request: Request) -> Drafter:
-    config = _config(target, request)
+    config = drafter_config(target, request)
     some = _some(data, config.vocab_size)
     config = replace(config, draft_vocab_size=None if some is None else len(some))
     return initial_drafter(target, config, some, request.settings.seed)
-
-
-def _config(target: Target, request: Request) -> DrafterConfig:
-    """The sizes of a new drafter that knows all tokens."""
-    hidden = target.embed(mx.array([0])).shape[-1]
-    return DrafterConfig(
-        hidden_size=hidden,
-        vocab_size=target.vocabulary,
-        exit_dim=request.exit_dim or hidden,
-        num_draft_layers=request.blocks,
-        rnn=request.cell != "none",
-        context_layers=target.layers_read,
-        cell="simple" if request.cell == "none" else request.cell,
-        memory_heads=request.memory_heads,
-    )
 
 
 def _some(data: Data, vocabulary: int) -> np.ndarray[Any, Any] | None:
@@ -613,31 +278,11 @@ def _some(data: Data, vocabulary: int) -> np.ndarray[Any, Any] | None:
     return None if len(data.draft_to_target) == vocabulary else data.draft_to_target
 
 
-def _epochs(
-    work: Work, target: Target, drafter: Drafter, data: Data, request: Request, workers: Workers
-) -> float:
-    """The epochs asked for, or as many as the rest of the time allows, measured on a few steps."""
-    if request.seconds is None:
-        return request.settings.epochs
-    if "epochs" in work.facts:
-        return float(work.facts["epochs"])
-    twin = Drafter(drafter.config, drafter.weights().get("draft_to_target"))
-    twin.update(drafter.parameters())
-    trial = Trainer(target, twin, data, request.settings, workers)
-    times = [time.monotonic() for _ in islice(trial.run(), 4)]
-    per_step = (times[-1] - times[0]) / max(1, len(times) - 1) or 1.0
-    left = (1 - EVALUATION_TIME) * request.seconds - work.elapsed
-    per_epoch = steps_of(data.train.sizes, replace(request.settings, epochs=1.0), data.train.rows)
-    scoring = 1.1  # held-out scores and checkpoints take their part
-    epochs = min(max(left / (per_step * scoring * per_epoch), 1 / per_epoch), MOST_EPOCHS)
-    work.note(epochs=epochs)
-    return epochs
-
-
-def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
-    """Train to the end with a progress bar; Ctrl-C saves and stops."""
-    every = max(1, trainer.steps // SCORES)
+def _run(trainer: Trainer, work: Work, checkpoint: Path, every: int) -> None:
+    """Train to the end with a progress bar, scoring every so many steps; Ctrl-C saves and stops."""
     saved, found = time.monotonic(), None
+    # Of a process that was killed, those after the checkpoint come again.
+    scores = [score for score in work.facts.get("scores", []) if score["step"] <= trainer.progress.step]
     bar = tqdm(total=trainer.steps, initial=trainer.progress.step, unit="step", desc="Training")
     with bar, _interrupted() as interrupted:
         for step, losses in trainer.run():
@@ -651,7 +296,9 @@ def _run(trainer: Trainer, work: Work, checkpoint: Path) -> None:
                 if trainer.progress.best_step == step:
                     with atomic_file(work.folder / "best.safetensors") as temporary:
                         mx.save_safetensors(str(temporary), trainer.weights())
-                work.note(scores=[*work.facts.get("scores", []), [step, asdict(found)]])
+                place = {"step": step, "positions": step * trainer.settings.batch, "seconds": work.elapsed}
+                scores.append({**place, **asdict(found)})
+                work.note(scores=scores)
             if last or interrupted() or time.monotonic() - saved > SAVE_SECONDS:
                 trainer.save(checkpoint)
                 work.note()
@@ -696,7 +343,7 @@ def _interrupted() -> Iterator[Callable[[], bool]]:
 def best_drafter(trainer: Trainer, work: Work) -> Drafter:
     """The drafter with the weights of the best held-out score, as it will be stored."""
     weights, _ = load_tensors(work.folder / "best.safetensors")
-    scores = dict(work.facts.get("scores", []))
+    scores = {score["step"]: score for score in work.facts.get("scores", [])}
     best = scores.get(trainer.progress.best_step, {})
     work.note(
         trained={
@@ -742,7 +389,7 @@ class Evaluation:
         for done, (name, prompts) in enumerate(sets.items() if self.tokens else ()):
             deadline = None
             if request.seconds is not None:
-                left = max(20.0, request.seconds - work.elapsed)
+                left = request.seconds - work.elapsed
                 deadline = time.monotonic() + left / (len(sets) - done)
             found[name] = evaluate(
                 model, tokenizer, prompts, shapes, self.temperatures, deadline=deadline, **options
@@ -769,6 +416,7 @@ def describe(
     request: Request,
     measured: Mapping[str, list[Measured]],
     name: str,
+    pictures: Sequence[str],
 ) -> str:
     """The model card."""
     facts, config = work.facts, drafter.config
@@ -805,5 +453,6 @@ def describe(
         loss=best.get("loss", ()),
         top1=best.get("top1", ()),
         measured=measured,
+        pictures=pictures,
     )
     return model_card(shown)

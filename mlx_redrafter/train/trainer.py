@@ -38,7 +38,7 @@ from .loss import (
 )
 from .streams import Workers
 
-GROUP = 16  # shards that are shuffled together
+GROUP = 16
 SCORED = 16384  # held-out positions at most
 
 
@@ -55,6 +55,7 @@ class Settings:
     epochs: float = 2.0  # passes over the data; part of one is possible
     seed: int = 0  # of the order of the data and of the initial weights
     dtype: str = "float32"  # of the products; weights are kept in float32
+    group: int = GROUP  # shards that are in memory at once, and shuffled together
 
     def __post_init__(self) -> None:
         if self.batch < SEGMENT:
@@ -186,8 +187,8 @@ def schedule(
     order = random.permutation(len(sizes)).tolist()
     per_batch = max(1, settings.batch // unit_of(sizes, rows))
     groups = []
-    for begin in range(0, len(order), GROUP):
-        shards = order[begin : begin + GROUP]
+    for begin in range(0, len(order), settings.group):
+        shards = order[begin : begin + settings.group]
         offsets = np.cumsum([0, *(sizes[shard] for shard in shards)])
         begun = []
         for offset, size in zip(offsets, (sizes[shard] for shard in shards), strict=False):
