@@ -15,7 +15,14 @@ def can_draw() -> bool:
 
 
 def draw(scores: Sequence[Mapping[str, Any]]) -> bytes:
-    """Held-out loss and tokens per step against minutes and positions.
+    """The PNG of ``plot``."""
+    file = io.BytesIO()
+    plot(scores).savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def plot(scores: Sequence[Mapping[str, Any]]) -> Any:
+    """Held-out loss and tokens per step against minutes.
 
     Args:
         scores: of a run, in order: ``seconds`` since it began, ``positions`` trained on so far, and what
@@ -23,7 +30,7 @@ def draw(scores: Sequence[Mapping[str, Any]]) -> bytes:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
     left = figure.add_subplot(xlabel="minutes of the whole run")
     minutes = [score["seconds"] / 60 for score in scores]
     for axes, name, values, colour in (
@@ -34,9 +41,7 @@ def draw(scores: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_ylabel(name, color=colour)
     left.grid(alpha=0.3)
     left.set_title(f"{scores[-1]['positions']:,} positions trained on", fontsize=10)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
+    return figure
 
 
 def _mean(values: Sequence[float]) -> float:
