@@ -684,7 +684,7 @@ def recurrent(folder):
 @pytest.mark.parametrize("make", [windowed, recurrent])
 def test_models_beyond_plain_keys_and_values(tmp_path, make, capsys):
     folder, output = make(tmp_path / "model"), tmp_path / "out"
-    flags = [*FLAGS, "--tokens", "900", "--epochs", "8"]
+    flags = [*FLAGS, "--tokens", "1200", "--epochs", "8"]
     assert main(["train", "--model", str(folder), "--output", str(output), *flags]) == 0
     assert "Tokens per step, held-out conversations" in capsys.readouterr().out
     assert measured(output, folder) > 1.4 > measured(untrained(folder, tmp_path), folder)
