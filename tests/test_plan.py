@@ -221,7 +221,7 @@ def test_a_batch_leaves_enough_steps(tmp_path, monkeypatch, pace, batch):
 
 # --- The curve -----------------------------------------------------------------------------------------
 
-GIVEN = ["--data", "rows.npz", "--epochs", "6", "--batch", "64", "--eval-tokens", "0", "--workers", "1"]
+GIVEN = ["--data", "rows.npz", "--epochs", "3", "--batch", "64", "--eval-tokens", "0", "--workers", "1"]
 GIVEN += ["--draft-vocab", "0", "--context-layers", "--length", "2"]
 
 

@@ -128,7 +128,7 @@ def make_data(
                 prompts=prompts,
                 features=request.cache != "off" and _has_room(work),
                 workers=workers,
-                progress=partial(_advance, bar, request, work, limit, tell, started),
+                progress=partial(_advance, bar, request, work, limit, tell, []),
             )
             whole = request.memory_heads > 0
             kept = _keep(work, generated.conversations, generated.features, cleaner, batch, whole)
@@ -181,20 +181,23 @@ def _advance(
     work: Work,
     limit: float,
     tell: Callable[[float], None],
-    started: float,
+    seen: list[tuple[int, float]],
     done: int,
     total: int,
 ) -> bool:
     """Show a batch's progress, tell what to expect, and say when the time is up.
 
-    What part of it is the model's answers is known only at the end.
+    What part of it is the model's answers is known only at the end. ``seen`` gets the tokens per row and the
+    time of every call, at the first of which only prompts have been read.
     """
     at_once = ANSWERS * request.recipe.batch
     bar.update(round(at_once))
     if limit < math.inf:
         bar.set_postfix_str(f"{max(0.0, limit - work.elapsed):.0f} s left", refresh=False)
-    if done >= min(MEASURED, total):
-        tell((work.elapsed - started) / (at_once * done))
+    seen.append((done, work.elapsed))
+    written, took = done - seen[0][0], seen[-1][1] - seen[0][1]
+    if written and written >= min(MEASURED, total - seen[0][0]):
+        tell(took / (at_once * written))
     return work.elapsed > limit and done >= SHORTEST_CUT
 
 

@@ -209,7 +209,7 @@ def fit_time(
 def foresee_written(work: Work, request: Request, given: int, wanted: int, seconds: float) -> None:
     """Say what may be expected of ``given`` positions, and of others that take ``seconds`` each to write."""
     pace, settings, total = work.facts["pace"], request.settings, request.seconds
-    known = given + min(wanted, (DATA_TIME * total - work.elapsed) / seconds if total else wanted)
+    known = given + min(wanted, (DATA_TIME * total - work.elapsed) / max(seconds, 1e-9) if total else wanted)
     if total:
         trained = min((1 - DATA_TIME - EVALUATION_TIME) * total / pace, MOST_EPOCHS * known)
     else:
