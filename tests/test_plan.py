@@ -27,6 +27,12 @@ from mlx_redrafter.train.work import Request, Work, read_facts
 ONE = Workers(1)
 
 
+@pytest.fixture(autouse=True)
+def one_blas_thread(monkeypatch):
+    """Tests share the cores: threads that wait for each other would take twice the time."""
+    monkeypatch.setattr("mlx_redrafter.train.run.set_blas_threads", lambda count: None)
+
+
 # --- What to expect ------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,12 @@ H, DRAFT = 32, 90
 ONE, TWO = Workers(1), Workers(2)
 
 
+@pytest.fixture(autouse=True)
+def one_blas_thread(monkeypatch):
+    """Tests share the cores: threads that wait for each other would take twice the time."""
+    monkeypatch.setattr("mlx_redrafter.train.run.set_blas_threads", lambda count: None)
+
+
 def conversations(*lengths, seed=0):
     random = np.random.RandomState(seed)
     return [
