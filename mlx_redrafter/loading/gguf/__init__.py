@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -102,7 +103,9 @@ def _tensors(file: GGUFFile, architecture: Architecture, config: Config) -> tupl
     for layer in range(config["num_hidden_layers"]):  # before a model of a billion layers is built
         if not any(f"blk.{layer}.{name}.weight" in file.tensors for name in architecture.layer):
             raise ValueError(f"The GGUF lacks the tensor blk.{layer}.{first}.weight: get the file again.")
-    tensors = dict(_renamed(file, architecture))
+    tensors: Tensors = {}
+    for name, found in _renamed(file, architecture, config):
+        tensors[name] = _stacked(tensors[name], found) if name in tensors else found
     shapes, linear = _wanted(config, tensors)
     for name, shape in shapes.items():
         tensor = tensors.get(name)
@@ -135,14 +138,23 @@ def _check_tensor(tensor: GGUFTensor, shape: tuple[int, ...], linear: bool) -> N
         raise ValueError(f"GGUF tensor {name} is a vector of type {tensor.type.name}: use another file.")
 
 
-def _renamed(file: GGUFFile, architecture: Architecture) -> Iterator[tuple[str, GGUFTensor]]:
+def _renamed(file: GGUFFile, architecture: Architecture, config: Config) -> Iterator[tuple[str, GGUFTensor]]:
+    further = f"{file.metadata['general.architecture']}.nextn_predict_layers" in file.metadata
     for name, tensor in file.tensors.items():
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)(\.weight|\.bias|)", name, re.DOTALL)
         assert match  # anything does
         layer, base, suffix = match.groups()
         names = architecture.top if layer is None else architecture.layer
-        prefix = "" if layer is None else f"model.layers.{layer}."
-        if f"{base}{suffix}" in names:
+        prefix = "" if layer is None else f"{architecture.root}.layers.{layer}."
+        if further and layer is not None and int(layer) >= config["num_hidden_layers"]:
+            continue  # it predicts more than the next token, which mlx-lm's models do not
+        if base == "ssm_conv1d" and suffix == ".weight":
+            tensor = dataclasses.replace(tensor, shape=(*tensor.shape, 1))
+        elif base == "ssm_norm":  # of groups
+            tensor = dataclasses.replace(tensor, shape=(math.prod(tensor.shape),))
+        if base == "ssm_ba" and suffix:
+            yield from _split_gates(tensor, f"{prefix}linear_attn.in_proj_%s{suffix}", config)
+        elif f"{base}{suffix}" in names:
             yield prefix + names[f"{base}{suffix}"], tensor
         elif base in names and suffix:
             yield f"{prefix}{names[base]}{suffix}", tensor
@@ -164,15 +176,46 @@ def _split_qkv(file: GGUFFile, tensor: GGUFTensor, name: str) -> Iterator[tuple[
         yield name % which, dataclasses.replace(tensor, shape=(len(part), *tensor.shape[1:]), rows=part)
 
 
+def _split_gates(tensor: GGUFTensor, name: str, config: Config) -> Iterator[tuple[str, GGUFTensor]]:
+    """Cut the projection of both gates of a gated delta net, which are stored by turns, by key heads."""
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if len(tensor.shape) != 2 or tensor.shape[0] != 2 * values:
+        raise ValueError(
+            f"GGUF tensor {tensor.name} has shape {tensor.shape}, not {2 * values} rows: use another file."
+        )
+    for rows, which in zip(
+        np.split(tensor.rows.reshape(keys, 2 * values // keys, -1), 2, 1), "ba", strict=True
+    ):
+        part = np.ascontiguousarray(rows).reshape(values, -1)
+        yield name % which, dataclasses.replace(tensor, shape=(values, tensor.shape[1]), rows=part)
+
+
+def _stacked(*parts: GGUFTensor) -> GGUFTensor:
+    """Two projections as mlx-lm's one, in the order of GGUF's names: gate and up."""
+    first, second = sorted(parts, key=lambda tensor: tensor.name)
+    if (first.type, first.shape[1:]) != (second.type, second.shape[1:]) or len(first.shape) < 2:
+        raise ValueError(
+            f"GGUF tensors {first.name} ({first.type.name} {first.shape}) and {second.name} "
+            f"({second.type.name} {second.shape}) do not go together: convert the HF repo."
+        )
+    rows = np.concatenate([first.rows, second.rows])
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    return dataclasses.replace(first, shape=shape, rows=rows)
+
+
 def _gguf_name(name: str, architecture: Architecture) -> str:
     """GGUF's name of a tensor that mlx-lm's model has."""
-    layer, _, rest = name.removeprefix("model.layers.").partition(".")
-    if name.startswith("model.layers."):
+    layers = f"{architecture.root}.layers."
+    layer, _, rest = name.removeprefix(layers).partition(".")
+    if name.startswith(layers):
         names, prefix = architecture.layer, f"blk.{layer}."
     else:
         names, prefix, rest = architecture.top, "", name
     module, _, suffix = rest.rpartition(".")
-    return next((f"{prefix}{gguf}.{suffix}" for gguf, own in names.items() if own == module), name)
+    for gguf, own in names.items():
+        if own in (rest, module):
+            return f"{prefix}{gguf}" if own == rest else f"{prefix}{gguf}.{suffix}"
+    return name
 
 
 def _wanted(config: Config, tensors: Tensors) -> tuple[dict[str, tuple[int, ...]], set[str]]:
@@ -207,7 +250,8 @@ def _dtype(tensors: Tensors, linear: list[str], architecture: Architecture, quan
 
 
 def _is_router(tensor: GGUFTensor) -> bool:
-    return "ffn_gate_inp" in tensor.name
+    """Whether it is one of the small matrices, which are often left in float32."""
+    return bool(re.search(r"ffn_gate_inp|ssm_(alpha|beta|ba)\b", tensor.name))
 
 
 def _quantization(entries: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -242,8 +286,12 @@ def _arrays(
         array = floats(rows, tensor.type).reshape(tensor.shape)
         if architecture.plus_one and name.endswith("norm.weight"):
             array = array - 1
+        if name.endswith(".A_log"):
+            array, small = mx.log(-array), False  # mlx-lm's models compute its exponential in float32
         cast = array.astype(dtype)
         arrays = {name: cast if small and mx.isfinite(cast).all() else array}
+    if architecture.tiled and (match := re.search(r"\.linear_attn\.(?!norm)(\w+)", name)):
+        arrays = {part: _grouped(array, match[1], config) for part, array in arrays.items()}
     for part, array in arrays.items():
         exponents = array.dtype == mx.uint8  # of MXFP4, where 255 is NaN
         if mx.any(array == 255 if exponents else mx.isnan(array)):
@@ -259,6 +307,21 @@ def _unpermute(tensor: GGUFTensor, head_dim: int) -> np.ndarray[Any, np.dtype[np
     rows = tensor.rows if len(tensor.shape) > 1 else tensor.rows.reshape(tensor.shape[0], -1)
     heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(tensor.rows.shape)
+
+
+def _grouped(array: mx.array, module: str, config: Config) -> mx.array:
+    """Order the value heads of a gated delta net by their key heads, G each, as mlx-lm does.
+
+    Head ``i * keys + key`` in the file is head ``key * G + i`` of the original. Heads are blocks of rows (the
+    last ones where q and k come first), and of columns of the projection that reads them.
+    """
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if module == "out_proj":
+        heads = array.reshape(*array.shape[:-1], values // keys, keys, -1)
+        return heads.swapaxes(-3, -2).reshape(array.shape)
+    before = 2 * keys * config["linear_key_head_dim"] if module in ("in_proj_qkv", "conv1d") else 0
+    heads = array[before:].reshape(values // keys, keys, -1, *array.shape[1:]).swapaxes(0, 1)
+    return mx.concatenate([array[:before], heads.reshape(-1, *array.shape[1:])])
 
 
 def _write_safetensors(path: Path, arrays: Iterator[tuple[str, mx.array]], count: int) -> int:

@@ -30,18 +30,24 @@ class Architecture:
         interleaved: the rows of q and k are interleaved, as llama.cpp does where its rotation is of pairs.
         plus_one: norms are stored with 1 added, which mlx-lm adds itself.
         scalings: the scalings of rotary positions that mlx-lm's model computes.
+        root: the module of mlx-lm's that has the layers.
+        mixed: layers are of several kinds; what some lack is listed for each layer, as 0 there.
+        tiled: value heads of gated delta nets are stored in the order in which llama.cpp repeats key heads.
         dtype: in which it runs unless the file has floats; bfloat16 where activations overflow float16.
         more: returns further entries of config.json.
     """
 
     model_type: str
-    layer: Mapping[str, str]
-    top: Mapping[str, str]
-    keys: Mapping[str, Key]
+    layer: dict[str, str]
+    top: dict[str, str]
+    keys: dict[str, Key]
     constants: Mapping[str, Any] = field(default_factory=dict)
     interleaved: bool = False
     plus_one: bool = False
     scalings: tuple[str, ...] = ()
+    root: str = "model"
+    mixed: bool = False
+    tiled: bool = False
     dtype: mx.Dtype = mx.float16
     more: Callable[[GGUFFile, str, Config], Config] = lambda *_: {}
 
@@ -62,11 +68,37 @@ _GEMMA = (
     {"attn_norm": "input_layernorm", "ffn_norm": "pre_feedforward_layernorm"} | _AFTER | _ATTENTION | _MLP
 )
 _AFTER_ONLY = _AFTER | _ATTENTION | _QK_NORMS | _MLP
+_SHARED = {f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")} | {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate"
+}
 
 
 def _experts(block: str, gate: str = "gate", experts: str = "switch_mlp") -> dict[str, str]:
     names = {f"ffn_{x}_exps": f"{block}.{experts}.{x}_proj" for x in ("gate", "up", "down")}
     return names | {"ffn_gate_inp": f"{block}.{gate}"}
+
+
+def _recurrent(block: str, **further: str) -> dict[str, str]:
+    """The tensors of a Mamba-2 layer, and those that another kind has besides."""
+    names = {"ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_norm": "norm", "ssm_out": "out_proj"}
+    names |= {"ssm_dt.bias": "dt_bias", "ssm_a": "A_log", "ssm_d": "D"} | further
+    return {gguf: f"{block}.{own}" for gguf, own in names.items()}
+
+
+# mlx-lm's Qwen3.5 computes as its Qwen3-Next does, but has apart what GGUF has apart, in types of their own.
+_DELTA_NET = (
+    {"attn_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+    | _ATTENTION
+    | _QK_NORMS
+    | _recurrent(
+        "linear_attn",
+        attn_qkv="in_proj_qkv",
+        attn_gate="in_proj_z",
+        ssm_beta="in_proj_b",
+        ssm_alpha="in_proj_a",
+    )
+)
+_LANGUAGE_TOP = {gguf: f"language_model.{own}" for gguf, own in _TOP.items()}
 
 
 # --- Metadata ----------------------------------------------------------------------------------------
@@ -76,6 +108,21 @@ _EXPERTS: dict[str, Key] = {
     "num_experts": ("expert_count", int, None),
     "num_experts_per_tok": ("expert_used_count", int, None),
     "moe_intermediate_size": ("expert_feed_forward_length", int, None),
+}
+_SHARED_WIDTH: dict[str, Key] = {
+    "shared_expert_intermediate_size": ("expert_shared_feed_forward_length", int, None)
+}
+_DELTA_NETS: dict[str, Key] = {
+    "linear_num_key_heads": ("ssm.group_count", int, None),
+    "linear_num_value_heads": ("ssm.time_step_rank", int, None),
+    "linear_key_head_dim": ("ssm.state_size", int, None),
+    "linear_conv_kernel_dim": ("ssm.conv_kernel", int, None),
+}
+_MAMBA2: dict[str, Key] = {
+    "mamba_n_heads": ("ssm.time_step_rank", int, None),
+    "mamba_n_groups": ("ssm.group_count", int, None),
+    "mamba_d_state": ("ssm.state_size", int, None),
+    "mamba_d_conv": ("ssm.conv_kernel", int, None),
 }
 _LOCAL_EXPERTS = {
     "num_local_experts": _EXPERTS["num_experts"],
@@ -104,23 +151,25 @@ def positive(kind: type, metadata: Mapping[str, Any], key: str, default: float |
     raise ValueError(f"GGUF metadata {key} is {value!r}, not a positive {wanted}: use another file.")
 
 
-def _pattern(file: GGUFFile, arch: str, default: int, layers: int) -> list[bool]:
-    """Return which layers see a window only: by default all but each ``default``-th."""
-    key = f"{arch}.{_WINDOW}_pattern"
+def _pattern(
+    file: GGUFFile, arch: str, default: int, layers: int, of: str = f"{_WINDOW}_pattern"
+) -> list[bool]:
+    """Return which layers do not see all tokens: by default all but each ``default``-th."""
+    key = f"{arch}.{of}"
     value = file.metadata.get(key, default)
     if type(value) is int and value > 0:
         return [(i + 1) % value != 0 for i in range(layers)]
-    if isinstance(value, list) and len(value) == layers and all(isinstance(local, bool) for local in value):
-        return value
+    whole = isinstance(value, list) and len(value) == file.metadata[f"{arch}.block_count"]
+    if whole and all(isinstance(local, bool) for local in value):
+        return list(value[:layers])
     raise ValueError(f"GGUF metadata {key} is {value!r}, not one truth for each layer: use another file.")
 
 
-def _period(file: GGUFFile, arch: str, default: int, layers: int) -> int:
-    """Return p where each p-th layer sees all tokens and the others a window."""
-    pattern = _pattern(file, arch, default, layers)
+def _period(pattern: list[bool], arch: str) -> int:
+    """Return p where each p-th layer sees all tokens and the others do not."""
     period = [*pattern, False].index(False) + 1
-    if pattern != [(i + 1) % period != 0 for i in range(layers)]:
-        raise ValueError(f"GGUF {arch}: its layers with a window are in no order that mlx-lm's model has.")
+    if pattern != [(i + 1) % period != 0 for i in range(len(pattern))]:
+        raise ValueError(f"GGUF {arch}: its kinds of layers are in no order that mlx-lm's model has.")
     return period
 
 
@@ -138,7 +187,7 @@ def _gemma3(file: GGUFFile, arch: str, config: Config) -> Config:
     if window:
         windows = {
             "sliding_window": positive(int, file.metadata, f"gemma3.{_WINDOW}"),
-            "sliding_window_pattern": _period(file, arch, 6, layers),
+            "sliding_window_pattern": _period(_pattern(file, arch, 6, layers), arch),
         }
     return _gemma(file, arch, config) | windows
 
@@ -160,7 +209,7 @@ def _exaone4(file: GGUFFile, arch: str, config: Config) -> Config:
 
 
 def _cohere2(file: GGUFFile, arch: str, config: Config) -> Config:
-    return {"sliding_window_pattern": _period(file, arch, 4, config["num_hidden_layers"])}
+    return {"sliding_window_pattern": _period(_pattern(file, arch, 4, config["num_hidden_layers"]), arch)}
 
 
 def _phi3(file: GGUFFile, arch: str, config: Config) -> Config:
@@ -176,17 +225,178 @@ def _phi3(file: GGUFFile, arch: str, config: Config) -> Config:
 
 
 def _lfm2(file: GGUFFile, arch: str, config: Config) -> Config:
-    heads = file.metadata[f"{arch}.attention.head_count_kv"]
-    listed = heads if isinstance(heads, list) else [heads] * config["num_hidden_layers"]
+    heads = _each(file, f"{arch}.attention.head_count_kv", config)
     return {
-        "full_attn_idxs": [i for i, count in enumerate(listed) if count],
+        "full_attn_idxs": [i for i, count in enumerate(heads) if count],
         "block_dim": config["hidden_size"],
         "block_ff_dim": config["intermediate_size"],
     }
 
 
+def _each(file: GGUFFile, key: str, config: Config) -> list[Any]:
+    """Return a number for each layer, where the metadata may have one for all."""
+    value, layers = file.metadata.get(key), config["num_hidden_layers"]
+    return value[:layers] if isinstance(value, list) else [value] * layers
+
+
+def _delta_net(file: GGUFFile, arch: str, config: Config) -> Config:
+    values, layers = config["linear_num_value_heads"], config["num_hidden_layers"]
+    default = positive(int, file.metadata, f"{arch}.full_attention_interval", 4)
+    period = _period(_pattern(file, arch, default, layers, "attention.recurrent_layers"), arch)
+    if period > layers or values % config["linear_num_key_heads"]:
+        raise ValueError(f"GGUF {arch} with {layers} layers, {values} value heads: mlx-lm has no such model.")
+    rope = {"type": "default", "rope_theta": config["rope_theta"]}
+    rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    return {
+        "full_attention_interval": period,
+        "linear_value_head_dim": _head_dim(file, arch),
+        "rope_parameters": rope | config.get("rope_scaling", {}),
+    }
+
+
+def _head_dim(file: GGUFFile, arch: str) -> int:
+    """Return the size of the heads of a recurrent layer."""
+    inner: int = positive(int, file.metadata, f"{arch}.ssm.inner_size")
+    heads: int = positive(int, file.metadata, f"{arch}.ssm.time_step_rank")
+    if inner % heads:
+        raise ValueError(f"GGUF {arch} has a recurrent width of {inner} in {heads} heads: use another file.")
+    return inner // heads
+
+
+def _falcon_h1(file: GGUFFile, arch: str, config: Config) -> Config:
+    return _mamba2(file, arch, config) | {"mamba_rms_norm": _has(file, "ssm_norm.weight")}
+
+
+def _mamba2(file: GGUFFile, arch: str, config: Config) -> Config:
+    if (groups := config["mamba_n_groups"]) > 1 and _has(file, "ssm_norm.weight"):
+        raise ValueError(f"GGUF {arch} with norms of {groups} groups: mlx-lm's model has one for all.")
+    return {"mamba_d_head": _head_dim(file, arch), "mamba_conv_bias": _has(file, "ssm_conv1d.bias")}
+
+
+def _granite_hybrid(file: GGUFFile, arch: str, config: Config) -> Config:
+    heads = _each(file, f"{arch}.attention.head_count_kv", config)
+    rotated = file.metadata.get(f"{arch}.rope.scaling.finetuned", True)  # what the key means there
+    return _mamba2(file, arch, config) | {
+        "layer_types": ["attention" if count else "mamba" for count in heads],
+        "position_embedding_type": "rope" if rotated else "nope",
+    }
+
+
+def _nemotron_h(file: GGUFFile, arch: str, config: Config) -> Config:
+    counts = (
+        _each(file, f"{arch}.{key}", config) for key in ("attention.head_count_kv", "feed_forward_length")
+    )
+    wide = "E" if "n_routed_experts" in config else "-"
+    norm = f"{arch}.attention.layer_norm_epsilon"
+    eps = file.metadata.get(norm.replace("norm_eps", "norm_rms_eps"), file.metadata.get(norm))
+    return {
+        "hybrid_override_pattern": [
+            wide if width else "*" if heads else "M" for heads, width in zip(*counts, strict=True)
+        ],
+        "layer_norm_epsilon": positive(float, {norm: eps}, norm),
+        "mamba_head_dim": _head_dim(file, arch),
+        "use_conv_bias": _has(file, "ssm_conv1d.bias"),
+        "mlp_bias": _has(file, "ffn_up.bias"),
+    }
+
+
+def _nemotron_h_moe(file: GGUFFile, arch: str, config: Config) -> Config:
+    groups = file.metadata.get(f"{arch}.expert_group_count", 1)
+    if groups not in (0, 1):
+        raise ValueError(
+            f"GGUF {arch} with {groups!r} groups of experts is not supported: convert the HF repo."
+        )
+    return _nemotron_h(file, arch, config) | {
+        "norm_topk_prob": bool(file.metadata.get(f"{arch}.expert_weights_norm")),
+        "moe_latent_size": file.metadata.get(f"{arch}.moe_latent_size"),
+        "n_group": 1,
+        "topk_group": 1,
+    }
+
+
+def _has(file: GGUFFile, name: str) -> bool:
+    """Whether a layer has this tensor."""
+    return any(tensor.endswith(f".{name}") for tensor in file.tensors)
+
+
 _LLAMA = Architecture("llama", _LAYER, _TOP, _RMS, interleaved=True, scalings=_ALL_SCALINGS)
 _UNMIXED = replace(_LLAMA, interleaved=False)
+_DELTA = Architecture(
+    "qwen3_5",
+    _DELTA_NET | _MLP,
+    _LANGUAGE_TOP,
+    _RMS | _DELTA_NETS,
+    {"partial_rotary_factor": 1.0},
+    scalings=_ALL_SCALINGS,
+    root="language_model.model",
+    tiled=True,
+    more=_delta_net,
+)
+_DELTA_EXPERTS = replace(
+    _DELTA,
+    model_type="qwen3_5_moe",
+    layer=_DELTA_NET | _experts("mlp") | _SHARED,
+    keys=_DELTA.keys | _EXPERTS | _SHARED_WIDTH,
+)
+_LFM2 = Architecture(
+    "lfm2",
+    {
+        "attn_norm": "operator_norm",
+        "ffn_norm": "ffn_norm",
+        "attn_q_norm": "self_attn.q_layernorm",
+        "attn_k_norm": "self_attn.k_layernorm",
+        "shortconv.conv": "conv.conv",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+    }
+    | _ATTENTION
+    | {"attn_output": "self_attn.out_proj"},
+    {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm"},
+    {
+        "norm_eps": ("attention.layer_norm_rms_epsilon", float, None),
+        "conv_L_cache": ("shortconv.l_cache", int, None),
+    },
+    {
+        "conv_bias": False,
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+    },
+    mixed=True,
+    more=_lfm2,
+)
+_GRANITE_HYBRID = replace(
+    _LLAMA,
+    model_type="granitemoehybrid",
+    layer=_LAYER | _recurrent("mamba"),
+    keys=_RMS | _GRANITE | _MAMBA2,
+    constants={"mamba_proj_bias": False, "time_step_limit": [0.0, 1e9]},  # none, as in the original
+    scalings=(),
+    mixed=True,
+    more=_granite_hybrid,
+)
+_NEMOTRON_H = Architecture(
+    "nemotron_h",
+    {"attn_norm": "norm", "attn_output": "mixer.o_proj", "ffn_up": "mixer.up_proj"}
+    | {f"attn_{x}": f"mixer.{x}_proj" for x in "qkv"}
+    | {"ffn_down": "mixer.down_proj"}
+    | _recurrent("mixer"),
+    {"token_embd": "backbone.embeddings", "output_norm": "backbone.norm_f", "output": "lm_head"},
+    {
+        "mamba_num_heads": ("ssm.time_step_rank", int, None),
+        "n_groups": ("ssm.group_count", int, None),
+        "ssm_state_size": ("ssm.state_size", int, None),
+        "conv_kernel": ("ssm.conv_kernel", int, None),
+    },
+    {"mamba_proj_bias": False, "use_bias": False},
+    root="backbone",
+    mixed=True,
+    dtype=mx.bfloat16,  # squares of what is passed on may overflow float16
+    more=_nemotron_h,
+)
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -201,15 +411,9 @@ ARCHITECTURES = {
     "qwen3": replace(_UNMIXED, model_type="qwen3", layer=_LAYER | _QK_NORMS),
     "qwen2moe": Architecture(
         "qwen2_moe",
-        _NORMS
-        | _ATTENTION
-        | _experts("mlp")
-        | {f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")}
-        | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+        _NORMS | _ATTENTION | _experts("mlp") | _SHARED,
         _TOP,
-        _RMS
-        | _EXPERTS
-        | {"shared_expert_intermediate_size": ("expert_shared_feed_forward_length", int, None)},
+        _RMS | _EXPERTS | _SHARED_WIDTH,
     ),
     "qwen3moe": Architecture(
         "qwen3_moe",
@@ -334,34 +538,68 @@ ARCHITECTURES = {
         _TOP,
         {"norm_epsilon": ("attention.layer_norm_epsilon", float, None)},
     ),
-    "lfm2": Architecture(
-        "lfm2",
-        {
-            "attn_norm": "operator_norm",
-            "ffn_norm": "ffn_norm",
-            "attn_q_norm": "self_attn.q_layernorm",
-            "attn_k_norm": "self_attn.k_layernorm",
-            "shortconv.conv": "conv.conv",
-            "shortconv.in_proj": "conv.in_proj",
-            "shortconv.out_proj": "conv.out_proj",
-            "ffn_gate": "feed_forward.w1",
-            "ffn_up": "feed_forward.w3",
-            "ffn_down": "feed_forward.w2",
-        }
+    "lfm2": _LFM2,
+    "lfm2moe": replace(
+        _LFM2,
+        model_type="lfm2_moe",
+        layer=_LFM2.layer
+        | {f"ffn_{x}": f"feed_forward.{x}_proj" for x in ("gate", "up", "down")}
+        | _experts("feed_forward")
+        | {"exp_probs_b.bias": "feed_forward.expert_bias"},
+        keys=_LFM2.keys
+        | _EXPERTS
+        | {
+            "num_dense_layers": ("leading_dense_block_count", int, None),
+            "routed_scaling_factor": ("expert_weights_scale", float, 1.0),
+        },
+        constants={"conv_bias": False, "norm_topk_prob": True, "use_expert_bias": True},
+    ),
+    "qwen35": _DELTA,
+    "qwen35moe": _DELTA_EXPERTS,
+    "qwen3next": replace(_DELTA_EXPERTS, tiled=False),
+    "falcon-h1": Architecture(
+        "falcon_h1",
+        {"attn_norm": "input_layernorm"}
+        | dict.fromkeys(("ffn_norm", "ffn_norm.weight"), "pre_ff_layernorm.weight")
+        | {f"ffn_{x}": f"feed_forward.{x}_proj" for x in ("gate", "up", "down")}
         | _ATTENTION
-        | {"attn_output": "self_attn.out_proj"},
-        {"token_embd": "model.embed_tokens", "token_embd_norm": "model.embedding_norm"},
-        {
-            "norm_eps": ("attention.layer_norm_rms_epsilon", float, None),
-            "conv_L_cache": ("shortconv.l_cache", int, None),
+        | _recurrent("mamba"),
+        _TOP | {"output_norm": "model.final_layernorm"},
+        _RMS | _MAMBA2 | {"mamba_d_ssm": ("ssm.inner_size", int, None)},
+        {"embedding_multiplier": 1.0, "lm_head_multiplier": 1.0},  # they are in the weights
+        more=_falcon_h1,
+    ),
+    "granitehybrid": _GRANITE_HYBRID,
+    "granitehybrid with experts": replace(
+        _GRANITE_HYBRID,
+        layer=_NORMS
+        | _ATTENTION
+        | _experts("block_sparse_moe", "router.layer")
+        | {f"ffn_{x}_shexp": "shared_mlp.input_linear" for x in ("gate", "up")}
+        | {"ffn_down_shexp": "shared_mlp.output_linear"}
+        | _recurrent("mamba"),
+        keys=_GRANITE_HYBRID.keys
+        | _LOCAL_EXPERTS
+        | {"shared_intermediate_size": _SHARED_WIDTH["shared_expert_intermediate_size"]},
+    ),
+    "nemotron_h": _NEMOTRON_H,
+    "nemotron_h_moe": replace(
+        _NEMOTRON_H,
+        layer=_NEMOTRON_H.layer
+        | {"ffn_up_exps": "mixer.switch_mlp.fc1", "ffn_down_exps": "mixer.switch_mlp.fc2"}
+        | {f"ffn_{x}_shexp": f"mixer.shared_experts.{x}_proj" for x in ("up", "down")}
+        | {"ffn_latent_down": "mixer.fc1_latent_proj", "ffn_latent_up": "mixer.fc2_latent_proj"}
+        | {"ffn_gate_inp": "mixer.gate", "exp_probs_b.bias": "mixer.gate.e_score_correction_bias"},
+        keys=_NEMOTRON_H.keys
+        | {
+            "n_routed_experts": _EXPERTS["num_experts"],
+            "num_experts_per_tok": _EXPERTS["num_experts_per_tok"],
+            "moe_intermediate_size": _EXPERTS["moe_intermediate_size"],
+            "moe_shared_expert_intermediate_size": _SHARED_WIDTH["shared_expert_intermediate_size"],
+            "n_shared_experts": ("expert_shared_count", int, None),
+            "routed_scaling_factor": ("expert_weights_scale", float, 1.0),
         },
-        {
-            "conv_bias": False,
-            "block_multiple_of": 1,
-            "block_ffn_dim_multiplier": 1.0,
-            "block_auto_adjust_ff_dim": False,
-        },
-        more=_lfm2,
+        more=_nemotron_h_moe,
     ),
 }
 
@@ -392,29 +630,35 @@ def config_of(file: GGUFFile, architecture: Architecture) -> Config:
     heads = positive(int, metadata, f"{arch}.attention.head_count")
     hidden = positive(int, metadata, f"{arch}.embedding_length")
     head_dim = positive(int, metadata, f"{arch}.attention.key_length", hidden // heads)
+    layers = positive(int, metadata, f"{arch}.block_count")
+    more_heads = metadata.get(f"{arch}.nextn_predict_layers", 0)  # layers that predict further tokens
+    if type(more_heads) is not int or not 0 <= more_heads < layers:
+        raise ValueError(
+            f"GGUF {arch} has {more_heads!r} of {layers} layers for more tokens: use another file."
+        )
     if "token_embd.weight" not in file.tensors:
         raise ValueError("The GGUF has no tensor token_embd.weight: it is not a whole language model.")
     config: Config = {
         "model_type": architecture.model_type,
         "architectures": [f"{architecture.model_type.title().replace('_', '')}ForCausalLM"],
         "hidden_size": hidden,
-        "num_hidden_layers": positive(int, metadata, f"{arch}.block_count"),
+        "num_hidden_layers": layers - more_heads,
         "num_attention_heads": heads,
-        "num_key_value_heads": _key_heads(metadata, arch, heads),
+        "num_key_value_heads": _per_layer(file, architecture, f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "max_position_embeddings": positive(int, metadata, f"{arch}.context_length"),
         "rope_theta": positive(float, metadata, f"{arch}.rope.freq_base", 10000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": any(f"blk.0.attn_{x}.bias" in file.tensors for x in ("q", "qkv")),
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "attention_bias": _has(file, "attn_q.bias") or _has(file, "attn_qkv.bias"),
+        "mlp_bias": _has(file, "ffn_gate.bias"),
         **architecture.constants,
     }
     for name, (key, kind, default) in architecture.keys.items():
         config[name] = positive(kind, metadata, f"{arch}.{key}", default)
     if "intermediate_size" not in config:
         wide = config.get("moe_intermediate_size")  # such a file may have no dense layer
-        config["intermediate_size"] = positive(int, metadata, f"{arch}.feed_forward_length", wide)
+        config["intermediate_size"] = _per_layer(file, architecture, f"{arch}.feed_forward_length", wide)
     _check_heads(metadata, arch, config)
     if scaling := _rope_scaling(file, arch, config):
         if (kind := scaling["rope_type"]) not in architecture.scalings:
@@ -429,22 +673,22 @@ def config_of(file: GGUFFile, architecture: Architecture) -> Config:
     return config
 
 
-def _key_heads(metadata: Mapping[str, Any], arch: str, heads: int) -> int:
-    """Return the number of key and value heads; some list it for each layer, 0 for those without."""
-    key = f"{arch}.attention.head_count_kv"
-    value = metadata.get(key)
-    if isinstance(value, list):
-        if arch == "lfm2" and len(value) == metadata[f"{arch}.block_count"] and len(set(value) - {0}) == 1:
-            value = max(value)
-        elif len(set(value)) == 1:
-            value = value[0]
-    return int(positive(int, {key: heads if value is None else value}, key))
+def _per_layer(file: GGUFFile, architecture: Architecture, key: str, default: int | None) -> int:
+    """Return a count that some list for each layer, where layers are of several kinds as 0 for some."""
+    value = file.metadata.get(key, default)
+    if isinstance(value, list) and len(value) == file.metadata[f"{key.partition('.')[0]}.block_count"]:
+        counts = set(value) - ({0} if architecture.mixed else set())
+        value = counts.pop() if len(counts) == 1 else value
+    return int(positive(int, {key: value}, key))
 
 
 def _check_heads(metadata: Mapping[str, Any], arch: str, config: Config) -> None:
     """Refuse heads that mlx-lm has no form for; note the part of each that is rotated."""
     head_dim = config["head_dim"]
-    if metadata.get(f"{arch}.rope.dimension_sections") or metadata.get(f"{arch}.attention.causal") is False:
+    images = metadata.get(f"{arch}.rope.dimension_sections") and not arch.startswith(
+        "qwen35"
+    )  # text is plain
+    if images or metadata.get(f"{arch}.attention.causal") is False:
         raise ValueError(f"GGUF {arch} of images or for embeddings: only text generators are supported.")
     for key in (f"{arch}.attention.value_length", f"{arch}.rope.dimension_count"):
         dim = metadata.get(key, head_dim)
