@@ -23,11 +23,12 @@ from test_bundle import CONFIG, identity, weights_of
 from mlx_redrafter import load
 from mlx_redrafter.commands import train as train_command
 from mlx_redrafter.loading import find, hub_drafters
+from mlx_redrafter.loading.base import load_base
 from mlx_redrafter.loading.hub import check_upload
 from mlx_redrafter.loading.library import library
 from mlx_redrafter.loading.search import downloads, search_drafter
 from mlx_redrafter.models.bundle import load_drafter
-from mlx_redrafter.models.identity import TAG
+from mlx_redrafter.models.identity import TAG, identity_of
 from mlx_redrafter.models.save import write_drafter
 from mlx_redrafter.train import run as training
 from mlx_redrafter.train.card import Facts, model_card
@@ -376,6 +377,57 @@ def test_generate_with_the_hubs_drafter(server, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **setting})
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["settings"]["drafting"] and REPO in done.stderr
+
+
+@pytest.fixture
+def listed(server, run, tmp_path):
+    """The rows of ``mlx-redrafter models`` for a model on this machine, of which the hub has a drafter."""
+    base = make_folder(tmp_path / "models/base")
+    tags = identity_of(load_base(base)[0]).tags()
+    others = [
+        {"id": "x/y", "tags": identity(2).tags()},
+        {"id": "x/z", "tags": [TAG]},
+        {"id": "../x", "tags": tags},
+    ]
+    server.at[LIST] = json.dumps([*others, {"id": REPO, "tags": ["base_model:me/base", *tags]}]).encode()
+
+    def call(*flags):
+        code, out, err = run("models", "--json", "--model-dir", tmp_path / "models", *flags)
+        assert (code, err) == (0, "")
+        return [(row["name"], row["drafter"], row["drafter_at"]) for row in json.loads(out)["models"]]
+
+    return call
+
+
+def test_models_names_the_drafter_that_the_hub_has(server, listed, run, tmp_path):
+    make_folder(tmp_path / "models/unlike", kind="random", hidden_size=128)
+    assert listed() == [("base", REPO, "hub"), ("unlike", None, None)]
+    assert server.paths == [LIST]  # for all models at once, and nothing is told of them
+    assert server.asked[0][1]["filter"] == [TAG]
+    assert f"{REPO} (hub)" in run("models", "--model-dir", tmp_path / "models")[1]
+    make_drafter(tmp_path / "models/its", tmp_path / "models/base")
+    assert listed()[0] == ("base", "its", "local")
+
+
+def test_models_does_not_ask_the_hub_without_need(server, listed, tmp_path, monkeypatch):
+    assert listed("--offline") == [("base", None, None)]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert listed() == [("base", None, None)]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    make_drafter(tmp_path / "models/its", tmp_path / "models/base")
+    assert listed() == [("base", "its", "local")]
+    assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [b"", b"[" * 100_000, b"5", b'[1, {"id": 5}, {"id": "a/b", "tags": 7}]', None, endless, silent, dripping],
+)
+def test_models_leaves_a_hub_out_that_does_not_answer(server, listed, listing):
+    server.at[LIST] = listing
+    began = time.monotonic()
+    assert listed() == [("base", None, None)]
+    assert time.monotonic() - began < SLOW
 
 
 # --- Publishing ----------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """``mlx-redrafter models``."""
 
 import argparse
+import functools
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from ..engine.runner import Runner
 from ..engine.step_times import OLD, conditions, weight_bytes
 from ..loading.base import as_floats, load_base
 from ..loading.cache import notes
+from ..loading.find import shipped_drafters
 from ..loading.fit import KnownDrafter, drafter_of, known_drafters
 from ..loading.library import Entry, library
 from ..loading.read import first_line
+from ..loading.search import may_ask
 from ..models.target import Target
 from .arguments import colours, harmless
 
@@ -33,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     add = parser.add_argument
     add("--model-dir", action="append", type=Path, default=[], help="folder of models; may be given again")
+    add(
+        "--offline", action="store_true", help="do not ask the hub for drafters of models that have none here"
+    )
     add("--json", action="store_true", help="print JSON and nothing else")
 
 
@@ -43,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--model-dir {folder} is no folder: check the path.")
     entries = library(args.model_dir)
     drafters, kept = known_drafters(entries), notes("step-times", OLD)
-    rows = [described(entry, drafters, kept) for entry in entries if not entry.is_drafter]
+    hub = functools.cache(lambda: _published() if may_ask() and not args.offline else [])  # once, if at all
+    rows = [described(entry, drafters, kept, hub) for entry in entries if not entry.is_drafter]
     if args.json:
         others = [
             {"name": each.name, "path": str(each.folder), "for": each.base and str(each.base)}
@@ -57,8 +64,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Note]) -> dict[str, Any]:
+def _published() -> list[KnownDrafter]:
+    from ..loading.hub_drafters import published
+
+    return [
+        KnownDrafter(repo, Path(repo), base.hidden_size, base.vocab_size, base) for repo, base in published()
+    ]
+
+
+def described(
+    entry: Entry,
+    drafters: Sequence[KnownDrafter],
+    kept: Sequence[Note],
+    hub: Callable[[], Sequence[KnownDrafter]] = tuple,
+) -> dict[str, Any]:
     """What there is to say of a model, as JSON.
+
+    ``drafter``: one that fits, and ``drafter_at``: shipped, local or hub, which is asked where none is here.
 
     ``drafts``: trees, chains, plain if it can only be decoded so, none if it cannot be loaded, and unknown of
     what has to be converted first; ``reason`` says why. ``tuned``: step times are kept; None where unknown.
@@ -70,6 +92,7 @@ def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Not
         "drafts": "none",
         "reason": entry.problem,
         "drafter": None,
+        "drafter_at": None,
         "tuned": None,
         "speedup": None,
     }
@@ -79,18 +102,29 @@ def described(entry: Entry, drafters: Sequence[KnownDrafter], kept: Sequence[Not
         return told
     try:
         if entry.format == "gguf":
-            found = drafter_of(entry.path, drafters)
-            return told | {"drafts": "unknown", "drafter": found and found.name}
+            return told | {"drafts": "unknown"} | _fitting(entry.path, drafters, hub)
         model, _ = load_base(entry.path, check_values=False)  # nothing is computed
         told["drafts"] = "plain"
         told["drafts"] = "trees" if Target(model).trees else "chains"
-        found = drafter_of(model, drafters)
+        fitting = _fitting(model, drafters, hub)
         known = _tuned(model, kept)
         speedups = [note["speedup"] for note in known if isinstance(note.get("speedup"), int | float)]
         told |= {"tuned": bool(known), "speedup": max(speedups, default=None)}
-        return told | {"drafter": found and found.name}
+        return told | fitting
     except Exception as error:  # of mlx-lm's code, for one, since configs may say anything
         return told | {"reason": first_line(error, 1000)}
+
+
+def _fitting(
+    source: nn.Module | Path, drafters: Sequence[KnownDrafter], hub: Callable[[], Sequence[KnownDrafter]]
+) -> Note:
+    if found := drafter_of(source, drafters):
+        return {
+            "drafter": found.name,
+            "drafter_at": "shipped" if found.folder in shipped_drafters() else "local",
+        }
+    found = drafter_of(source, hub())
+    return {"drafter": found.name, "drafter_at": "hub"} if found else {}
 
 
 def _tuned(model: nn.Module, kept: Sequence[Note]) -> list[Note]:
@@ -126,7 +160,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     tuned = "tuned" if row["tuned"] else "-"
     speedup = tuned if row["speedup"] is None else f"{row['speedup']:.2f} x"
     size = f"{row['bytes'] / 1e9:.2f} GB"
-    drafter = row["drafter"] or ("copies only" if copies else "-")
+    place = " (hub)" if row["drafter_at"] == "hub" else ""
+    drafter = f"{row['drafter']}{place}" if row["drafter"] else "copies only" if copies else "-"
     return [
         row["name"],
         row["architecture"],

@@ -13,18 +13,19 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlencode, urljoin, urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import get_session, tqdm  # type: ignore[attr-defined]
 
 from ..models.bundle import MODEL_TYPE, base_of, load_drafter, parse_config
-from ..models.identity import TAG, BaseIdentity
+from ..models.identity import DIGEST_TAG, DIGITS, TAG, BaseIdentity
 from .cache import LARGEST
 from .files import atomic_folder
 from .read import first_line
@@ -34,7 +35,9 @@ LEAST_RATE = 256 << 10  # bytes per second of a download
 LARGEST_DRAFTER = 1 << 29  # bytes of one that is downloaded unasked
 MOST_LAYERS = 64
 LISTED, READ = 20, 5  # drafters that are listed, and whose config.json is read
+PUBLISHED = 500  # drafters that are listed where no config.json is read
 REDIRECTS = 4
+SIZES_TAG = r"redrafter-(\d{1,9})x(\d{1,9})"
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 Result = TypeVar("Result")
 
@@ -90,6 +93,27 @@ def hub_drafter(identity: BaseIdentity, kept: Path) -> tuple[Path | None, bool]:
         return None, False
 
 
+def published() -> list[tuple[str, BaseIdentity]]:
+    """Drafters on the hub, the most downloaded first, each with the model that its tags say it is for.
+
+    It takes a second at most; there are none where the hub does not answer.
+    """
+    patience = Patience()
+    with suppress(Exception):  # of a client, a server
+        return _waiting(patience, lambda: [*_tagged(patience)])
+    return []
+
+
+def _tagged(patience: Patience) -> Iterator[tuple[str, BaseIdentity]]:
+    for repo, tags in _repositories(patience, PUBLISHED):
+        words = " ".join(map(str, tags or []))
+        digest, sizes = (
+            re.search(rf"(?:^| ){tag}(?: |$)", words) for tag in (f"{DIGEST_TAG}({DIGITS})", SIZES_TAG)
+        )
+        if digest and sizes:
+            yield repo, BaseIdentity("", int(sizes[1]), int(sizes[2]), digest[1])
+
+
 def _waiting(patience: Patience, task: Callable[[], Result]) -> Result:
     """What ``task`` returns or raises; ``TimeoutError`` once patience is at its end.
 
@@ -137,16 +161,24 @@ def _listed(identity: BaseIdentity, patience: Patience) -> Iterator[str]:
     tags = identity.tags()
     named = REPOSITORY.fullmatch(identity.name) and not Path(identity.name).exists()
     for tag in ([f"base_model:{identity.name}"] if named else []) + [tags[1]]:
-        query = urlencode([("filter", TAG), ("filter", tag), ("sort", "downloads"), ("limit", LISTED)])
-        body, _ = _read(f"{constants.ENDPOINT}/api/models?{query}", patience, LARGEST)
-        listed = json.loads(body)
-        for model in listed[:LISTED] if isinstance(listed, list) else []:
-            repo = model.get("id") if isinstance(model, dict) else None
-            if isinstance(repo, str) and REPOSITORY.fullmatch(repo) and repo not in known:
+        for repo, told in _repositories(patience, LISTED, tag):
+            if repo not in known:
                 known.add(repo)
-                told = model.get("tags")
-                if not isinstance(told, list) or identity.may_have(map(str, told)):
+                if told is None or identity.may_have(map(str, told)):
                     yield repo
+
+
+def _repositories(patience: Patience, limit: int, *tags: str) -> Iterator[tuple[str, list[Any] | None]]:
+    """Repositories with this package's tag and those given, the most downloaded first, and all their tags."""
+    filters = [("filter", tag) for tag in (TAG, *tags)]
+    query = urlencode([*filters, ("sort", "downloads"), ("limit", limit)])
+    body, _ = _read(f"{constants.ENDPOINT}/api/models?{query}", patience, LARGEST)
+    listed = json.loads(body)
+    for model in listed[:limit] if isinstance(listed, list) else []:
+        repo = model.get("id") if isinstance(model, dict) else None
+        if isinstance(repo, str) and REPOSITORY.fullmatch(repo):
+            told = model.get("tags")
+            yield repo, told if isinstance(told, list) else None
 
 
 def _candidate(repo: str, identity: BaseIdentity, patience: Patience) -> Candidate:

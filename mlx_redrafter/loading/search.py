@@ -27,7 +27,7 @@ def search_drafter(identity: BaseIdentity) -> Path | None:
     """
     if found := local_drafter(identity):
         return found
-    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get(SWITCH, "").lower() in ("off", "0"):
+    if not may_ask():
         return None
     asked = {"base": asdict(identity), "endpoint": huggingface_hub.constants.ENDPOINT}
     if read_note(KIND, asked, NONE_THERE).get("answered") or read_note(KIND, asked, NO_ANSWER):
@@ -40,6 +40,12 @@ def search_drafter(identity: BaseIdentity) -> Path | None:
     if found is None:
         write_note(KIND, asked, answered=answered)
     return found
+
+
+def may_ask() -> bool:
+    """Whether the hub may be asked for drafters that nobody named."""
+    switch = os.environ.get(SWITCH, "").lower()
+    return not huggingface_hub.constants.HF_HUB_OFFLINE and switch not in ("off", "0")
 
 
 def local_drafter(identity: BaseIdentity) -> Path | None:
