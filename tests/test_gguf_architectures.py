@@ -220,6 +220,14 @@ CASES = {
         | {"embedding_multiplier": 1.0, "lm_head_multiplier": 1.0},
         MAMBA_KEYS | {"ssm.group_count": 2, "attention.key_length": 16, "attention.value_length": 16},
     ),
+    "jamba": (
+        "jamba",
+        {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 0, "expert_layer_period": 1}
+        | {"mamba_d_conv": 4, "mamba_d_state": 16, "mamba_expand": 2, "mamba_dt_rank": 32}
+        | {"num_experts": 1, "num_experts_per_tok": 1},
+        {"ssm.conv_kernel": 4, "ssm.inner_size": 128, "ssm.state_size": 16, "ssm.time_step_rank": 32}
+        | {"attention.head_count_kv": [0, 2], "expert_count": 1, "expert_used_count": 1},
+    ),
     "granitehybrid": ("granitemoehybrid", GRANITE_HYBRID, GRANITE_HYBRID_KEYS | {"expert_count": 0}),
     "granitehybrid with experts": (
         "granitemoehybrid",
@@ -299,7 +307,7 @@ def as_converted(case: str, name: str, values: np.ndarray, config) -> list[tuple
         values = values.squeeze(-1)
     if name.endswith(".A_log"):
         values = -np.exp(values)
-    if re.search(r"(mamba|mixer)\.(A_log|D)$", name):  # Mamba2Model.modify_tensors
+    if case != "jamba" and re.search(r"(mamba|mixer)\.(A_log|D)$", name):  # Mamba2Model.modify_tensors
         values = values[:, None]
     if re.search(r"(mamba|mixer)\.norm\.weight", name):
         values = values.reshape(config.get("n_groups", config.get("mamba_n_groups")), -1)

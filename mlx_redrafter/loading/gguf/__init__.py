@@ -287,7 +287,7 @@ def _arrays(
         if architecture.plus_one and name.endswith("norm.weight"):
             array = array - 1
         if name.endswith(".A_log"):
-            array, small = mx.log(-array), False  # mlx-lm's models compute its exponential in float32
+            array, small = mx.log(-array), array.ndim > 1  # one of heads stays precise, as in mlx-lm
         cast = array.astype(dtype)
         arrays = {name: cast if small and mx.isfinite(cast).all() else array}
     if architecture.tiled and (match := re.search(r"\.linear_attn\.(?!norm)(\w+)", name)):

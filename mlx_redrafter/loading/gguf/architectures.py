@@ -273,6 +273,15 @@ def _mamba2(file: GGUFFile, arch: str, config: Config) -> Config:
     return {"mamba_d_head": _head_dim(file, arch), "mamba_conv_bias": _has(file, "ssm_conv1d.bias")}
 
 
+def _jamba(file: GGUFFile, arch: str, config: Config) -> Config:
+    inner, hidden = positive(int, file.metadata, f"{arch}.ssm.inner_size"), config["hidden_size"]
+    if inner % hidden:
+        raise ValueError(f"GGUF {arch} with a recurrent width of {inner} for {hidden}: use another file.")
+    heads = _each(file, f"{arch}.attention.head_count_kv", config)
+    kinds = ["attention" if count else "mamba" for count in heads]
+    return {"mamba_expand": inner // hidden, "layers_block_type": kinds}
+
+
 def _granite_hybrid(file: GGUFFile, arch: str, config: Config) -> Config:
     heads = _each(file, f"{arch}.attention.head_count_kv", config)
     rotated = file.metadata.get(f"{arch}.rope.scaling.finetuned", True)  # what the key means there
@@ -568,6 +577,26 @@ ARCHITECTURES = {
         _RMS | _MAMBA2 | {"mamba_d_ssm": ("ssm.inner_size", int, None)},
         {"embedding_multiplier": 1.0, "lm_head_multiplier": 1.0},  # they are in the weights
         more=_falcon_h1,
+    ),
+    "jamba": Architecture(  # without experts, of which mlx-lm's model has other ones
+        "jamba",
+        {"attn_norm": "input_layernorm", "ffn_norm": "pre_ff_layernorm"}
+        | {f"ffn_{x}": f"feed_forward.{x}_proj" for x in ("gate", "up", "down")}
+        | _ATTENTION
+        | {"ssm_in": "mamba.in_proj", "ssm_conv1d": "mamba.conv1d", "ssm_out": "mamba.out_proj"}
+        | {"ssm_x": "mamba.x_proj", "ssm_dt": "mamba.dt_proj", "ssm_a": "mamba.A_log", "ssm_d": "mamba.D"}
+        | {f"ssm_{x}_norm": f"mamba.{x}_layernorm" for x in ("dt", "b", "c")},
+        _TOP | {"output_norm": "model.final_layernorm"},
+        _RMS
+        | {
+            "mamba_d_conv": ("ssm.conv_kernel", int, None),
+            "mamba_d_state": ("ssm.state_size", int, None),
+            "mamba_dt_rank": ("ssm.time_step_rank", int, None),
+        },
+        dict.fromkeys(("attn_layer_period", "expert_layer_period", "num_experts", "num_experts_per_tok"), 1)
+        | {"attn_layer_offset": 0, "expert_layer_offset": 0},
+        mixed=True,
+        more=_jamba,
     ),
     "granitehybrid": _GRANITE_HYBRID,
     "granitehybrid with experts": replace(
