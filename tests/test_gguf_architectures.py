@@ -90,7 +90,12 @@ GRANITE_HYBRID_KEYS = (
 NEMOTRON = {"mamba_num_heads": 4, "mamba_head_dim": 32, "ssm_state_size": 16, "conv_kernel": 4}
 NEMOTRON |= {"n_groups": 2, "head_dim": 16, "layer_norm_epsilon": 1e-5, "use_conv_bias": True}
 NEMOTRON |= dict.fromkeys(("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias"), False)
-NEMOTRON_KEYS = MAMBA_KEYS | {"ssm.group_count": 2, "attention.key_length": 16, "attention.value_length": 16}
+NEMOTRON_KEYS = MAMBA_KEYS | {
+    "ssm.group_count": 2,
+    "rope.dimension_count": 8,
+    "attention.key_length": 16,
+    "attention.value_length": 16,
+}
 # GGUF's architecture: mlx-lm's, entries of its config, metadata besides the usual. Both are written from
 # llama.cpp's converter (its conversion/*.py), not from the table under test.
 CASES = {

@@ -303,9 +303,10 @@ PRE_TOKENIZERS: dict[str, Pre] = {
     "deepseek-v3": Pre(_DEEPSEEK_V3),
 }
 _PRE_OF_ARCHITECTURE = {
-    **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe"), "qwen2"),
+    **dict.fromkeys(("qwen2", "qwen2moe", "qwen3", "qwen3moe", "qwen3next"), "qwen2"),
     **{"starcoder2": "starcoder", "command-r": "command-r", "cohere2": "command-r", "gpt-oss": "gpt-4o"},
     **{"glm4": "glm4", "exaone4": "exaone4", "olmo2": "dbrx", "smollm3": "smaug-bpe", "lfm2": "lfm2"},
+    **{"lfm2moe": "lfm2", "qwen35": "qwen35", "qwen35moe": "qwen35", "falcon-h1": "falcon-h1"},
 }
 _GGUF_TYPES: dict[str, type] = {
     **dict.fromkeys(("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"), str),

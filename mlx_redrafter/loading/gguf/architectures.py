@@ -400,7 +400,11 @@ _NEMOTRON_H = Architecture(
         "ssm_state_size": ("ssm.state_size", int, None),
         "conv_kernel": ("ssm.conv_kernel", int, None),
     },
-    {"mamba_proj_bias": False, "use_bias": False},
+    {
+        "mamba_proj_bias": False,
+        "use_bias": False,
+        "partial_rotary_factor": 1.0,
+    },  # of none: there are no positions
     root="backbone",
     mixed=True,
     dtype=mx.bfloat16,  # squares of what is passed on may overflow float16
