@@ -70,7 +70,7 @@ def together(model, texts, own=lambda rank: (RandomDrafter, pick), compiled=Fals
             make, picks = own(ranks.rank)
             runner = Runner(target, make(target), picks, compiled)
             ranks.lead(runner)
-            ranks.model = Loaded(runner)
+            ranks.models[0] = Loaded(runner), None
             if ranks.rank:
                 return ranks.follow(None)
             print(json.dumps(texts(runner)))

@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
             args.max_queue,
             args.shutdown_timeout,
             args.log_prompts,
-        )
+        ),
+        args.ranks,
     )
     return 0

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, NoReturn
 
@@ -31,7 +31,12 @@ class Channel:
     Args:
         rank: the own one.
         links: a connected socket for every other rank; of the others, to rank 0 only.
+
+    Attributes:
+        leaving: called before ``end`` ends this process.
     """
+
+    leaving: Callable[[str], None] = staticmethod(lambda text: None)
 
     def __init__(self, rank: int, links: dict[int, socket.socket]) -> None:
         self.rank = rank
@@ -58,9 +63,12 @@ class Channel:
                 with contextlib.suppress(OSError):  # who listens to it will know
                     link.sendall(line)
 
-    def receive(self) -> Message:
-        """The next message of rank 0."""
-        return self._inbox[0].get()
+    def receive(self, other: int = 0, patience: float | None = None) -> Message:
+        """The next message of rank 0, or of another; ``TimeoutError`` if none comes in so many seconds."""
+        try:
+            return self._inbox[other].get(timeout=patience)
+        except Empty as error:
+            raise TimeoutError(f"rank {other} says nothing") from error
 
     def decide(self, value: Any) -> Any:
         """Rank 0's value, as JSON has it, on every rank."""
@@ -69,12 +77,13 @@ class Channel:
         self.tell("decide", value)
         return json.loads(json.dumps(value))
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank."""
+    def gather(self, value: Any, patience: float | None = None) -> list[Any]:
+        """The values of all ranks, on every rank; ``patience`` as of ``receive``."""
         if self.rank:
             self.tell("gather", value)
-            return list(self.decide(None))
-        return list(self.decide([value, *(self._inbox[other].get()[1] for other in sorted(self._inbox))]))
+            return list(self.receive(0, patience)[1])
+        others = [self.receive(other, patience)[1] for other in sorted(self._inbox)]
+        return list(self.decide([value, *others]))
 
     def stop(self, code: int, text: str = "") -> None:
         """End all other ranks, and say why; the first reason is the only one that is told."""
@@ -83,6 +92,14 @@ class Channel:
         if text:
             print(text, file=sys.stderr, flush=True)
         self.tell("end", code, text and self._told(text))
+
+    def end(self, code: int, text: str) -> NoReturn:
+        """End this process and all other ranks; any thread may, for others may wait for a device for ever."""
+        self.stop(code, text)
+        self.leaving(text)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(code)
 
     def lost(self) -> None:
         """MLX has lost another rank: wait for the reason, which comes here."""
@@ -97,17 +114,11 @@ class Channel:
             for line in lines:
                 message = json.loads(line)
                 if message[0] == "end":
-                    self._exit(message[1], message[2])
+                    self.end(message[1], message[2])
                 self._inbox[other].put(message)
+        time.sleep(0.1)  # MLX's ring notices it too, and must not write into our line
         reason = "it was killed, or its machine or the network failed"
-        self._exit(2, f"error: rank {other} has ended without a word ({reason}): start all again.")
-
-    def _exit(self, code: int, text: str) -> NoReturn:
-        """End this process, whose main thread may wait for the device for ever."""
-        self.stop(code, text)
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(code)
+        self.end(2, f"error: rank {other} has ended without a word ({reason}): start all again.")
 
 
 def connect(rank: int, size: int, spread: Callable[[bytes], bytes]) -> Channel:

@@ -29,7 +29,9 @@ def host_step(
     """
     shape = shape if usual.target.trees else shape.chain
     state, proposed, seen = look_ahead(usual.target, usual.drafter, shape, state, view)
-    finish = partial(conclude, host_pick(texts), shape, proposed=proposed, seen=seen)
+    picks, leader = host_pick(texts), usual.target.leader
+    picks = picks if leader is None else leader.sharing(picks, texts)
+    finish = partial(conclude, picks, shape, proposed=proposed, seen=seen)
     return state, Unfinished(proposed.tree, seen.logits, finish)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -21,6 +21,9 @@ from ..options import DecodingOptions, ModelOptions, choose_drafter, load_model,
 from .errors import BadRequest
 from .prompts import control_tokens
 from .worker import Helper, Served, Worker
+
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
 
 LISTED = 30.0  # seconds for which a list of the models on this machine is good
 
@@ -79,14 +82,20 @@ class Catalog:
 
     Args:
         default: the model that is meant where a request names none.
+        ranks: machines that have a part of each model.
     """
 
-    def __init__(self, worker: Worker, default: ModelOptions, options: ServingOptions) -> None:
+    def __init__(
+        self, worker: Worker, default: ModelOptions, options: ServingOptions, ranks: "Ranks | None" = None
+    ) -> None:
         self._worker, self._default, self._options = worker, default, options
+        self._ranks = ranks
         self.default_name = default.model or DEFAULT_MODEL
         self.loaded: dict[str, Loaded] = {}
         self._loading = asyncio.Lock()
         self._helper = Helper("loading")
+        # Several machines compute in the same order: one thread does all that computes.
+        self._loader: Helper = self._helper if ranks is None else worker
         self._listed: tuple[float, list[Entry]] = (-LISTED, [])
 
     async def get(self, name: str | None) -> Loaded:
@@ -143,7 +152,8 @@ class Catalog:
 
     async def _load(self, options: ModelOptions, asked: str | None) -> Loaded:
         try:
-            model, tokenizer = await self._apart(partial(_load, options))
+            loading = self._loader.do(partial(_load, options, self._ranks))
+            model, tokenizer = await asyncio.wrap_future(loading)
             make = partial(self._begin, model, tokenizer)
             served = await asyncio.wrap_future(self._worker.do(make))
         except (ValueError, OSError) as error:
@@ -165,7 +175,7 @@ class Catalog:
 
     async def _make_room(self, path: str) -> None:
         """Let go of the models that were used longest ago, until another one may be loaded."""
-        needed = _weight_bytes(Path(path))
+        needed = _weight_bytes(Path(path)) // (self._ranks.size if self._ranks else 1)
         while self.loaded:
             fits = needed <= backend.free_memory() and len(self.loaded) < self._options.models
             idle = [each for each in self.loaded.values() if not each.served.texts]
@@ -190,8 +200,13 @@ def _weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _load(options: ModelOptions) -> tuple[SpeculativeModel, TokenizerWrapper]:
-    model, tokenizer = load_model(options, choose_drafter(options, DecodingOptions()))
+def _load(options: ModelOptions, ranks: "Ranks | None") -> tuple[SpeculativeModel, TokenizerWrapper]:
+    drafter = choose_drafter(options, DecodingOptions())
+    if ranks is None:
+        model, tokenizer = load_model(options, drafter)
+    else:
+        ranks.tell_load(options, drafter)
+        model, tokenizer = ranks.load(partial(load_model, options, drafter, ranks=ranks))
     for part in filter(None, (model.model, model.drafter)):  # other threads cannot compute what this one left
         mx.eval(part.parameters())
     tokenizer.chat_control_tokens = control_tokens(tokenizer)

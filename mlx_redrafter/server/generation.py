@@ -106,12 +106,11 @@ class Generation:
             if not reader.ended:
                 self._worker.cancel(self._served, job)
 
-    def stop(self) -> None:
+    def stop(self, why: str = "the server is shutting down.") -> None:
         """End all texts at once: the server leaves."""
         self.close()
         for number in range(len(self._jobs)):  # those that have ended take no more
-            error = Said(finish="error", error="the server is shutting down.", status=503)
-            self._queue.put_nowait((number, error))
+            self._queue.put_nowait((number, Said(finish="error", error=why, status=503)))
 
     @property
     def usage(self) -> Usage:

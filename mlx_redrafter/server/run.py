@@ -6,9 +6,11 @@ import json
 import logging
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
@@ -21,6 +23,10 @@ from .errors import BadRequest
 from .service import Service
 from .worker import Worker
 
+if TYPE_CHECKING:
+    from ..engine.ranks import Ranks
+
+LAST_WORDS = 2.0  # seconds in which clients are told that the server cannot go on
 HEADER_SECONDS = 20.0  # in which a request's headers must have come, from when they may
 log = logging.getLogger("mlx_redrafter.server")
 
@@ -48,8 +54,11 @@ class Settings:
     log_prompts: bool = False
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, ranks: "Ranks | None" = None) -> None:
     """Serve until the process is told to end (SIGINT, SIGTERM): running answers are ended properly then.
+
+    Args:
+        ranks: machines that have a part of each model; this is the first one.
 
     Raises:
         ValueError: the model cannot be loaded, or the address is taken.
@@ -58,21 +67,24 @@ def serve(settings: Settings) -> None:
     listening = listen(settings.host, settings.port)
     # uvicorn hands on the signal that it has obeyed.
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(settings, listening))
+        asyncio.run(_serve(settings, listening, ranks))
 
 
-async def _serve(settings: Settings, listening: socket.socket) -> None:
-    await (await make_server(settings)).serve([listening])
+async def _serve(settings: Settings, listening: socket.socket, ranks: "Ranks | None") -> None:
+    server = await make_server(settings, ranks)
+    if ranks is not None:
+        ranks.channel.leaving = partial(server.leave_at_once, asyncio.get_running_loop())
+    await server.serve([listening])
 
 
-async def make_server(settings: Settings) -> "Server":
+async def make_server(settings: Settings, ranks: "Ranks | None" = None) -> "Server":
     """A server that has loaded its model, to be told where to listen.
 
     Raises:
         ValueError: the model cannot be loaded.
     """
     worker = Worker()
-    catalog = Catalog(worker, settings.model, settings.serving)
+    catalog = Catalog(worker, settings.model, settings.serving, ranks)
     try:
         await catalog.get(None)
     except BadRequest as error:
@@ -149,9 +161,18 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         ending.cancel()
 
-    def _end_answers(self) -> None:
+    def leave_at_once(self, loop: asyncio.AbstractEventLoop, reason: str) -> None:
+        """Tell all clients that the server ends, for it cannot go on; called in another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(self._end_answers, "the server has lost a machine, and ends.")
+        end = time.monotonic() + LAST_WORDS
+        while self.server_state.tasks and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _end_answers(self, *why: str) -> None:
+        self.service.leaves = True
         for generation in list(self.service.generations):
-            generation.stop()
+            generation.stop(*why)
 
 
 def listen(host: str, port: int) -> socket.socket:

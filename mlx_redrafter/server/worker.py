@@ -91,8 +91,14 @@ class PlainEngine:
     """Stands in for an engine where a model cannot verify drafts: mlx-lm decodes its texts in turns."""
 
     def __init__(self, model: SpeculativeModel, tokenizer: TokenizerWrapper, chunk: int) -> None:
+        self._together = model.ranks is not None
         self._decode = partial(
-            decode, model.model, tokenizer, vocabulary=model.vocabulary or 1 << 30, prefill_step_size=chunk
+            decode,
+            model.model,
+            tokenizer,
+            vocabulary=model.vocabulary or 1 << 30,
+            ranks=model.ranks,
+            prefill_step_size=chunk,
         )
         self._texts: dict[int, Iterator[Any]] = {}
         self._count = 0
@@ -118,6 +124,8 @@ class PlainEngine:
         try:
             response = next(responses)
         except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            if self._together:  # the others have begun what is not done here
+                raise
             self.cancel(number)
             return Emitted(number, [], 0, finish="error", error=error)
         if response.finish_reason:
@@ -212,6 +220,8 @@ class Served:
                     if emitted.number in jobs:
                         _deliver(emitted, jobs)
             except Exception as error:  # no memory, say: what was decoded is lost, the server goes on
+                if self.model.ranks is not None:
+                    self.model.ranks.end(error)
                 lost = [job for _, jobs in self._lanes for job in jobs.values()]
                 self.close()
                 self._begin()
@@ -318,6 +328,8 @@ class Worker(Helper):
         if served.folder is not None:
             served.folder.flush()
         served.prefixes.clear()
+        if served.model.ranks is not None:
+            served.model.ranks.release(served.model)
         mx.clear_cache()
 
     def submit(self, served: Served, job: Job) -> None:
