@@ -6,11 +6,17 @@ Each line on standard input is a job as JSON; one line as JSON answers it.
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,8 +31,10 @@ from mlx_redrafter.commands.main import main
 from mlx_redrafter.decoding.state import DraftShape
 from mlx_redrafter.decoding.step import pick
 from mlx_redrafter.engine import ranks as ranks_module
+from mlx_redrafter.engine import step_times
 from mlx_redrafter.engine.engine import Request, engine_here
 from mlx_redrafter.engine.loop import Fixed
+from mlx_redrafter.engine.policy import StepTimes
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.loading.split import split
 from mlx_redrafter.models.target import Target
@@ -56,33 +64,30 @@ class Loaded:
         self.prepare = lambda: runner
 
 
-def together(model, texts, own=lambda rank: (RandomDrafter, pick), compiled=False):
-    """A job that decodes with each rank's own drafter and way to pick, as ``texts`` says."""
+def together(names):
+    """A job that decodes with each of these models, and with each rank's own drafter and way to pick."""
 
-    def job():
-        def run(ranks):
-            return decoding(ranks)
+    def run(ranks):
+        runners = {}
+        for number, name in enumerate(names):
+            case = CASES[name]
+            model = case.model()
+            split(model, ranks.group, "the model")
+            target = Target(model)
+            make, picks = case.own(ranks.rank)
+            runners[name] = Runner(target, make(target), picks, case.compiled)
+            ranks.lead(runners[name])
+            ranks.models[number] = Loaded(runners[name]), None
+        if ranks.rank:
+            return ranks.follow(None)
+        print(json.dumps({name: CASES[name].texts(runner) for name, runner in runners.items()}))
+        return 0
 
-        def decoding(ranks):
-            found = model()
-            split(found, ranks.group, "the model")
-            target = Target(found)
-            make, picks = own(ranks.rank)
-            runner = Runner(target, make(target), picks, compiled)
-            ranks.lead(runner)
-            ranks.models[0] = Loaded(runner), None
-            if ranks.rank:
-                return ranks.follow(None)
-            print(json.dumps(texts(runner)))
-            return 0
-
-        original = ranks_module.Ranks.follow
-        ranks_module.Ranks.follow = lambda self, load: (
-            setattr(ranks_module.Ranks, "follow", original) or decoding(self)
-        )
-        return ranks_module.run_together(run, None)
-
-    return job
+    original = ranks_module.Ranks.follow
+    ranks_module.Ranks.follow = lambda self, load: (
+        setattr(ranks_module.Ranks, "follow", original) or run(self)
+    )
+    return ranks_module.run_together(run, None)
 
 
 def crowd(runner, policy=None):
@@ -145,26 +150,136 @@ def last_pick(tree, state, logits):
     return logits, logits.shape[-1] - 1 - mx.argmax(logits[..., ::-1], axis=-1)
 
 
-JOBS = {
+def asked(runner):
+    """What texts say in whose steps the host has a say; one of them fails."""
+    engine = engine_here(runner, Turns(), 4)
+
+    def rather_even(tokens, logits):
+        return logits - 2 * (mx.arange(logits.shape[-1]) % 2)
+
+    def fails(tokens, logits):
+        if tokens.size > 14:
+            raise ValueError("enough")
+        return logits
+
+    given = [
+        {},
+        {"processors": [rather_even]},
+        {"processors": [fails]},
+        {"sampler": lambda x: mx.argmin(x, -1)},
+    ]
+    said = {
+        engine.submit(Request(PROMPTS[2], 12, sampling(3 * (n == 1)), seed=n, **each)): []
+        for n, each in enumerate(given)
+    }
+    while engine.is_busy:
+        for each in engine.step():
+            said[each.number] += [*each.tokens, *([str(each.error)] if each.error else [])]
+    engine.close()
+    return list(said.values())
+
+
+@dataclass
+class Case:
+    """What ranks decode: a model, each rank's drafter and way to pick, what is said with one, and alone."""
+
+    model: Callable
+    own: Callable = lambda rank: (RandomDrafter, pick)
+    compiled: bool = False
+    texts: Callable = crowd
+    alone: Callable = alone
+
+
+CASES = {
     **{
-        name: together(lambda name=name: make_model(name), crowd)
+        name: Case(lambda name=name: make_model(name))
         for name in ("llama", "llama-mha", "qwen2", "qwen3", "qwen3_moe")
     },
-    "compiled": together(lambda: make_model("llama"), crowd, compiled=True),
-    "tied": together(
-        tied,
-        crowd,
-        lambda rank: (lambda target: RandomDrafter(target, seed=1 + rank), last_pick if rank else pick),
+    "compiled": Case(lambda: make_model("llama"), compiled=True),
+    "tied": Case(
+        tied, lambda rank: (lambda target: RandomDrafter(target, seed=1 + rank), last_pick if rank else pick)
     ),
+    "asked": Case(lambda: make_model("llama"), texts=asked, alone=asked),
 }
-MODELS = {"tied": tied, "compiled": lambda: make_model("llama")}
 
 
-def expected(name):
-    model = MODELS[name]() if name in MODELS else make_model(name)
-    target = Target(model)
-    print(json.dumps(alone(Runner(target, RandomDrafter(target)))))
+def expected(names):
+    said = {}
+    for name in names:
+        target = Target(CASES[name].model())
+        said[name] = CASES[name].alone(Runner(target, RandomDrafter(target)))
+    print(json.dumps(said))
     return 0
+
+
+# --- Who asks a server -------------------------------------------------------------------------------------
+
+HELLO = "the quick brown fox"
+FORM = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+FORM = {
+    "type": "json_schema",
+    "json_schema": {"name": "it", "schema": {**FORM, "additionalProperties": False}},
+}
+
+
+def request(url, text=HELLO, **more):
+    messages = [{"role": "user", "content": text}]
+    body = {"model": "default", "messages": messages, "max_tokens": 16, "temperature": 0, **more}
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+
+
+def ask(url, *text, **more):
+    """What is answered: the text and how many tokens were known; or the status of an error."""
+    try:
+        with urllib.request.urlopen(request(url, *text, **more), timeout=60) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code
+    known = found["usage"]["prompt_tokens_details"]["cached_tokens"]
+    return found["choices"][0]["message"]["content"], known
+
+
+def stream(url, act=lambda: None, **more):
+    """The last events of a stream; acts after the first one. None acts: leave."""
+    with urllib.request.urlopen(request(url, stream=True, **more), timeout=60) as answer:
+        answer.readline()
+        if act is None:
+            return []
+        act()
+        return [json.loads(line[6:]) for line in answer if line.startswith(b"data: {")][-1:]
+
+
+def answers(url, pids):
+    """Texts of all kinds, together; those of models that are loaded when asked for; an end."""
+    wanted = [
+        {},
+        {"temperature": 1, "seed": 3, "logit_bias": {"7": 2}, "frequency_penalty": 0.5},
+        {"response_format": FORM, "max_tokens": 30},
+        {"draft": False, "stop": ["o"]},
+    ]
+    with ThreadPoolExecutor(5) as pool:
+        leaving = pool.submit(stream, url, None, max_tokens=300)
+        found = [done.result() for done in [pool.submit(ask, url, **each) for each in wanted]]
+        found = [text for text, _ in found]  # what is known depends on who comes first
+        leaving.result()
+        found.append(ask(url))
+        loading, healthy = pool.submit(ask, url, model="second"), 0
+        while not loading.done():
+            with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
+                healthy += answer.status == 200 and not loading.done()
+        found += [loading.result(), ask(url, model="nine"), ask(url)]
+    (last,) = stream(url, lambda: os.kill(pids[0], signal.SIGTERM), max_tokens=30)
+    return {"said": found, "healthy": healthy, "last": last["choices"][0]["finish_reason"]}
+
+
+def death(url, pids):
+    """What a client hears of the death of the other rank."""
+    (last,) = stream(url, lambda: os.kill(pids[1], signal.SIGKILL), max_tokens=900)
+    return last
+
+
+CLIENTS = {"answers": answers, "death": death}
 
 
 def rank(number, job, files):
@@ -175,8 +290,14 @@ def rank(number, job, files):
     if job.get("old") == number:
         ranks_module.versions = lambda: {"mlx": "0.1"}
     if "words" in job:
+        step_times.step_times = known_times if "client" in job else step_times.step_times
         return main(job["words"])
-    return JOBS[job["name"]]() if number is not None else expected(job["name"])
+    return together(job["names"]) if number is not None else expected(job["names"])
+
+
+def known_times(runner, shapes, texts=1):
+    """Measuring takes time."""
+    return StepTimes([0.01 + 0.001 * shape.size for shape in shapes], [0.0] * len(shapes))
 
 
 def start(job, number, folder, files):
@@ -218,10 +339,25 @@ def run(job):
             begun = time.monotonic()
             for number in job["to"]:
                 os.kill(pids[number], getattr(signal, job["signal"]))
+        heard = (
+            CLIENTS[job["client"]](address(folder / f"err{0 if size else None}"), pids)
+            if "client" in job
+            else None
+        )
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         read = {kind: [(folder / f"{kind}{n}").read_text() for n in (range(size) if size else [None])]
                 for kind in ("out", "err")}  # fmt: skip
-        return {"codes": codes, "seconds": time.monotonic() - begun, **read}
+        return {"codes": codes, "seconds": time.monotonic() - begun, "heard": heard, **read}
+
+
+def address(errors):
+    """Where a server listens, which says so."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if errors.exists() and (found := re.search(r"Serving .* at (\S+)\n", errors.read_text())):
+            return found[1]
+        time.sleep(0.05)
+    raise TimeoutError(errors.read_text())
 
 
 def ports(count):

@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     """Holds models: ``cycle`` with its drafter, and others."""
     folder = tmp_path_factory.mktemp("models")
     make_drafter(folder / "drafter", make_folder(folder / "cycle"))
+    make_folder(folder / "second", kind="random", num_attention_heads=8)
     make_folder(folder / "nine", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
     return folder
 
@@ -45,20 +46,23 @@ def words(model, *more):
     return ["generate", "--model", str(model), "--prompt", "one two", "--verbose", "False", *more]
 
 
-@pytest.mark.parametrize("name", ["llama", "compiled", "llama-mha", "qwen2", "qwen3", "qwen3_moe"])
-def test_four_texts_that_come_and_go_say_what_each_says_alone_on_one_machine(host, name):
-    """With drafts of every kind, greedy and sampled."""
-    done = host(name=name, size=2)
+def test_texts_that_come_and_go_say_what_each_says_alone_on_one_machine(host):
+    """Four, with drafts of every kind, greedy and sampled; others that ask the host, one of which fails."""
+    names = ["llama", "compiled", "llama-mha", "qwen2", "qwen3", "qwen3_moe", "asked"]
+    done = host(names=names, size=2)
     assert done["codes"] == [0, 0], done["err"]
-    assert json.loads(done["out"][0]) == json.loads(host(name=name)["out"][0])
+    said, alone = json.loads(done["out"][0]), json.loads(host(names=names)["out"][0])
+    for name in names:
+        assert said[name] == alone[name], name
+    assert [text[-1] == "enough" for text in said["asked"]] == [False, False, True, False]
     assert not done["out"][1]
 
 
 def test_ties_fall_as_on_rank_0_whatever_others_draft_and_pick(host):
-    done = host(name="tied", size=2)
+    done = host(names=["tied"], size=2)
     assert done["codes"] == [0, 0], done["err"]
-    texts = json.loads(done["out"][0])
-    assert texts == json.loads(host(name="tied")["out"][0])
+    texts = json.loads(done["out"][0])["tied"]
+    assert texts == json.loads(host(names=["tied"])["out"][0])["tied"]
     assert all(token % 2 == 0 for text in texts[:3] for token in text)  # rank 0 takes the first
 
 
@@ -124,6 +128,34 @@ def test_an_interrupt_ends_all(host, folder):
     assert done["seconds"] < 10
 
 
+def test_a_server_says_what_it_says_on_one_machine(host, folder):
+    """To several at once, whatever they ask for; with models that come and go; and ends when it is told."""
+    given = ["serve", "--model", str(folder / "cycle"), "--drafter", str(folder / "drafter"), "--port", "0"]
+    given += ["--model-dir", str(folder), "--max-models", "1", "--prefill-step-size", "8"]
+    done, alone = host(words=given, size=2, client="answers"), host(words=given, client="answers")
+    assert done["codes"] == [0, 0] and not done["err"][1], done["err"]
+    *said, loaded, refused, again = done["heard"]["said"]
+    assert said == alone["heard"]["said"][:5] and loaded == alone["heard"]["said"][5]
+    assert said[-1][1] > 0 and loaded[1] == 0  # known tokens
+    assert refused == 503 and "2 machines cannot share evenly: start 3." in done["err"][0]
+    assert again[0] == said[0]
+    assert done["heard"]["healthy"] and done["heard"]["last"] == "length"
+
+
+def test_clients_hear_of_a_rank_that_dies(host, folder):
+    given = ["serve", "--model", str(folder / "second"), "--drafter", "none", "--port", "0"]
+    done = host(words=given, size=2, client="death")
+    assert done["codes"] == [2, -9]
+    assert done["heard"]["error"]["message"] == "the server has lost a machine, and ends."
+    assert "\nerror: rank 1 has ended without a word" in done["err"][0]
+
+
+def test_a_server_of_several_machines_keeps_no_texts_on_the_disk(host, folder, tmp_path):
+    done = host(words=["serve", "--prompt-cache-dir", str(tmp_path)], size=2)
+    assert done["codes"] == [2, 2]
+    assert all("--prompt-cache-dir works on one machine only" in line for line in done["err"])
+
+
 def test_a_model_is_split_if_heads_and_weights_can_be_shared_evenly():
     model = make_model("llama")  # of 4 heads, 2 key heads, and 48 columns inside
     assert [n for n in range(2, 9) if can_split(model, n)] == [2]
@@ -135,5 +167,8 @@ def test_mlx_launch_starts_it(folder, host):
     given = words(folder / "cycle", "--drafter", str(folder / "drafter"), "--max-tokens", "8")
     launch = [Path(sys.executable).with_name(name) for name in ("mlx.launch", "mlx-redrafter")]
     started = [launch[0], "-n", "2", "--backend", "ring", "--", launch[1], *given]
-    done = subprocess.run(started, capture_output=True, stdin=subprocess.DEVNULL, timeout=300, check=True)
-    assert done.stdout.decode() == host(words=given)["out"][0]
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)  # an end of its input would keep it busy
+    with subprocess.Popen(started, **pipes) as launcher:
+        assert launcher.stdout.read().decode() == host(words=given)["out"][0]
+        launcher.stdin.close()
+    assert launcher.returncode == 0
