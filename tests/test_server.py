@@ -17,8 +17,8 @@ from serving import Scripted, make_tools_folder, serving
 
 from mlx_redrafter import Sampling, load, stream_generate
 from mlx_redrafter.options import ModelOptions
-from mlx_redrafter.server import output
-from mlx_redrafter.server.run import Settings, make_server
+from mlx_redrafter.server import catalog, output
+from mlx_redrafter.server.run import Settings, _make, listen, make_server
 
 SAYS = "Hé🙂好w!"
 TOOL = {
@@ -675,6 +675,24 @@ def test_a_grammar_that_leads_nowhere_is_the_requests_fault(served):
         error = error.get("error") or error["response"]["error"]
         assert (error.get("type") or error["code"]) == kind and "cannot be followed" in error["message"]
         assert httpx.post(f"{served.url}/v1/{path}", json=body).status_code == 400
+
+
+def test_health_is_told_while_the_model_is_loading(folders, monkeypatch):
+    goes_on, load_model = threading.Event(), catalog.load_model
+    monkeypatch.setattr(catalog, "load_model", lambda *a: goes_on.wait(60) and load_model(*a))
+    listening = listen("127.0.0.1", 0)
+    server = _make(Settings(ModelOptions(str(folders / "base"), drafter="none")))
+    thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
+    thread.start()
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    told = httpx.get(f"{url}/health", timeout=60)
+    assert told.status_code == 503 and told.json() == {"status": "loading"}
+    goes_on.set()
+    asked = {"model": "default", "messages": HELLO, "max_tokens": 2}
+    assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    server.should_exit = True
+    thread.join(60)
 
 
 def test_why_a_model_cannot_be_loaded_is_in_the_log_alone(folders, tmp_path, caplog):

@@ -82,9 +82,8 @@ def make_app(
         return await openai.model(service, request.path_params["name"])
 
     async def health(request: Request) -> Response:
-        return JSONResponse(
-            {"status": "shutting down" if service.leaves else "ok"}, 503 if service.leaves else 200
-        )
+        status = "shutting down" if service.leaves else "loading" if service.loads else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -116,7 +115,8 @@ def make_app(
         watching = asyncio.create_task(watch_idle())
         yield
         watching.cancel()
-        await asyncio.get_running_loop().run_in_executor(None, service.worker.stop)
+        if not service.loads:  # the worker may be busy with it
+            await asyncio.get_running_loop().run_in_executor(None, service.worker.stop)
 
     def refuse(request: Request, error: Exception) -> Response:
         return refusal(request, error)

@@ -71,25 +71,28 @@ def serve(settings: Settings, ranks: "Ranks | None" = None) -> None:
 
 
 async def _serve(settings: Settings, listening: socket.socket, ranks: "Ranks | None") -> None:
-    server = await make_server(settings, ranks)
+    server = _make(settings, ranks)
     if ranks is not None:
         ranks.channel.leaving = partial(server.leave_at_once, asyncio.get_running_loop())
     await server.serve([listening])
+    if server.failure is not None:
+        raise server.failure
 
 
-async def make_server(settings: Settings, ranks: "Ranks | None" = None) -> "Server":
+async def make_server(settings: Settings) -> "Server":
     """A server that has loaded its model, to be told where to listen.
 
     Raises:
         ValueError: the model cannot be loaded.
     """
+    server = _make(settings)
+    await server.load()
+    return server
+
+
+def _make(settings: Settings, ranks: "Ranks | None" = None) -> "Server":
     worker = Worker()
     catalog = Catalog(worker, settings.model, settings.serving, ranks)
-    try:
-        await catalog.get(None)
-    except BadRequest as error:
-        worker.stop()
-        raise ValueError(f"{catalog.default_name} cannot be loaded: {error.__cause__ or error}") from error
     service = Service(
         worker, catalog, usual=settings.usual, max_tokens=settings.max_tokens, queue=settings.queue
     )
@@ -102,7 +105,7 @@ async def make_server(settings: Settings, ranks: "Ranks | None" = None) -> "Serv
         lifespan="on",
         timeout_graceful_shutdown=int(settings.patience) + 10,
     )
-    return Server(config, service, settings.patience, catalog.default_name)
+    return Server(config, service, settings.patience)
 
 
 class Connection(H11Protocol):
@@ -140,23 +143,49 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which lets running answers end."""
+    """uvicorn's, which loads its model while it answers already, and lets running answers end.
 
-    def __init__(self, config: uvicorn.Config, service: Service, patience: float, name: str) -> None:
+    Attributes:
+        failure: why it had to end.
+    """
+
+    failure: Exception | None = None
+
+    def __init__(self, config: uvicorn.Config, service: Service, patience: float) -> None:
         super().__init__(config)
-        self.service, self._patience, self._name = service, patience, name
+        self.service, self._patience = service, patience
+
+    async def load(self) -> None:
+        """Load the model; ``ValueError`` if it cannot be."""
+        catalog = self.service.catalog
+        try:
+            await catalog.get(None)
+        except BadRequest as error:
+            name = catalog.default_name
+            raise ValueError(f"{name} cannot be loaded: {error.__cause__ or error}") from error
+        self.service.loads = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
+        """Listen, and say where once the model is there."""
         await super().startup(sockets)
-        for each in sockets or []:
+        self._begun = asyncio.create_task(self._begin(sockets or []))
+
+    async def _begin(self, sockets: list[socket.socket]) -> None:
+        try:
+            await self.load()
+        except Exception as error:
+            self.failure, self.should_exit = error, True
+            return
+        for each in sockets:
             host, port = each.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            print(f"Serving {self._name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+            name = self.service.catalog.default_name
+            print(f"Serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take in no more, and give what runs some time to end."""
         self.service.leaves = True
+        self._begun.cancel()
         ending = asyncio.get_running_loop().call_later(self._patience, self._end_answers)
         await super().shutdown(sockets)
         ending.cancel()

@@ -76,6 +76,7 @@ class Service:
     queue: int = 256
     memory: Memory = field(default_factory=Memory)
     generations: set[Generation] = field(default_factory=set)
+    loads: bool = True  # the default model is not there yet
     leaves: bool = False  # the server is shutting down
 
     def __post_init__(self) -> None:
