@@ -93,8 +93,12 @@ def test_commands_of_one_machine_are_refused_by_name(host, folder):
 
 
 def test_models_that_cannot_be_split_are_refused_by_name():
+    model, group = make_model("olmo2"), mx.distributed.init()
     with pytest.raises(ValueError, match="mine cannot be split: .* for olmo2 models"):
-        split(make_model("olmo2"), mx.distributed.init(), "mine")
+        split(model, group, "mine")
+    model.model.pipeline = lambda group: None  # as mlx-lm's that can be split by layers
+    with pytest.raises(ValueError, match="by layers only .* for olmo2 models. Run it on one machine"):
+        split(model, group, "mine")
 
 
 def test_other_weights_and_versions_end_all_with_one_line(host, folder, tmp_path):

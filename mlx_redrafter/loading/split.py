@@ -41,8 +41,11 @@ def split(model: nn.Module, group: mx.distributed.Group, name: str, folder: Path
     shard: Any = getattr(model, "shard", None)
     kind = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[-1]
     if shard is None:
+        why = "mlx-lm has no tensor parallel 'shard'"
+        if hasattr(getattr(model, "model", None), "pipeline"):
+            why = "mlx-lm splits by layers only ('pipeline', which is not used here)"
         raise ValueError(
-            f"{name} cannot be split: mlx-lm has no tensor parallel 'shard' for {kind} models. "
+            f"{name} cannot be split: {why} for {kind} models. "
             "Run it on one machine, or take a model such as llama, qwen2 or qwen3."
         )
     size = group.size()

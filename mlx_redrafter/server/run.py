@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import sys
 import time
@@ -65,18 +66,22 @@ def serve(settings: Settings, ranks: "Ranks | None" = None) -> None:
     """
     _log_to_stderr()
     listening = listen(settings.host, settings.port)
+    server = _make(settings, ranks)
     # uvicorn hands on the signal that it has obeyed.
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(settings, listening, ranks))
+        asyncio.run(_serve(server, listening, ranks))
+    if server.failure is not None:
+        raise server.failure
+    if server.service.loads:  # in another thread, on which Python would not wait, and be aborted
+        if ranks is not None:
+            ranks.channel.stop(0)
+        os._exit(0)
 
 
-async def _serve(settings: Settings, listening: socket.socket, ranks: "Ranks | None") -> None:
-    server = _make(settings, ranks)
+async def _serve(server: "Server", listening: socket.socket, ranks: "Ranks | None") -> None:
     if ranks is not None:
         ranks.channel.leaving = partial(server.leave_at_once, asyncio.get_running_loop())
     await server.serve([listening])
-    if server.failure is not None:
-        raise server.failure
 
 
 async def make_server(settings: Settings) -> "Server":
