@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen2, qwen3, qwen3_moe  # noqa: F401
 from models import RandomDrafter, make_model
@@ -190,11 +191,18 @@ class Case:
     alone: Callable = alone
 
 
+def quantized():
+    model = make_model("llama", hidden_size=128, head_dim=32, intermediate_size=128)
+    nn.quantize(model, 64, 4)
+    return model
+
+
 CASES = {
     **{
         name: Case(lambda name=name: make_model(name))
         for name in ("llama", "llama-mha", "qwen2", "qwen3", "qwen3_moe")
     },
+    "quantized": Case(quantized),
     "compiled": Case(lambda: make_model("llama"), compiled=True),
     "tied": Case(
         tied, lambda rank: (lambda target: RandomDrafter(target, seed=1 + rank), last_pick if rank else pick)
@@ -263,13 +271,14 @@ def answers(url, pids):
         found = [done.result() for done in [pool.submit(ask, url, **each) for each in wanted]]
         found = [text for text, _ in found]  # what is known depends on who comes first
         leaving.result()
-        found.append(ask(url))
+        found += [ask(url), ask(url, model="nine")]
         loading, healthy = pool.submit(ask, url, model="second"), 0
         while not loading.done():
             with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
                 healthy += answer.status == 200 and not loading.done()
-        found += [loading.result(), ask(url, model="nine"), ask(url)]
-    (last,) = stream(url, lambda: os.kill(pids[0], signal.SIGTERM), max_tokens=30)
+            time.sleep(0.05)
+        found.append(loading.result())
+    (last,) = stream(url, lambda: os.kill(pids[0], signal.SIGTERM), model="second", max_tokens=30)
     return {"said": found, "healthy": healthy, "last": last["choices"][0]["finish_reason"]}
 
 
@@ -329,6 +338,8 @@ def run(job):
         size = job.get("size")
         if size:
             Path(files["hosts"]).write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports(size)]))
+        if "client" in job:
+            import mlx_redrafter.server.run  # noqa: F401
         pids = [start(job, number, folder, files) for number in (range(size) if size else [None])]
         begun = time.monotonic()
         if "signal" in job:

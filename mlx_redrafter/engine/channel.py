@@ -102,7 +102,7 @@ class Channel:
         os._exit(code)
 
     def lost(self) -> None:
-        """MLX has lost another rank: wait for the reason, which comes here."""
+        """MLX may have lost another rank: wait for the reason, which comes here then."""
         time.sleep(2)
 
     def _told(self, text: str) -> str:

@@ -52,7 +52,8 @@ def split(model: nn.Module, group: mx.distributed.Group, name: str, folder: Path
     if not can_split(model, size):
         usable = [str(n) for n in range(2, MOST + 1) if can_split(model, n)]
         works = f"start {' or '.join(usable)}" if usable else "run it on one machine"
-        raise ValueError(f"{name} has {_heads(model)}, which {size} machines cannot share evenly: {works}.")
+        what = "weights, or groups of quantized ones" if _shares_heads(model, size) else _heads(model)
+        raise ValueError(f"{name} has {what}, which {size} machines cannot share evenly: {works}.")
     shard(group)
     try:
         check_finite(folder or Path(name), dict(tree_flatten(model.parameters())))  # reads one at a time
@@ -69,14 +70,17 @@ def fingerprint(folder: Path) -> str:
 
 def can_split(model: nn.Module, size: int) -> bool:
     """Whether heads and weights can be shared evenly by so many machines. Nothing is computed."""
-    counts = {number for counted in _counts(model) for number in counted.values()}
-    if any(number % size for number in counts):
+    if not _shares_heads(model, size):
         return False
     try:
         view(model, Tape()).shard(_Part(size))
     except LOAD_ERRORS:
         return False
     return True
+
+
+def _shares_heads(model: nn.Module, size: int) -> bool:
+    return not any(number % size for counted in _counts(model) for number in counted.values())
 
 
 def _counts(model: nn.Module) -> list[dict[str, int]]:
