@@ -271,7 +271,7 @@ def answers(url, pids):
         found = [done.result() for done in [pool.submit(ask, url, **each) for each in wanted]]
         found = [text for text, _ in found]  # what is known depends on who comes first
         leaving.result()
-        found += [ask(url), ask(url, model="nine")]
+        found += [ask(url), ask(url, model="nine"), ask(url, model="only")]
         loading, healthy = pool.submit(ask, url, model="second"), 0
         while not loading.done():
             with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
@@ -295,7 +295,7 @@ def rank(number, job, files):
     """Be one of the ranks."""
     if number is not None:
         os.environ.update(MLX_RANK=str(number), MLX_HOSTFILE=files["hosts"])
-        os.chdir(job["folders"][number] if "folders" in job else ".")
+    os.chdir(job["folders"][number or 0] if "folders" in job else ".")
     if job.get("old") == number:
         ranks_module.versions = lambda: {"mlx": "0.1"}
     if "words" in job:

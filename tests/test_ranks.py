@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     """Holds models: ``cycle`` with its drafter, and others."""
     folder = tmp_path_factory.mktemp("models")
     make_drafter(folder / "drafter", make_folder(folder / "cycle"))
+    make_folder(folder / "only")
     make_folder(folder / "second", kind="random", num_attention_heads=8)
     make_folder(folder / "nine", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
     return folder
@@ -133,15 +134,20 @@ def test_an_interrupt_ends_all(host, folder):
     assert done["seconds"] < 10
 
 
-def test_a_server_says_what_it_says_on_one_machine(host, folder):
+def test_a_server_says_what_it_says_on_one_machine(host, folder, tmp_path):
     """To several at once, whatever they ask for; with models that come and go; and ends when it is told."""
-    given = ["serve", "--model", str(folder / "cycle"), "--drafter", str(folder / "drafter"), "--port", "0"]
-    given += ["--model-dir", str(folder), "--max-models", "1", "--prefill-step-size", "8"]
-    done, alone = host(words=given, size=2, client="answers"), host(words=given, client="answers")
+    given = ["serve", "--model", "cycle", "--drafter", str(folder / "drafter"), "--port", "0"]
+    given += ["--model-dir", ".", "--max-models", "1", "--prefill-step-size", "8"]
+    folders = [str(folder), str(tmp_path)]
+    for name in ("cycle", "second", "nine"):
+        (tmp_path / name).symlink_to(folder / name)
+    done = host(words=given, size=2, client="answers", folders=folders)
+    alone = host(words=given, client="answers", folders=folders)
     assert done["codes"] == [0, 0] and not done["err"][1], done["err"]
-    *said, refused, loaded = done["heard"]["said"]
+    *said, refused, missing, loaded = done["heard"]["said"]
     assert [*said, loaded] == [*alone["heard"]["said"][:5], alone["heard"]["said"][-1]]
     assert said[-1][1] > 0 and loaded[1] == 0  # known tokens
+    assert missing == 503 and "server's log says why. rank 1: only" in done["err"][0]
     assert refused == 503 and "2 machines cannot share evenly: start 3." in done["err"][0]
     assert done["heard"]["healthy"] and done["heard"]["last"] == "length"
 
@@ -151,7 +157,7 @@ def test_clients_hear_of_a_rank_that_dies(host, folder):
     done = host(words=given, size=2, client="death")
     assert done["codes"] == [2, -9]
     assert done["heard"]["error"]["message"] == "the server has lost a machine, and ends."
-    assert "\nerror: rank 1 has ended without a word" in done["err"][0]
+    assert "error: rank 1 has ended without a word" in done["err"][0]
 
 
 def test_a_server_of_several_machines_keeps_no_texts_on_the_disk(host, folder, tmp_path):

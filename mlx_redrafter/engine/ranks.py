@@ -449,10 +449,10 @@ def refuse(options: Any) -> None:
 
 
 def check(emitted: list[Emitted]) -> list[Emitted]:
-    """What a step gave; ``ValueError`` if a prompt failed here, since other machines may go on with it."""
+    """What a step gave; raises what reading a prompt raised, since other machines may go on with it."""
     for each in emitted:
         if each.error is not None and each.logits is None:  # those that fail later, fail everywhere
-            raise ValueError(str(each.error)) from each.error
+            raise each.error
     return emitted
 
 
