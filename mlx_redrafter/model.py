@@ -29,7 +29,7 @@ from .models.hooks import ERRORS, parts
 from .models.identity import identity_of, token_embedding
 from .models.target import Target
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "stored", "float32", "float16", "bfloat16")
 
 
 class SpeculativeModel:
@@ -192,8 +192,8 @@ def load(
         tokenizer_config: options of the tokenizer, such as ``{"eos_token": "</s>"}``.
         drafter: a folder, a shipped drafter's name or a Hugging Face repository; "auto" takes the one
             that ships for the model, or is found on this machine or on the hub, if any; None loads none.
-        dtype: auto (float32 on a CPU, elsewhere as stored), float32, float16 or bfloat16. A float type
-            dequantizes a quantized model.
+        dtype: auto (float32 on a CPU, elsewhere as stored), stored, float32, float16 or bfloat16. A float
+            type dequantizes a quantized model.
         model_config: entries that take the place of those in config.json.
         adapter_path: LoRA adapters to apply.
         revision: branch, tag or commit of the repository.

@@ -143,8 +143,8 @@ def _listed(folder: Path, shards: list[Path]) -> set[str]:
 
 
 def as_floats(model: Module, dtype: str | None) -> None:
-    """Give a model's float parameters this type, and dequantize the others; None leaves it as it is."""
-    if dtype is not None:
+    """Give a model's float parameters this type, and dequantize the others; None or "stored" do nothing."""
+    if dtype not in (None, "stored"):
         cast_model(model, dtype)
         dequantize_model(model)
 
