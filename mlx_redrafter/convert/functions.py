@@ -74,10 +74,11 @@ class Functions:
     def __init__(self, runner: Runner, shapes: Sequence[DraftShape], context: int) -> None:
         self.target, self.drafter = runner.target, lean(runner.drafter)
         shapes = [PLAIN, *(shape if self.target.trees else shape.chain for shape in shapes)]
+        self.shapes = [*dict.fromkeys(shapes)]
         # What recurrent layers note of a large chunk takes much memory.
         chunks = [size for size in CHUNKS if size == min(CHUNKS) or not self.target.has_states]
         self.every = [Function(chunk=size) for size in chunks]
-        self.every += [Function(0, shape, way) for shape in dict.fromkeys(shapes) for way in SAMPLINGS]
+        self.every += [Function(0, shape, way) for shape in self.shapes for way in SAMPLINGS]
         caches = self.target.make_cache()
         layers = self.target.layers_of([*caches, *self.target.make_memory(caches)])[1]
         self.branches = any(not shape.is_chain for shape in shapes)

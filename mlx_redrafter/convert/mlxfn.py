@@ -135,6 +135,7 @@ def export_functions(
             "context": context,
             "vocabulary": runner.target.vocabulary,
             "stop": sorted(tokenizer.eos_token_ids),
+            "step": shape_word(functions.shapes[-1] if len(functions.shapes) < 3 else functions.shapes[1]),
             **described(functions),
             "weights": {"file": WEIGHTS, "arrays": listed(functions.weights)},
             "tokenizer": sorted(path.name for path in set(folder.iterdir()) - others),
@@ -200,6 +201,7 @@ def described(functions: Functions) -> dict[str, Any]:
     for each in functions.every:
         kind: dict[str, Any] = {
             "kind": "step",
+            "step": shape_word(each.shape),
             "shape": describe_shape(each.shape),
             "sampling": each.sampling,
         }
