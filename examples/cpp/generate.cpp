@@ -1,6 +1,5 @@
 // Decodes with what `mlx-redrafter export --mlxfn` wrote. There is no Python in the process.
 #include <chrono>
-#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <iostream>
@@ -30,8 +29,8 @@ mx::Shape shape_of(const Json& sizes) {
   return shape;
 }
 
-mx::array integers(const std::vector<int>& values, mx::Shape shape) {
-  return mx::array(values.data(), std::move(shape), mx::int32);
+mx::array integers(const std::vector<int>& values, const mx::Shape& shape) {
+  return mx::array(values.data(), shape, mx::int32);
 }
 
 // One text, and the model that goes on with it.
@@ -93,7 +92,7 @@ class Text {
   static Json read(const std::string& path) {
     std::ifstream file(path);
     if (!file) throw std::runtime_error(path + " cannot be read");
-    return Json::parse({std::istreambuf_iterator<char>(file), {}});
+    return Json::read({std::istreambuf_iterator<char>(file), {}});
   }
 
   // What a function gives besides the state, which goes on.
@@ -132,14 +131,10 @@ class Text {
 
 int run(const std::vector<std::string>& words) {
   std::map<std::string, std::string> flags{{"--max-tokens", "100"}};
-  std::vector<int> prompt, said;
+  std::vector<int> prompt;
   for (size_t i = 1; i < words.size(); ++i) {
-    if (words[i].starts_with("--")) {
-      flags[words[i]] = words.at(i + 1);
-      ++i;
-    } else {
-      prompt.push_back(std::stoi(words[i]));
-    }
+    if (words[i].starts_with("--") && i + 1 < words.size()) flags[words[i]] = words[i + 1], ++i;
+    else prompt.push_back(std::stoi(words[i]));
   }
   auto number = [&](const std::string& flag) { return flags.count(flag) ? std::stod(flags[flag]) : 0.0; };
   if (words.empty() || prompt.empty()) {
@@ -151,6 +146,9 @@ int run(const std::vector<std::string>& words) {
   Text text(words[0]);
   size_t most = number("--max-tokens"), context = text.manifest["context"].number;
   if (prompt.size() >= context) throw std::runtime_error("the prompt is longer than the context");
+  for (int token : prompt) {
+    if (token < 0 || token >= text.manifest["vocabulary"].number) throw std::runtime_error("no such token");
+  }
   bool filters = flags.count("--top-p") || flags.count("--top-k") || flags.count("--min-p");
   std::string sampling = filters ? "filters" : number("--temperature") > 0 ? "temperature" : "greedy";
   auto name = flags.count("--step") ? flags["--step"] : text.manifest["step"].text;
@@ -162,26 +160,24 @@ int run(const std::vector<std::string>& words) {
     settings.push_back(mx::array({float(number("--temperature"))}));
   }
   if (filters) {
-    settings.push_back(mx::array({float(number("--top-p"))}));
-    settings.push_back(integers({int(number("--top-k"))}, {1}));
-    settings.push_back(mx::array({float(number("--min-p"))}));
+    auto top_p = mx::array({float(number("--top-p"))}), min_p = mx::array({float(number("--min-p"))});
+    settings.insert(settings.end(), {top_p, integers({int(number("--top-k"))}, {1}), min_p});
   }
 
   text.read_prompt(prompt);
-  bool ended = false;
-  size_t steps = 0;
+  size_t said = 0, steps = 0;
   auto begun = std::chrono::steady_clock::now();
-  for (; !ended && said.size() < most && text.rows + 1 < context; ++steps) {
+  for (bool ended = false; !ended && said < most && text.rows + 1 < context; ++steps) {
     for (int token : text.step(step, settings)) {
-      if (ended || said.size() == most) break;
-      said.push_back(token);
+      if (ended || said == most) break;
+      ++said;
       std::cout << token << " " << std::flush;
       for (auto& each : text.manifest["stop"].items) ended = ended || each.number == token;
     }
   }
   std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begun;
-  std::cout << std::endl;
-  std::cerr << said.size() << " tokens in " << steps << " steps, " << double(said.size()) / steps
+  std::cout << "\n";
+  std::cerr << said << " tokens in " << steps << " steps, " << double(said) / steps
             << " tokens per step, " << took.count() / steps << " ms per step, "
             << mx::get_peak_memory() / 1e6 << " MB at most\n";
   return 0;

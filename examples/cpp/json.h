@@ -1,12 +1,11 @@
-// As much of JSON as the manifest needs.
+// As much of JSON as the manifest needs: escapes are those of quotes and backslashes.
 #pragma once
-#include <cctype>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 struct Json {
-  double number = 0;
+  double number = 0; // of null, true and false, too
   std::string text;
   std::vector<std::string> keys; // of an object, whose values are the items
   std::vector<Json> items;
@@ -18,50 +17,30 @@ struct Json {
     throw std::runtime_error("the manifest has no \"" + key + "\"");
   }
 
-  static Json parse(const std::string& source) {
-    size_t at = 0;
-    return value(source, at);
-  }
+  static Json read(const std::string& s, size_t&& at = 0) { return value(s, at); }
 
  private:
   static char next(const std::string& s, size_t& at) {
-    while (at < s.size() && std::isspace(static_cast<unsigned char>(s[at]))) ++at;
-    if (at == s.size()) throw std::runtime_error("the manifest ends too early");
+    at = s.find_first_not_of(" \n\r\t,:", at);
+    if (at == std::string::npos) throw std::runtime_error("the manifest ends too early");
     return s[at];
-  }
-
-  static std::string string(const std::string& s, size_t& at) {
-    std::string found;
-    for (++at; s.at(at) != '"'; ++at) {
-      if (s[at] == '\\') ++at; // names of files have no others than quotes and backslashes
-      found += s.at(at);
-    }
-    ++at;
-    return found;
   }
 
   static Json value(const std::string& s, size_t& at) {
     Json found;
     char first = next(s, at);
     if (first == '"') {
-      found.text = string(s, at);
+      for (++at; s.at(at) != '"'; ++at) found.text += s[at] == '\\' ? s.at(++at) : s[at];
+      ++at;
     } else if (first == '{' || first == '[') {
       for (++at; next(s, at) != '}' && s[at] != ']';) {
-        if (s[at] == ',') {
-          ++at;
-          continue;
-        }
-        if (first == '{') {
-          found.keys.push_back(string(s, at));
-          next(s, at);
-          ++at; // the colon
-        }
+        if (first == '{') found.keys.push_back(value(s, at).text);
         found.items.push_back(value(s, at));
       }
       ++at;
-    } else { // a number; true, false and null read as 0
+    } else {
       size_t end = s.find_first_of(",]} \r\n", at);
-      found.number = std::isalpha(static_cast<unsigned char>(first)) ? 0 : std::stod(s.substr(at, end - at));
+      if (first == '-' || (first >= '0' && first <= '9')) found.number = std::stod(s.substr(at, end - at));
       at = end;
     }
     return found;

@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", action="append", help=text)
     add("--context", type=int, help="tokens that a text may have (default: 4096, or the model's if fewer)")
     add("--device", choices=("gpu", "cpu"), help="on which the functions run (default: this machine's usual)")
-    add("--dtype", choices=DTYPES, help="of the weights (default: stored); a float type dequantizes")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights (default: auto); a float type dequantizes, and so does auto on a CPU",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,7 +57,7 @@ def _export_functions(args: argparse.Namespace) -> int:
         if not mx.is_available(device):
             raise ValueError(f"--device {args.device}: MLX has none here; export where it has.")
         mx.set_default_device(device)
-    options = ModelOptions(args.mlxfn, dtype=args.dtype or "stored", drafter=args.drafter or "auto")
+    options = ModelOptions(args.mlxfn, dtype=args.dtype or "auto", drafter=args.drafter or "auto")
     model, tokenizer = load_model(options, choose_drafter(options, DecodingOptions()))
     say = partial(_say, sys.stderr.isatty())
     told = export_functions(model, tokenizer, output, shapes, args.context, args.mlxfn, say)
