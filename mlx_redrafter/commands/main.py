@@ -40,7 +40,7 @@ COMMANDS = {  # each in a file of its name
     "tune": "measure which draft shape is fastest here",
     "train": "make a drafter for a model",
     "convert": "convert a model or a drafter",
-    "export": "write a drafter in Apple's layout",
+    "export": "write a drafter in Apple's layout, or a model's functions for Swift and C++",
 }
 
 

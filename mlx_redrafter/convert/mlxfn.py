@@ -112,7 +112,7 @@ def export_functions(
                 "only copies, such as 0x0+4."
             )
         check_shape(shape, drafter.config.head_outputs if drafter else None)
-    with atomic_folder(Path(output)) as folder, uncompiled():
+    with atomic_folder(Path(output)) as folder, writable():
         functions = Functions(runner, shapes, context)
         calls = [
             (each, size)
@@ -157,12 +157,15 @@ def usable_context(asked: int | None, known: int | None) -> int:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Without MLX's compiled parts of graphs, which cannot be written."""
+def writable() -> Iterator[None]:
+    """Let graphs have no parts that MLX cannot write: compiled ones, and copies that only change a layout."""
+    contiguous: Any = mx.contiguous
     mx.disable_compile()
+    mx.contiguous = lambda x, *args, **kwargs: x  # type: ignore[assignment]
     try:
         yield
     finally:
+        mx.contiguous = contiguous
         mx.enable_compile()
 
 
