@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..decoding.layers import View, commit, leave_path, write_rows, write_tokens
@@ -92,8 +93,9 @@ class Functions:
         shapes_of = {str([x.shape for x in self.start(size).values()]): size for size in [*sizes, largest]}
         self.capacities = [*shapes_of.values()]  # of those that change no buffer the largest
         arrays = [*self.target.weights, *arrays_of(self.drafter)]
-        parameters: Any = tree_flatten(self.target.model.parameters())
-        names = {id(array): name for name, array in parameters}
+        names = named_in(self.target.model)
+        if self.drafter is not None:
+            names |= named_in(self.drafter._drafter, "drafter.")
         unnamed = {id(x): f"array.{i}" for i, x in enumerate(arrays) if id(x) not in names}
         self.weights: Arrays = {(names | unnamed)[id(x)]: x for x in arrays}
 
@@ -221,6 +223,12 @@ def shape_word(shape: DraftShape) -> str:
         return "plain"
     copied = f"+{shape.lookup}" if shape.lookup else ""
     return f"{shape.width}x{shape.length}{copied}" + (f"@{shape.nodes}" if shape.nodes else "")
+
+
+def named_in(module: nn.Module, prefix: str = "") -> dict[int, str]:
+    """The names of a module's parameters by their identity."""
+    parameters: Any = tree_flatten(module.parameters())
+    return {id(array): prefix + name for name, array in parameters}
 
 
 def numbered(kind: str, lists: Sequence[Sequence[mx.array]]) -> Arrays:
