@@ -103,7 +103,7 @@ class Target:
     def with_weights(self, weights: list[mx.array]) -> "Target":
         """A twin that computes with other arrays in the places of its ``weights``."""
         twin = copy.copy(self)
-        twin._watch(self.model, iter(weights))  # the view may keep more by now
+        twin._watch(self.model, iter(weights))  # its view may keep more by now
         return twin
 
     def _watch(self, model: Any, weights: Iterator[mx.array] | None = None) -> None:
