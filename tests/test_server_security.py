@@ -220,7 +220,7 @@ def test_other_machines_may_not_ask_without_a_key(monkeypatch):
     from mlx_redrafter.server import run
 
     given = []
-    monkeypatch.setattr(run, "serve", given.append)
+    monkeypatch.setattr(run, "serve", lambda settings, ranks: given.append(settings))
     monkeypatch.delenv("MLX_REDRAFTER_API_KEY", raising=False)
 
     def serve(*words):
