@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..convert.drafter import check_output, export_drafter
 from ..convert.mlxfn import export_functions, read_shape, usable_context
 from ..model import DTYPES
-from ..options import DecodingOptions, ModelOptions, choose_drafter, load_model
+from ..options import DecodingOptions, ModelOptions, check_text, choose_drafter, load_model
 
 OF_FUNCTIONS = ("shape", "context", "device", "dtype")
 
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 def _export_functions(args: argparse.Namespace) -> int:
     output = args.output or "mlxfn_model"
     check_output(output)
+    check_text("mlxfn", args.mlxfn)
     usable_context(args.context, None)
     shapes = [read_shape(text) for text in args.shape or ()]
     if args.device is not None:

@@ -93,7 +93,7 @@ def build_parser(chosen: str | None = None) -> Parser:
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
     for name, text in COMMANDS.items():
-        command: Any = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+        command: Any = commands.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
         if chosen in (None, name):
             module: Any = import_module(f".{name}", __package__)
             module.add_arguments(command)
