@@ -109,7 +109,7 @@ def commit(layers: Layers) -> Layers:
     """Write the last path's rows to their places; rows after the accepted ones are never read."""
     if layers.path_start is None:
         return layers
-    start, known = layers.path_start, dict[tuple[int, int], mx.array]()
+    start, known = layers.path_start, Places()
     written = [
         [write_rows(buffer, part, start, window, known) for buffer, part in zip(rows, path, strict=True)]
         if path

@@ -28,7 +28,7 @@ from ..decoding.tree import Tree, make_tree
 from ..loading.cache import versions
 from . import backend
 from .channel import Channel, Message, connect
-from .engine import Engine, Request
+from .engine import Engine, Request, engine_here
 from .loop import Chooser, Emitted, Text
 from .prefixes import Prefixes
 from .runner import Runner
@@ -207,7 +207,10 @@ class Ranks:
         self.channel.tell(order, *given)
 
     def engine(self, runner: Runner, policy: Chooser, chunk: int, **options: Any) -> Engine:
-        """An engine that has the other ranks' do the same."""
+        """An engine that has the other ranks' do the same, or is one of theirs."""
+        if self.rank:
+            options["max_memory"] = self._least(options["max_memory"], options["prefixes"])
+            return Engine(runner, policy, chunk, **options)
         self._count += 1
         model = self._number(lambda each: each.prepare().target is runner.target)
         prefixes: Prefixes | None = options.get("prefixes")
@@ -300,13 +303,8 @@ class Ranks:
         if kept is not None and model not in self._prefixes:
             self._prefixes[model] = Prefixes(min(kept, Prefixes().limit))
         prefixes = self._prefixes[model] if kept is not None else None
-        reserved = max(prefixes.limit - prefixes.nbytes, 0) if prefixes else 0
-        device, runner = backend.current(), self.models[model][0].prepare()
-        usual: dict[str, Any] = {name: getattr(device, name) for name in ("grain", "padded", "eager")}
-        usual["max_memory"] = self._least(max(backend.free_memory() - reserved, 0), prefixes)
-        self._engines[number] = Engine(
-            runner, _Following(self), chunk, texts=texts, prefixes=prefixes, **usual
-        )
+        runner = self.models[model][0].prepare()
+        self._engines[number] = engine_here(runner, _Following(self), chunk, texts=texts, prefixes=prefixes)
 
     def _on_submit(self, number: int, request: dict[str, Any], asks_host: bool) -> None:
         request["sampling"] = Sampling(**request["sampling"])

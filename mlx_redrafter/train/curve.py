@@ -3,6 +3,7 @@
 import importlib.util
 import io
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 NAME = "learning_curve.png"
@@ -34,7 +35,7 @@ def plot(scores: Sequence[Mapping[str, Any]]) -> Any:
     left = figure.add_subplot(xlabel="minutes of the whole run")
     minutes = [score["seconds"] / 60 for score in scores]
     for axes, name, values, colour in (
-        (left, "held-out loss (nats, mean of the depths)", [_mean(x["loss"]) for x in scores], "C0"),
+        (left, "held-out loss (nats, mean of the depths)", [fmean(x["loss"]) for x in scores], "C0"),
         (left.twinx(), "held-out tokens per step", [x["tokens_per_step"] for x in scores], "C1"),
     ):
         axes.plot(minutes, values, color=colour, marker="o")
@@ -42,7 +43,3 @@ def plot(scores: Sequence[Mapping[str, Any]]) -> Any:
     left.grid(alpha=0.3)
     left.set_title(f"{scores[-1]['positions']:,} positions trained on", fontsize=10)
     return figure
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

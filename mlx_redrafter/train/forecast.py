@@ -43,10 +43,8 @@ def forecast(known: float, trained: float, seconds: float) -> str:
         seconds: until the drafter is there.
     """
     least, most = (1e6 * math.sqrt(run[0] * run[1]) for run in (RUNS[0], RUNS[-1]))
-    amount, after = (
-        _amount(known, trained),
-        "after " + duration(60 * max(1, round(seconds / 60))).removesuffix(" 0 s"),
-    )
+    amount = _amount(known, trained)
+    after = "after " + duration(60 * max(1, round(seconds / 60))).removesuffix(" 0 s")
     if amount < 0.95 * least:
         return f"no forecast {after}: {trained:,.0f} positions to train on are fewer than were ever measured."
     if amount > 1.05 * most:
