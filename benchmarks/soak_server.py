@@ -165,7 +165,7 @@ def bits(path: str, event: dict[str, Any]) -> list[tuple[int, str, str]]:
 
 
 def client_of(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, timeout=120)
+    return httpx.Client(base_url=url, timeout=900)  # a CPU takes minutes for the prompts of 64 clients
 
 
 def visit(client: httpx.Client, ask: Ask, rng: random.Random, report: Report) -> None:
