@@ -5,6 +5,7 @@ dictated and a drafter knows it all. A ``random`` model says anything, and its d
 """
 
 import functools
+import importlib
 import json
 import random
 from pathlib import Path
@@ -13,7 +14,6 @@ import mlx.core as mx
 import sentencepiece
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -72,7 +72,8 @@ def make_folder(
 def make_weights(config: dict) -> dict[str, mx.array]:
     """Random weights whose next-token distributions are far from uniform."""
     mx.random.seed(3)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
     return {
         name: value + 0.2 * mx.random.normal(value.shape) if value.ndim > 1 else value
         for name, value in tree_flatten(model.parameters())
@@ -106,7 +107,7 @@ def follow(weights: dict[str, mx.array], successors: list[int]) -> dict[str, mx.
     weights["model.embed_tokens.weight"] = rows
     weights["lm_head.weight"] = rows[predecessors(successors)]
     for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight")):
             weights[name] = mx.zeros_like(weights[name])
     return weights
 

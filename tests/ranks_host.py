@@ -26,8 +26,9 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen2, qwen3, qwen3_moe  # noqa: F401
-from models import RandomDrafter, make_model
+from mlx_lm.models import bailing_hybrid, llama, qwen2, qwen3, qwen3_moe, qwen3_next  # noqa: F401
+from models import RandomDrafter, ScriptedDrafter, make_model
+from tiny import make_tiny
 
 from mlx_redrafter.commands.main import main
 from mlx_redrafter.decoding.state import DraftShape
@@ -75,7 +76,9 @@ def together(names):
             case = CASES[name]
             model = case.model()
             split(model, ranks.group, "the model")
-            target = Target(model)
+            target = Target(model, case.layers)
+            if target.is_part:
+                target.check(agree=ranks.first_problem)
             make, picks = case.own(ranks.rank)
             runners[name] = Runner(target, make(target), picks, case.compiled)
             ranks.lead(runners[name])
@@ -181,15 +184,50 @@ def asked(runner):
     return list(said.values())
 
 
+class LayersDrafter(ScriptedDrafter):
+    """Knows a text, and its place in it by the outputs of layers alone."""
+
+    def __init__(self, target):
+        whole, text = Target(gated_delta(), target.layers_read), [*PROMPTS[0]]
+        for _ in range(20):
+            logits, _ = whole.forward(mx.array([text]), whole.make_cache())
+            text.append(int(mx.argmax(logits[0, -1])))
+        super().__init__(whole, text)
+        self.width = whole.embed.weight.shape[1]
+        self.places = self.prepare(self.places)
+
+    def prepare(self, context):
+        return context[..., self.width :]
+
+
+def with_drafts(runner):
+    """A text, and how much of it was drafted in each step."""
+    engine = engine_here(runner, Fixed(DraftShape(1, 3)), 4)
+    engine.submit(Request(PROMPTS[0], 20))
+    found = []
+    while engine.is_busy:
+        found += [[*each.tokens, each.drafted] for each in engine.step()]
+    return found
+
+
 @dataclass
 class Case:
-    """What ranks decode: a model, each rank's drafter and way to pick, what is said with one, and alone."""
+    """What ranks decode: a model, each rank's drafter and way to pick, what is said with one, and alone.
+
+    ``layers`` are those that the drafter reads.
+    """
 
     model: Callable
     own: Callable = lambda rank: (RandomDrafter, pick)
     compiled: bool = False
     texts: Callable = crowd
     alone: Callable = alone
+    layers: tuple = ()
+
+
+def gated_delta():
+    """A model that mlx-lm splits by layers only; each rank gets one of each kind."""
+    return make_tiny("qwen3_next", full_attention_interval=2)
 
 
 def quantized():
@@ -209,14 +247,25 @@ CASES = {
         tied, lambda rank: (lambda target: RandomDrafter(target, seed=1 + rank), last_pick if rank else pick)
     ),
     "asked": Case(lambda: make_model("llama"), texts=asked, alone=asked),
+    "by-layers": Case(gated_delta),
+    "by-layers-compiled": Case(gated_delta, compiled=True),
+    "context": Case(
+        gated_delta,
+        lambda rank: (LayersDrafter, pick),
+        texts=with_drafts,
+        alone=with_drafts,
+        layers=(1, 4),
+    ),
+    "by-layers-asked": Case(gated_delta, texts=asked, alone=asked),
+    "lightning": Case(lambda: make_tiny("bailing_hybrid")),
 }
 
 
 def expected(names):
     said = {}
     for name in names:
-        target = Target(CASES[name].model())
-        said[name] = CASES[name].alone(Runner(target, RandomDrafter(target)))
+        target = Target(CASES[name].model(), CASES[name].layers)
+        said[name] = CASES[name].alone(Runner(target, CASES[name].own(0)[0](target)))
     print(json.dumps(said))
     return 0
 

@@ -11,12 +11,21 @@ import pytest
 from bundles import make_drafter, make_folder
 from mlx import nn
 from models import make_model
+from tiny import CONFIGS, make_tiny
 
 from mlx_redrafter.loading.split import can_split, split
+from mlx_redrafter.models.drafter import Drafter, DrafterConfig
+from mlx_redrafter.models.save import write_drafter
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not mx.distributed.is_available("ring"), reason="ranks are forked, with a ring"
 )
+
+
+# Gated delta nets and attention in turns, which mlx-lm splits by layers only.
+BY_LAYERS = {key: value for key, value in CONFIGS["qwen3_next"].items() if key != "vocab_size"}
+BY_LAYERS["full_attention_interval"] = 2
+READER = {"context_layers": (1, 4), "memory_heads": 2, "memory_head_size": 8}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,15 @@ def folder(tmp_path_factory):
     make_folder(folder / "only")
     make_folder(folder / "second", kind="random", num_attention_heads=8)
     make_folder(folder / "nine", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    make_folder(folder / "layers", kind="random", **BY_LAYERS)
+    reader = DrafterConfig(128, vocabulary(folder / "layers"), 20, 1, True, **READER)
+    write_drafter(folder / "reader", reader, Drafter(reader).weights())
+    make_folder(folder / "six-layers", kind="random", **{**BY_LAYERS, "num_hidden_layers": 6})
     return folder
+
+
+def vocabulary(folder):
+    return json.loads((folder / "config.json").read_text())["vocab_size"]
 
 
 def words(model, *more):
@@ -60,6 +77,31 @@ def test_texts_that_come_and_go_say_what_each_says_alone_on_one_machine(host):
     assert not done["out"][1]
 
 
+@pytest.mark.parametrize("name", ["by-layers", "by-layers-compiled", "by-layers-asked", "lightning"])
+def test_so_do_texts_of_models_that_are_split_by_layers(host, name):
+    done = host(names=[name], size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    assert json.loads(done["out"][0]) == json.loads(host(names=[name])["out"][0])
+    assert not done["out"][1]
+
+
+def test_drafters_read_outputs_of_layers_that_other_ranks_have(host):
+    """The oracle here knows its place in the text by these alone, and drafts all of it."""
+    done = host(names=["context"], size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    (steps,) = json.loads(done["out"][0]).values()
+    assert [steps] == [*json.loads(host(names=["context"])["out"][0]).values()]
+    assert [step[-1] for step in steps] == [0, 3, 3, 3, 3, 3]
+
+
+def test_drafters_with_a_memory_read_them_too(host, folder):
+    given = words(folder / "layers", "--drafter", str(folder / "reader"), "--max-tokens", "20")
+    given += ["--beam-width", "2", "--beam-length", "3", "--lookup", "2"]
+    done = host(words=given, size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    assert done["out"] == [*host(words=given)["out"], ""]
+
+
 def test_ties_fall_as_on_rank_0_whatever_others_draft_and_pick(host):
     done = host(names=["tied"], size=2)
     assert done["codes"] == [0, 0], done["err"]
@@ -74,6 +116,22 @@ def test_generate_says_what_it_says_on_one_machine(host, folder, more):
     done = host(words=given, size=2)
     assert done["codes"] == [0, 0], done["err"]
     assert done["out"] == [*host(words=given)["out"], ""]
+
+
+@pytest.mark.parametrize("more", [("--lookup", "3"), ("--no-draft",)])
+def test_three_machines_share_six_layers(host, folder, more):
+    given = words(folder / "six-layers", "--drafter", "none", "--max-tokens", "12", *more)
+    done = host(words=given, size=3)
+    assert done["codes"] == [0, 0, 0], done["err"]
+    assert done["out"] == [*host(words=given)["out"], "", ""]
+
+
+def test_two_machines_share_four_layers_and_three_cannot(host, folder):
+    done = host(words=words(folder / "layers", "--drafter", "none"), size=3)
+    assert done["codes"] == [2, 2, 2]
+    for line in done["err"]:
+        assert line.count("\n") == 1
+        assert "4 layers, of which 3 machines cannot have some of every kind each: start 2." in line
 
 
 def test_three_machines_share_nine_heads_and_two_cannot(host, folder):
@@ -96,10 +154,7 @@ def test_commands_of_one_machine_are_refused_by_name(host, folder):
 
 def test_models_that_cannot_be_split_are_refused_by_name():
     model, group = make_model("olmo2"), mx.distributed.init()
-    with pytest.raises(ValueError, match="mine cannot be split: .* for olmo2 models"):
-        split(model, group, "mine")
-    model.model.pipeline = lambda group: None  # as mlx-lm's that can be split by layers
-    with pytest.raises(ValueError, match="by layers only .* for olmo2 models. Run it on one machine"):
+    with pytest.raises(ValueError, match="mine cannot be split: .* for olmo2 models. Run it on one machine"):
         split(model, group, "mine")
 
 
@@ -115,8 +170,9 @@ def test_other_weights_and_versions_end_all_with_one_line(host, folder, tmp_path
     assert all("another version of mlx (0.1)" in line and line.count("\n") == 1 for line in done["err"])
 
 
-def test_a_rank_that_dies_ends_all_within_seconds(host, folder):
-    given = words(folder / "cycle", "--drafter", "none", "--lookup", "0", "--max-tokens", "900")
+@pytest.mark.parametrize("name", ["cycle", "layers"])
+def test_a_rank_that_dies_ends_all_within_seconds(host, folder, name):
+    given = words(folder / name, "--drafter", "none", "--lookup", "0", "--max-tokens", "900")
     done = host(words=given, size=2, signal="SIGKILL", to=[1])
     assert done["codes"] == [2, -9]
     assert done["err"][0].splitlines()[-1].startswith("error: rank 1 has ended without a word")
@@ -134,13 +190,15 @@ def test_an_interrupt_ends_all(host, folder):
     assert done["seconds"] < 10
 
 
-def test_a_server_says_what_it_says_on_one_machine(host, folder, tmp_path):
+@pytest.mark.parametrize(("name", "drafter"), [("cycle", "drafter"), ("layers", None)])
+def test_a_server_says_what_it_says_on_one_machine(host, folder, tmp_path, name, drafter):
     """To several at once, whatever they ask for; with models that come and go; and ends when it is told."""
-    given = ["serve", "--model", "cycle", "--drafter", str(folder / "drafter"), "--port", "0"]
+    drafter = str(folder / drafter) if drafter else "none"
+    given = ["serve", "--model", name, "--drafter", drafter, "--port", "0"]
     given += ["--model-dir", ".", "--max-models", "1", "--prefill-step-size", "8"]
     folders = [str(folder), str(tmp_path)]
-    for name in ("cycle", "second", "nine"):
-        (tmp_path / name).symlink_to(folder / name)
+    for each in (name, "second", "nine"):
+        (tmp_path / each).symlink_to(folder / each)
     done = host(words=given, size=2, client="answers", folders=folders)
     alone = host(words=given, client="answers", folders=folders)
     assert done["codes"] == [0, 0] and not done["err"][1], done["err"]
@@ -173,6 +231,15 @@ def test_a_model_is_split_if_heads_and_weights_can_be_shared_evenly():
     model = make_model("llama", hidden_size=128, intermediate_size=96)
     nn.quantize(model, 32, 4)  # of which half a layer's inputs would be one and a half groups
     assert not any(can_split(model, n) for n in range(2, 9))
+
+
+def test_a_model_is_split_by_layers_if_all_get_some_of_every_kind():
+    model = make_tiny("qwen3_next", full_attention_interval=2, num_hidden_layers=8)
+    assert [n for n in range(2, 9) if can_split(model, n)] == [2, 3, 4]
+    assert len(model.layers) == 8 and None not in model.model.layers  # nothing was changed
+    model = make_tiny("qwen3_next")  # of whose four layers one has attention
+    assert not any(can_split(model, n) for n in range(2, 9))
+    assert [n for n in range(2, 9) if can_split(make_tiny("bailing_hybrid"), n)] == [2]
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="two processes import everything")

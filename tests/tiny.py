@@ -22,12 +22,12 @@ def modules():
     return sorted({file.stem for file in files} - HELPERS)
 
 
-def make_tiny(name, seed=0):
+def make_tiny(name, seed=0, **changes):
     """A float32 model whose outputs vary."""
     _stand_in(name)
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(seed)
-    model = module.Model(module.ModelArgs.from_dict(json.loads(json.dumps(CONFIGS[name]))))
+    model = module.Model(module.ModelArgs.from_dict({**json.loads(json.dumps(CONFIGS[name])), **changes}))
     weights = [(path, _varied(name, path, value)) for path, value in tree_flatten(model.parameters())]
     model.load_weights(weights)
     model.eval()

@@ -132,6 +132,7 @@ class Engine:
         hand_over: lets the device begin a step.
         eager: as ``Batch``'s.
         prefixes: texts kept for reuse, of this model.
+        most: of the bytes that texts need here and on other machines, the most.
     """
 
     def __init__(
@@ -147,12 +148,13 @@ class Engine:
         hand_over: HandOver = begin_step,
         eager: bool = True,
         prefixes: "Prefixes | None" = None,
+        most: Callable[[int], int] = int,
     ) -> None:
         if chunk < 1 or texts < 1:
             raise ValueError(f"chunk {chunk} and texts {texts} are not usable: give 1 or more.")
         self.chunk, self.texts, self.max_memory = chunk, texts, max_memory
         self.target, self.runner, self._longest = runner.target, runner, longest
-        self.prefixes = prefixes
+        self.prefixes, self._most = prefixes, most
         if prefixes is not None:
             prefixes.belong_to(self.target.memory)
         # No reference to the engine itself: a cycle would keep the buffers until Python looks for cycles.
@@ -347,7 +349,7 @@ class Engine:
         needed = max(batch.nbytes_of(own) for batch in self._batches)
         for batch in self._batches:
             needed += sum(batch.nbytes_of(self._rows_in_the_end(x, x.rows)) for x in batch.everyone)
-        return len(running) < self.texts and needed <= self.max_memory
+        return len(running) < self.texts and self._most(needed) <= self.max_memory
 
     def _rows_in_the_end(self, text: Text, rows: int) -> int:
         return bucket(min(rows + text.left, max(self._longest, rows)))

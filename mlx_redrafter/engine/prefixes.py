@@ -21,7 +21,7 @@ values are quantized: where mlx-lm quantizes depends on how a prompt is read.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,9 +66,14 @@ class Prefixes:
         limit: bytes that may be kept; 0 keeps nothing, None is a quarter of the memory that is free now.
         folder: of the same model, keeps on the disk what is kept here.
 
+    Attributes:
+        same: whether other machines have as many tokens of a prompt, where each keeps other layers.
+
     Raises:
         ValueError: the limit is negative.
     """
+
+    same: Callable[[int], bool] = staticmethod(lambda count: True)
 
     def __init__(self, limit: int | None = None, folder: "PrefixFolder | None" = None) -> None:
         self.limit = int(SHARE * backend.free_memory()) if limit is None else limit
@@ -105,6 +110,8 @@ class Prefixes:
             count, layers = longer
             self._keep(ids[:count], replace(layers, windows=windows_of(caches)))
             found = self._usable(self._walk(ids))
+        if not self.same(_count(found)):
+            found = []
         if found:
             fill(caches, replace(found[-1][0].layers, rows=_rows(found, ends_only=True)), _count(found))
         return _count(found)

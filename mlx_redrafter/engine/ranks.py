@@ -22,14 +22,14 @@ from mlx_lm.generate import generation_stream, maybe_set_recommended_wired_limit
 
 from ..decoding.layers import Quantization
 from ..decoding.sampling import Sampling
-from ..decoding.state import DraftShape, State
+from ..decoding.state import DraftShape, Output, State
 from ..decoding.step import Pick
 from ..decoding.tree import Tree, make_tree
 from ..loading.cache import versions
 from . import backend
 from .channel import Channel, Message, connect
 from .engine import Engine, Request, engine_here
-from .loop import Chooser, Emitted, Text
+from .loop import Chooser, Emitted, Text, Unfinished, begin_step
 from .prefixes import Prefixes
 from .runner import Runner
 
@@ -127,6 +127,11 @@ class Ranks:
             self._to_agree = 0
             raise ValueError(text)
 
+    def first_problem(self, problem: str) -> str:
+        """The first one that there is on any rank, given the own one; "" where all is well."""
+        told = self.channel.gather(problem)
+        return next((_told(text, rank) for rank, text in enumerate(told) if text), "")
+
     # --- Loading, which all do at the same time ------------------------------------------------------------
 
     def tell_load(self, options: Any, drafter: Any) -> None:
@@ -208,6 +213,10 @@ class Ranks:
 
     def engine(self, runner: Runner, policy: Chooser, chunk: int, **options: Any) -> Engine:
         """An engine that has the other ranks' do the same, or is one of theirs."""
+        if runner.target.is_part:
+            options |= {"hand_over": _tree_first, "most": self._most}
+            if options.get("prefixes") is not None:
+                options["prefixes"].same = self._same
         if self.rank:
             options["max_memory"] = self._least(options["max_memory"], options["prefixes"])
             return Engine(runner, policy, chunk, **options)
@@ -225,6 +234,12 @@ class Ranks:
         if prefixes is not None:
             prefixes.limit = min(limit for _, limit in told)
         return int(min(free for free, _ in told))
+
+    def _most(self, number: int) -> int:
+        return int(max(self.channel.gather(number)))
+
+    def _same(self, number: int) -> bool:
+        return len(set(self.channel.gather(number))) == 1
 
     def stream_generate(
         self, model: Any, tokenizer: Any, prompt: Sequence[int], sampler: Any = None, **options: Any
@@ -458,6 +473,16 @@ def settle() -> None:
     """Wait for this rank's device: sums that are under way must not meet those of another stream."""
     mx.synchronize()
     mx.synchronize(generation_stream)
+
+
+def _tree_first(state: State, output: Output | Unfinished) -> None:
+    """``begin_step`` where ranks have other layers: what comes from another rank's depends on nothing here.
+
+    So it would be waited for before the tree is shared, and the other rank waits for that.
+    """
+    if isinstance(output, Output):  # else it is handed over already
+        mx.async_eval(output.drafted)
+    begin_step(state, output)
 
 
 def _greedy(logprobs: mx.array) -> mx.array:

@@ -68,6 +68,7 @@ class Target:
 
     Attributes:
         has_states: whether it has recurrent layers.
+        is_part: whether other machines have other layers of it.
         trees: whether it verifies trees that branch; found by ``check``.
         batches: whether it verifies several texts at once; found by ``check``.
 
@@ -119,11 +120,13 @@ class Target:
         if is_watched:
             watch(self._view, self.tape)
         inner: Any = _inner_place(self._view)
+        self.is_part = getattr(inner[0][inner[1]], "pipeline_size", 1) > 1
         self.layers = _layers(inner[0][inner[1]])
-        read = [Recorder.put_into(*_layer_place(self.layers, layer)) for layer in self.layers_read]
+        places = [_layer_place(self.layers, layer) for layer in self.layers_read]
+        read = [owner[place] and Recorder.put_into(owner, place) for owner, place in places]
         if self._has_inner_head:
             inner = _norm_place(inner[0][inner[1]])
-        self._recorders = [Recorder.put_into(*inner), *read]
+        self._recorders: list[Any] = [Recorder.put_into(*inner), *read]
 
     def make_cache(self) -> list[Any]:
         """mlx-lm caches for prompt processing, one per layer."""
@@ -170,8 +173,10 @@ class Target:
             [_padded(state, full) for state, full in zip(*pair, strict=True)]
             for pair in zip(layers.states, self._full, strict=True)
         ]
-        if rows == 0:
-            layers.states = [[mx.zeros_like(state) for state in states] for states in layers.states]
+        if rows == 0:  # what the machines would have to compute together, all at the same time, is not
+            layers.rows, layers.states = (
+                [[mx.zeros_like(x) for x in each] for each in kept] for kept in (layers.rows, layers.states)
+            )
         short = 0 < layers.capacity <= rows
         return rows, fit_rows(layers, max(layers.capacity, rows + 1)) if short or layers.memory else layers
 
@@ -203,8 +208,10 @@ class Target:
         with self._lock:
             self.tape.start(tokens, tree if watched else None, offset, columns)
             logits = self._view(tokens, cache=caches)
-            last, *layers = [recorder.take() for recorder in self._recorders]
+            last, *layers = [recorder and recorder.take() for recorder in self._recorders]
             after = self.tape.stop(watched)
+        if layers and self.is_part:
+            logits, layers = _from_all(logits, last, layers)
         states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
         return logits, mx.concatenate(states, axis=-1) if layers else last, after
 
@@ -274,13 +281,14 @@ class Target:
                 f"{how.group_size} ({reason}): give others, or leave kv_bits out."
             ) from error
 
-    def check(self, device: str = "") -> None:
+    def check(self, device: str = "", agree: Callable[[str], str] = str) -> None:
         """Compare logits with sequential decoding's on this very model (``trial.py``).
 
         If only those of trees, or of several texts at once, differ, ``trees`` or ``batches`` becomes false.
 
         Args:
             device: on which, by name; what is found is kept in the cache folder then, and taken from there.
+            agree: given why something failed here, or "", says why it did on any of the machines.
 
         Raises:
             ValueError: a chain's differ, so drafting would change what the model says.
@@ -292,11 +300,11 @@ class Target:
                 return
         from .trial import begin, failure
 
-        trial, failed = begin(self)
-        if failed := failed or failure(trial.chains):
+        trial, failed = begin(self, agree)
+        if failed := failed or failure(trial.chains, agree):
             raise ValueError(f"{_name(self.model)} cannot verify drafts: {failed}.")
-        self.trees = self.trees and not failure(trial.tree)
-        self.batches = not failure(trial.batch)
+        self.trees = self.trees and not failure(trial.tree, agree)
+        self.batches = not failure(trial.batch, agree)
         if known:
             write_note("self-checks", known, trees=self.trees, batches=self.batches)
 
@@ -492,6 +500,19 @@ def _layer_place(layers: list[Any], layer: int) -> tuple[list[Any], int]:
     if not 1 <= layer <= len(layers):
         raise ValueError(f"layer {layer} is not usable as context: the model has {len(layers)} layers.")
     return layers, layer - 1
+
+
+def _from_all(
+    logits: mx.array, last: mx.array, layers: Sequence[mx.array | None]
+) -> tuple[mx.array, list[mx.array]]:
+    """Outputs of layers, each of which one machine has, on all of them.
+
+    They are summed after all that gives ``last``, and before what comes after the logits: what machines
+    compute together, all must compute in the same order.
+    """
+    own = mx.stack([mx.zeros_like(last) if each is None else each for each in layers])
+    found = mx.distributed.all_sum(mx.depends(own, last))
+    return mx.depends(logits, found), list(found)
 
 
 def _layers(inner: Any) -> list[Any]:

@@ -9,25 +9,30 @@ import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from ..decoding.layers import Layers, commit, fit_rows, join_rows, leave_path
-from ..decoding.tree import build_chain, make_tree
-from .hooks import ERRORS, leaves
+from ..decoding.step import Verified
+from ..decoding.tree import Tree, build_chain, make_tree
+from .hooks import ERRORS, States, leaves
 
 TRIED_WINDOW = 6  # tokens, in a trial: all windows act as they do in a long text
 TRIED = 13  # tokens of a trial's prompt
 
 
-def begin(target: Any) -> "tuple[Trial, str]":
-    """A trial, in which windows are short; or why there is none."""
+def begin(target: Any, agree: Callable[[str], str] = str) -> "tuple[Trial, str]":
+    """A trial, in which windows are short; or why there is none. ``agree`` as of ``Target.check``."""
     try:
         try:
-            return Trial(copy.copy(target), TRIED_WINDOW), ""
+            return Trial(copy.copy(target), TRIED_WINDOW, agree), ""
         except ERRORS:
-            return Trial(copy.copy(target), None), ""  # mlx-lm's code may know its window from elsewhere
+            return Trial(
+                copy.copy(target), None, agree
+            ), ""  # mlx-lm's code may know its window from elsewhere
     except ERRORS as reason:
         return Trial.__new__(Trial), str(reason) or type(reason).__name__
 
 
-def failure(part: Callable[[], Iterable[tuple[mx.array, mx.array]]]) -> str:
+def failure(
+    part: Callable[[], Iterable[tuple[mx.array, mx.array]]], agree: Callable[[str], str] = str
+) -> str:
     """Why a trial's logits differ from sequential decoding; "": they do not."""
     try:
         pairs = [(found, wanted.astype(mx.float32)) for found, wanted in part()]
@@ -38,7 +43,7 @@ def failure(part: Callable[[], Iterable[tuple[mx.array, mx.array]]]) -> str:
         return str(reason) or type(reason).__name__
     tolerance = 1e-3 if pairs[0][0].dtype == mx.float32 else 0.1
     differ = f"its logits differ by {error:.2g} (of {scale:.2g}) from sequential decoding"
-    return "" if error <= tolerance * scale else differ
+    return agree("" if error <= tolerance * scale else differ)
 
 
 class Trial:
@@ -49,10 +54,12 @@ class Trial:
 
     Args:
         target: its windows are made no longer than ``window``, if that is given.
+        agree: as of ``Target.check``. Machines that have other layers each must compute the same, in the same
+            order: so one forward pass after the other is, and only once all have built it.
     """
 
-    def __init__(self, target: Any, window: int | None) -> None:
-        self.target = target
+    def __init__(self, target: Any, window: int | None, agree: Callable[[str], str] = str) -> None:
+        self.target, self._agree = target, agree
         caches = make_prompt_cache(target.model)
         if window is not None:
             target.windows = [each and min(each, window) for each in target.windows]
@@ -62,20 +69,24 @@ class Trial:
         size = target.vocabulary
         self.text = [(7919 * i + 13) % size for i in range(TRIED + 6)]
         self.other = [(7919 * i + 13) % size for i in range(TRIED + 6, TRIED + 8)]  # after the text's second
-        read = target.model(mx.array([self.text[:TRIED]]), cache=caches)[0]
+
+        def say(tokens: list[int], caches: list[Any]) -> mx.array:
+            logits: mx.array = target.model(mx.array([tokens]), cache=caches)[0]
+            mx.eval(logits, [cache.state for cache in caches])
+            return logits
+
+        read = say(self.text[:TRIED], caches)
         said = []
         for place in range(TRIED, TRIED + 6):
             if place == TRIED + 2:
                 branch = copy.deepcopy(caches)
-            said.append(target.model(mx.array([self.text[place : place + 1]]), cache=caches)[0, -1])
+            said.append(say(self.text[place : place + 1], caches)[-1])
         self.said = mx.stack(said)  # [6, V] after each token from the prompt's end on
-        self.branched = mx.stack(
-            [target.model(mx.array([[token]]), cache=branch)[0, -1] for token in self.other]
-        )
+        self.branched = mx.stack([say([token], branch)[-1] for token in self.other])
         self.first = read[:3]
         self.caches = target.make_cache()
         target.forward(mx.array([self.text[:TRIED]]), self.caches)
-        mx.eval(self.said, self.branched, self.first, [cache.state for cache in self.caches])
+        mx.eval([cache.state for cache in self.caches])
 
     def _prompt(self) -> Layers:
         return fit_rows(self.target.layers_of(self.caches)[1], TRIED + 11)
@@ -89,9 +100,21 @@ class Trial:
             parents = mx.array([[max(i - 1, 0) for i in range(len(tokens[0]))]] * len(tokens))
             tree = make_tree(mx.array(tokens), parents, len(tokens[0]) - 1)
             tree.is_chain = True
-        seen = self.target.verify(tree, layers, mx.array(start, mx.int32))
-        states = seen.states(mx.array(count, mx.int32) - 1)
+        seen, states = self._verify(tree, layers, mx.array(start, mx.int32), mx.array(count, mx.int32) - 1)
         return seen.logits, replace(layers, rows=seen.rows, states=states)
+
+    def _verify(self, tree: Tree, layers: Layers, start: mx.array, last: mx.array) -> tuple[Verified, States]:
+        """What the target says of a tree, and the states after the ``last`` accepted node."""
+        problem = ""
+        try:
+            seen = self.target.verify(tree, layers, start)
+            states = seen.states(last)
+        except ERRORS as error:
+            problem = str(error) or type(error).__name__
+        if problem := self._agree(problem):
+            raise ValueError(problem)
+        mx.eval(seen.logits, seen.rows, seen.nodes, states)
+        return seen, states
 
     def chains(self) -> Iterator[tuple[mx.array, mx.array]]:
         """Pairs of logits, found and wanted: from nothing, then after the prompt."""
@@ -128,11 +151,11 @@ class Trial:
         parents, start = mx.array([[0, 0, 1, 2, 1, 4]], mx.int32), mx.array([TRIED], mx.int32)
         tree = make_tree(mx.array([[*text[:4], g, h]], mx.int32), parents, depth=3)
         layers = self._prompt()
-        seen = self.target.verify(tree, layers, start)
+        seen, states = self._verify(tree, layers, start, mx.array([4]))
         yield seen.logits[0, :4], self.said[:4]
         yield seen.logits[0, 4:], self.branched
         path = mx.array([[0, 1, 4, 0]], mx.int32)
-        layers = replace(layers, rows=seen.rows, states=seen.states(mx.array([4])))
+        layers = replace(layers, rows=seen.rows, states=states)
         layers = commit(leave_path(layers, seen.nodes, path, start))
         found, _ = self._chain([[h]], fit_rows(layers, TRIED + 17), [TRIED + 3], [1])
         yield found[0], self.branched[1:]
