@@ -95,8 +95,8 @@ class SpeculativeModel:
             target = Target(self.model, drafter.config.context_layers if drafter else (), memory)
             if self.refusal or not same:
                 _check_fit(self.drafter, target.embed)
-                known = "" if self.ranks else f"{backend.current().name} {backend.chip()}"
-                target.check(known, self.ranks.first_problem if self.ranks else str)
+                device = f"{backend.current().name} {backend.chip()}{self.ranks or ''}"
+                target.check(device, getattr(self.ranks, "first_problem", str))
             elif self._runner is not None:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches
             self._runner, self.refusal = Runner(target, drafter, compiled=backend.current().compiled), ""

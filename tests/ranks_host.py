@@ -40,6 +40,7 @@ from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.policy import StepTimes
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.loading.split import split
+from mlx_redrafter.models import recurrent
 from mlx_redrafter.models.target import Target
 
 PROMPTS = [[5, 9, 5, 9, 5, 9], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [30, 20, 30, 20, 30]]
@@ -78,7 +79,10 @@ def together(names):
             split(model, ranks.group, "the model")
             target = Target(model, case.layers)
             if target.is_part:
+                if name == "branchless" and ranks.rank:
+                    recurrent.CLOSED = {}  # how it would run its layers along a tree
                 target.check(agree=ranks.first_problem)
+                print(f"trees: {target.trees}", file=sys.stderr)
             make, picks = case.own(ranks.rank)
             runners[name] = Runner(target, make(target), picks, case.compiled)
             ranks.lead(runners[name])
@@ -257,6 +261,7 @@ CASES = {
         layers=(1, 4),
     ),
     "by-layers-asked": Case(gated_delta, texts=asked, alone=asked),
+    "branchless": Case(gated_delta),
     "lightning": Case(lambda: make_tiny("bailing_hybrid")),
 }
 

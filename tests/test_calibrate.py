@@ -30,6 +30,7 @@ from mlx_redrafter.engine.runner import TRIALS
 from mlx_redrafter.engine.step_times import candidates, make_policy, step_times
 from mlx_redrafter.engine.stopwatch import LONG, SHORT, Measured, _Stopwatch, after_text, between, measure
 from mlx_redrafter.model import SpeculativeModel
+from mlx_redrafter.models import trial
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 PLAIN = DraftShape(0, 0)
@@ -124,6 +125,56 @@ def test_what_a_slow_machine_measures_can_be_kept(monkeypatch: pytest.MonkeyPatc
     watch = _Stopwatch(THREE, 0.001)
     assert len(play(watch, lambda shape: float(shape.size))) == 6
     assert watch.measured.steady
+
+
+def test_a_very_slow_machine_tries_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "STEADY", 0.3)
+    copy, draft, tree = DraftShape(0, 0, None, 2), DraftShape(1, 3), DraftShape(3, 3, 8)
+    longer, wider = DraftShape(0, 0, None, 9), DraftShape(4, 4)
+    shapes = [PLAIN, wider, longer, tree, copy, draft]
+    watch = _Stopwatch(shapes, 1.0, most=5.0)
+    assert play(watch, lambda shape: 4.0 + shape.size) == [
+        PLAIN,
+        copy,
+        draft,
+        wider,
+        wider,
+        draft,
+        copy,
+        PLAIN,
+    ]
+    assert watch.measured.cut and watch.measured.steady  # so it is kept
+    found = watch.measured.seconds
+    assert found == [5, 21, math.inf, math.inf, 7, 8]
+    assert calibrate.guessed(shapes, found) == [5, 21, 14, 12, 7, 8]
+    watch = _Stopwatch(shapes, 1.0, most=5.0)  # some are tried, however long it takes
+    assert play(watch, lambda shape: 9.0 * shape.size) == [PLAIN, copy, tree, tree, copy, PLAIN]
+    watch = _Stopwatch(shapes, 0.01, most=5.0)
+    assert {*play(watch, lambda shape: 0.01 * shape.size)} == {*shapes} and not watch.measured.cut
+
+
+def test_what_takes_long_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = speculative().prepare()
+    calibrate.calibrate(runner, THREE)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(trial, "UNTOLD", 0.001)
+    calibrate.calibrate(runner, THREE)
+    assert capsys.readouterr().err == "Measuring what a step takes (once for this machine and model) ...\n"
+    monkeypatch.setenv("MLX_REDRAFTER_CACHE", str(folder / "new"))  # where nothing is known
+    speculative().prepare()
+    told = capsys.readouterr().err
+    assert told == "Trying out whether its drafts are right (once for this machine and model) ...\n"
+
+
+def test_a_very_slow_machine_guesses_what_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "SLOW", 0.0)
+    monkeypatch.setattr(calibrate, "PATIENCE", 0)
+    shapes = [PLAIN, *(DraftShape(1, length) for length in range(1, 6))]
+    calibration = calibrate.calibrate(speculative().prepare(), shapes)
+    assert all(0 < x < math.inf for x in calibration.times.seconds)
+    assert calibration.times.per_row == [0.0] * 6 and calibration.rounds == 2
 
 
 def test_a_drift_within_the_rounds_cancels() -> None:

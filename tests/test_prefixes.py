@@ -59,6 +59,16 @@ def everything(prefixes):
     return found
 
 
+def test_what_machines_with_other_layers_do_not_all_keep_is_read(engine):
+    """They find it in agreement, each having another part of the model's layers."""
+    told, requests = [], [Request([*SYSTEM, end], 6) for end in (1, 1, 2)]
+    engine.prefixes.same = lambda count: told.append(count) or len(told) != 2
+    first, second, _ = (say(engine, request)[0] for request in requests)
+    assert first == second
+    assert told == [0, len(SYSTEM), len(SYSTEM)]
+    assert [request.cached_tokens for request in requests] == [0, 0, len(SYSTEM)]
+
+
 @pytest.mark.parametrize(
     "shape, sampling", [(SHAPES[0], MIX[0]), (SHAPES[2], MIX[1]), (SHAPES[2], MIX[7]), (SHAPES[3], MIX[6])]
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_drafters_with_a_memory_read_them_too(host, folder):
     assert done["out"] == [*host(words=given)["out"], ""]
 
 
+def test_what_one_rank_cannot_verify_none_does(host):
+    """Nor does one wait for the other, which has no such layers, say."""
+    done = host(names=["branchless"], size=2)
+    assert done["codes"] == [0, 0], done["err"]
+    assert json.loads(done["out"][0]) == json.loads(host(names=["branchless"])["out"][0])
+    assert "trees: False" in done["err"][0] and "trees: False" in done["err"][1]
+
+
 def test_ties_fall_as_on_rank_0_whatever_others_draft_and_pick(host):
     done = host(names=["tied"], size=2)
     assert done["codes"] == [0, 0], done["err"]
@@ -132,6 +141,19 @@ def test_two_machines_share_four_layers_and_three_cannot(host, folder):
     for line in done["err"]:
         assert line.count("\n") == 1
         assert "4 layers, of which 3 machines cannot have some of every kind each: start 2." in line
+
+
+def test_self_checks_are_remembered_if_all_know_them(host, folder):
+    """Where one rank has lost its note, all try it out again, together."""
+    given = words(folder / "layers", "--drafter", "none", "--lookup", "0", "--max-tokens", "3")
+    checks = Path(os.environ["MLX_REDRAFTER_CACHE"]) / "self-checks"
+    shutil.rmtree(checks, ignore_errors=True)
+    for _ in range(2):
+        assert host(words=given, size=2)["codes"] == [0, 0]
+        notes = [json.loads(note.read_text()) for note in checks.iterdir()]
+        ranks = [note["conditions"]["device"][-6:] for note in notes]
+        assert sorted(ranks) == ["0 of 2", "1 of 2"]
+        next(checks.iterdir()).unlink()
 
 
 def test_three_machines_share_nine_heads_and_two_cannot(host, folder):

@@ -232,7 +232,7 @@ class Policy:
             seconds: that it took; 0 if that is not known.
             away: seconds less that it may have taken, in which nobody waited for it.
         """
-        if 0 < seconds < SLEPT:
+        if 1e-9 < seconds < SLEPT:
             sure, self._odd = self.clock.learn(shape, self._seconds(shape), seconds - away, seconds)
             if shape != self.plain:
                 more = self.cost[shape] * math.expm1(sure)  # than was paid in advance

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -80,11 +79,7 @@ def _fit(shape: DraftShape, known: int, lookup: int | None) -> DraftShape | None
 
 def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> StepTimes:
     """What a step takes with each shape: read from the cache folder, or measured now and kept there."""
-    found = _read(runner, shapes, texts)
-    if found is None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
-            if sys.stderr.isatty():
-                print("Measuring what a step takes (once for this machine and model) ...", file=sys.stderr)
+    if (found := _read(runner, shapes, texts)) is None:
         from .stopwatch import calibrate
 
         calibration = calibrate(runner, shapes, texts=texts)
@@ -97,9 +92,7 @@ def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
 def keep(
     runner: Runner, shapes: Sequence[DraftShape], times: StepTimes, texts: int = 1, **more: Any
 ) -> Path | None:
-    """Write step times, and what ``more`` is known, to the cache folder; return the file, or None if that
-    cannot be written.
-    """
+    """Keep step times, and what ``more`` is known, in the cache folder; the file, or None if it cannot be."""
     seconds = [value if value < math.inf else None for value in times.seconds]
     known = conditions(runner, shapes, texts)
     return write_note("step-times", known, seconds=seconds, per_row=times.per_row, **more)

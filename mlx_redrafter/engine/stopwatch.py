@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import median
@@ -12,6 +12,7 @@ from mlx_lm.generate import wired_limit
 
 from ..decoding.layers import fit_rows
 from ..decoding.state import DraftShape, State, begin
+from ..models.trial import Telling
 from .engine import engine_here
 from .loop import bucket
 from .policy import StepTimes
@@ -19,6 +20,7 @@ from .runner import TRIALS, Runner
 
 SECONDS = 2.0  # that a calibration takes, about
 PATIENCE = 2  # at most this many times as long, where the rounds differ much
+SLOW = 5.0  # seconds after which hardly any more shapes are tried
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
 SHORT, LONG = 64, 1024  # tokens of the texts after which steps are timed
@@ -37,13 +39,33 @@ class Calibration:
 def calibrate(
     runner: Runner, shapes: Sequence[DraftShape], seconds: float = SECONDS, texts: int = 1
 ) -> Calibration:
-    """Measure every shape after a short text, and how the smallest and the largest grow with the text."""
-    short = measure(runner, shapes, seconds / 2, SHORT, DOUBT, texts)
+    """Measure every shape after a short text, and how the smallest and the largest grow with the text.
+
+    A slow machine measures few, after a short text only; the others' times are ``guessed``.
+    """
+    tell = Telling("Measuring what a step takes", at_once=True)
+    most = max(SLOW, PATIENCE * seconds)
+    short = measure(runner, shapes, seconds / 2, SHORT, DOUBT, texts, most, tell)
+    if short.cut:
+        times = StepTimes(guessed(shapes, short.seconds), [0.0] * len(shapes))
+        return Calibration(times, short.steady, len(short.rounds[0]))
     timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
     ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
-    long = measure(runner, ends, seconds / 4, LONG, texts=texts)
+    long = measure(runner, ends, seconds / 4, LONG, texts=texts, tell=tell)
     times = between(shapes, short.seconds, dict(zip(ends, long.seconds, strict=True)))
     return Calibration(times, short.steady and long.steady, len(short.rounds[0]))
+
+
+def guessed(shapes: Sequence[DraftShape], seconds: Sequence[float]) -> list[float]:
+    """Seconds with all shapes, the infinite ones by their nodes, in proportion to the largest that is known.
+
+    The policy learns what they take when it uses them.
+    """
+    size, most = max((shape.size, x) for shape, x in zip(shapes, seconds, strict=True) if x < math.inf)
+    more = (most - seconds[0]) / max(size - 1, 1)
+    return [
+        x if x < math.inf else seconds[0] + (s.size - 1) * more for s, x in zip(shapes, seconds, strict=True)
+    ]
 
 
 def between(
@@ -74,9 +96,11 @@ class Measured:
     Attributes:
         rounds: for each shape, seconds of one step in each round; the first shape is plain decoding.
             Only doubtful ones take part in the last rounds, and one that can never pay in none.
+        cut: whether there was no time for some of them.
     """
 
     rounds: list[list[float]]
+    cut: bool = False
 
     @property
     def ratios(self) -> list[list[float]]:
@@ -121,6 +145,8 @@ def measure(
     rows: int = SHORT,
     doubt: float = math.inf,
     texts: int = 1,
+    most: float = math.inf,
+    tell: Callable[[], None] = lambda: None,
 ) -> Measured:
     """Time steps of every shape in turn, as the decoding loop runs them.
 
@@ -131,14 +157,17 @@ def measure(
         rows: tokens of the text before.
         doubt: how many times what it can ever emit a shape may take to be timed further.
         texts: that share each step.
+        most: seconds after which one more shape is tried at most.
+        tell: called after each step.
     """
     with wired_limit(runner.target.model):
-        watch = _Stopwatch(shapes, seconds, doubt, runner.compiled)
+        watch = _Stopwatch(shapes, seconds, doubt, runner.compiled, most)
         engine = engine_here(runner, watch, texts=texts)
         for _ in range(texts):
             engine.resume(after_text(runner, rows), rows)
         while not watch.finished:
             engine.step()
+            tell()
         engine.close()
     return watch.measured
 
@@ -168,16 +197,22 @@ class _Stopwatch:
         seconds: to spend, about.
         doubt: how many times what it can ever emit a shape may take to be timed further.
         compiled: steps that may be traced, or that follow another shape's, are not timed.
+        most: seconds after which one more shape is tried at most, if one besides plain decoding was.
     """
 
     def __init__(
-        self, shapes: Sequence[DraftShape], seconds: float, doubt: float = math.inf, compiled: bool = False
+        self,
+        shapes: Sequence[DraftShape],
+        seconds: float,
+        doubt: float = math.inf,
+        compiled: bool = False,
+        most: float = math.inf,
     ) -> None:
         self.measured = Measured([[] for _ in shapes])
         self.finished = False
         self._rounds = dict(zip(shapes, self.measured.rounds, strict=True))
         self._shapes = sorted(shapes, key=lambda shape: shape.size)  # the hopeless ones are taken out
-        self._seconds, self._doubt, self._compiled = seconds, doubt, compiled
+        self._seconds, self._doubt, self._compiled, self._most = seconds, doubt, compiled, most
         self._spent, self._tried = 0.0, False  # whether every shape was
         self._times: defaultdict[DraftShape, list[float]] = defaultdict(list)  # of this round
         self._ahead: deque[bool] = deque()  # whether each step that was chosen, and not observed, is timed
@@ -214,12 +249,33 @@ class _Stopwatch:
 
     def _steps(self) -> Iterator[tuple[DraftShape, bool]]:
         """Shapes, and whether their steps are timed."""
+        yield from self._first_round()
+        self._tried = True
+        order = self._shapes
+        while True:
+            order = order[::-1]
+            for shape in order:
+                if shape in self._shapes:  # as is known only now
+                    yield from self._turn(shape)
+
+    def _first_round(self) -> Iterator[tuple[DraftShape, bool]]:
         plain, *others = self._shapes
+        begun = [plain]
         yield from self._turn(plain, TRIALS + 1)
         for size, group in groupby(others, key=lambda shape: shape.size):
             doubtful = list(group)
             for _ in range(2):  # the first steps may have waited for something that is done once
                 for shape in doubtful:
+                    if self._spent > self._most and len(begun) > 1:
+                        left = [x for x in self._shapes if x not in begun]
+                        left = [x for x in left if x.width] or left
+                        if left:  # one more, so that it is known what more nodes cost
+                            begun.append(left[len(left) // 2])
+                            yield from self._turn(begun[-1], TRIALS + 1)
+                        self.measured.cut = len(begun) < len(self._shapes)
+                        self._shapes = begun
+                        return
+                    begun += [shape] * (shape not in begun)
                     yield from self._turn(shape, TRIALS + 1)
                 if any(self._worth(shape) for shape in doubtful):
                     break
@@ -229,14 +285,7 @@ class _Stopwatch:
                     break
             else:
                 self._shapes = [x for x in self._shapes if x.size <= size and x not in doubtful]
-                break
-        self._tried = True
-        order = self._shapes
-        while True:
-            order = order[::-1]
-            for shape in order:
-                if shape in self._shapes:  # as is known only now
-                    yield from self._turn(shape)
+                return
 
     def _turn(self, shape: DraftShape, before: int = 1) -> Iterator[tuple[DraftShape, bool]]:
         yield from [(shape, False)] * (before if self._compiled else 0)

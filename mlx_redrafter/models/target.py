@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -122,8 +123,7 @@ class Target:
         inner: Any = _inner_place(self._view)
         self.is_part = getattr(inner[0][inner[1]], "pipeline_size", 1) > 1
         self.layers = _layers(inner[0][inner[1]])
-        places = [_layer_place(self.layers, layer) for layer in self.layers_read]
-        read = [owner[place] and Recorder.put_into(owner, place) for owner, place in places]
+        read = [_layer_recorder(self.layers, layer) for layer in self.layers_read]
         if self._has_inner_head:
             inner = _norm_place(inner[0][inner[1]])
         self._recorders: list[Any] = [Recorder.put_into(*inner), *read]
@@ -174,9 +174,7 @@ class Target:
             for pair in zip(layers.states, self._full, strict=True)
         ]
         if rows == 0:  # what the machines would have to compute together, all at the same time, is not
-            layers.rows, layers.states = (
-                [[mx.zeros_like(x) for x in each] for each in kept] for kept in (layers.rows, layers.states)
-            )
+            layers.rows, layers.states = tree_map(mx.zeros_like, (layers.rows, layers.states))
         short = 0 < layers.capacity <= rows
         return rows, fit_rows(layers, max(layers.capacity, rows + 1)) if short or layers.memory else layers
 
@@ -211,7 +209,9 @@ class Target:
             last, *layers = [recorder and recorder.take() for recorder in self._recorders]
             after = self.tape.stop(watched)
         if layers and self.is_part:
-            logits, layers = _from_all(logits, last, layers)
+            from .divided import from_all
+
+            logits, layers = from_all(logits, last, layers)
         states = [last, *(mx.fast.rms_norm(x, None, RMS_EPS).astype(last.dtype) for x in layers)]
         return logits, mx.concatenate(states, axis=-1) if layers else last, after
 
@@ -294,17 +294,14 @@ class Target:
             ValueError: a chain's differ, so drafting would change what the model says.
         """
         known = conditions(self, device) if device else {}
-        match read_note("self-checks", known):
-            case {"trees": bool(trees), "batches": bool(batches)} if known:
-                self.trees, self.batches = self.trees and trees, batches
-                return
-        from .trial import begin, failure
+        note = read_note("self-checks", known) if known else {}
+        is_known = all(isinstance(note.get(name), bool) for name in ("trees", "batches"))
+        if not agree("" if is_known else "it is not known"):
+            self.trees, self.batches = self.trees and note["trees"], note["batches"]
+            return
+        from .trial import try_out
 
-        trial, failed = begin(self, agree)
-        if failed := failed or failure(trial.chains, agree):
-            raise ValueError(f"{_name(self.model)} cannot verify drafts: {failed}.")
-        self.trees = self.trees and not failure(trial.tree, agree)
-        self.batches = not failure(trial.batch, agree)
+        try_out(self, _name(self.model), agree)
         if known:
             write_note("self-checks", known, trees=self.trees, batches=self.batches)
 
@@ -495,24 +492,11 @@ def _nested(module: nn.Module) -> Any:
     return next((module[name] for name in ("language_model", *INNER_NAMES) if name in module), None)
 
 
-def _layer_place(layers: list[Any], layer: int) -> tuple[list[Any], int]:
-    """The list of an inner model's layers, and the place there of a layer counted from 1."""
+def _layer_recorder(layers: list[Any], layer: int) -> Recorder | None:
+    """In the place of an inner model's layer, counted from 1; None if another machine has it."""
     if not 1 <= layer <= len(layers):
         raise ValueError(f"layer {layer} is not usable as context: the model has {len(layers)} layers.")
-    return layers, layer - 1
-
-
-def _from_all(
-    logits: mx.array, last: mx.array, layers: Sequence[mx.array | None]
-) -> tuple[mx.array, list[mx.array]]:
-    """Outputs of layers, each of which one machine has, on all of them.
-
-    They are summed after all that gives ``last``, and before what comes after the logits: what machines
-    compute together, all must compute in the same order.
-    """
-    own = mx.stack([mx.zeros_like(last) if each is None else each for each in layers])
-    found = mx.distributed.all_sum(mx.depends(own, last))
-    return mx.depends(logits, found), list(found)
+    return layers[layer - 1] and Recorder.put_into(layers, layer - 1)
 
 
 def _layers(inner: Any) -> list[Any]:

@@ -1,6 +1,11 @@
 """Whether a target's chains and trees say what the model itself says, tried out on a short text."""
 
+import contextlib
 import copy
+import math
+import os
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,24 +20,52 @@ from .hooks import ERRORS, States, leaves
 
 TRIED_WINDOW = 6  # tokens, in a trial: all windows act as they do in a long text
 TRIED = 13  # tokens of a trial's prompt
+UNTOLD = 3.0  # seconds after which it is said what takes so long
 
 
-def begin(target: Any, agree: Callable[[str], str] = str) -> "tuple[Trial, str]":
-    """A trial, in which windows are short; or why there is none. ``agree`` as of ``Target.check``."""
+class Telling:
+    """Says on standard error, at one of its calls, what takes long; the first one of several machines does.
+
+    Args:
+        what: that is done once for a machine and a model.
+        at_once: do not wait, if that is a terminal.
+    """
+
+    def __init__(self, what: str, at_once: bool = False) -> None:
+        self._what, self._begun, self._patience = what, time.monotonic(), UNTOLD
+        with contextlib.suppress(ValueError, AttributeError):  # it may be closed
+            self._patience *= not (at_once and sys.stderr.isatty())
+        self()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._begun >= self._patience and os.environ.get("MLX_RANK", "0") == "0":
+            self._patience = math.inf
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                print(f"{self._what} (once for this machine and model) ...", file=sys.stderr, flush=True)
+
+
+def try_out(target: Any, name: str, agree: Callable[[str], str] = str) -> None:
+    """Set ``trees`` and ``batches`` of a target; ``ValueError``, by its name, if its chains differ."""
+    trial, failed = begin(target)
+    trial.agree = agree
+    if failed := agree(failed or failure(trial.chains)):
+        raise ValueError(f"{name} cannot verify drafts: {failed}.")
+    target.trees = not agree(failure(trial.tree)) and target.trees
+    target.batches = not agree(failure(trial.batch))
+
+
+def begin(target: Any) -> "tuple[Trial, str]":
+    """A trial, in which windows are short; or why there is none."""
     try:
         try:
-            return Trial(copy.copy(target), TRIED_WINDOW, agree), ""
+            return Trial(copy.copy(target), TRIED_WINDOW), ""
         except ERRORS:
-            return Trial(
-                copy.copy(target), None, agree
-            ), ""  # mlx-lm's code may know its window from elsewhere
+            return Trial(copy.copy(target), None), ""  # mlx-lm's code may know its window from elsewhere
     except ERRORS as reason:
         return Trial.__new__(Trial), str(reason) or type(reason).__name__
 
 
-def failure(
-    part: Callable[[], Iterable[tuple[mx.array, mx.array]]], agree: Callable[[str], str] = str
-) -> str:
+def failure(part: Callable[[], Iterable[tuple[mx.array, mx.array]]]) -> str:
     """Why a trial's logits differ from sequential decoding; "": they do not."""
     try:
         pairs = [(found, wanted.astype(mx.float32)) for found, wanted in part()]
@@ -43,7 +76,7 @@ def failure(
         return str(reason) or type(reason).__name__
     tolerance = 1e-3 if pairs[0][0].dtype == mx.float32 else 0.1
     differ = f"its logits differ by {error:.2g} (of {scale:.2g}) from sequential decoding"
-    return agree("" if error <= tolerance * scale else differ)
+    return "" if error <= tolerance * scale else differ
 
 
 class Trial:
@@ -54,12 +87,17 @@ class Trial:
 
     Args:
         target: its windows are made no longer than ``window``, if that is given.
+
+    Attributes:
         agree: as of ``Target.check``. Machines that have other layers each must compute the same, in the same
             order: so one forward pass after the other is, and only once all have built it.
     """
 
-    def __init__(self, target: Any, window: int | None, agree: Callable[[str], str] = str) -> None:
-        self.target, self._agree = target, agree
+    agree: Callable[[str], str] = str
+
+    def __init__(self, target: Any, window: int | None) -> None:
+        self.target = target
+        self._tell = Telling("Trying out whether its drafts are right")
         caches = make_prompt_cache(target.model)
         if window is not None:
             target.windows = [each and min(each, window) for each in target.windows]
@@ -72,7 +110,8 @@ class Trial:
 
         def say(tokens: list[int], caches: list[Any]) -> mx.array:
             logits: mx.array = target.model(mx.array([tokens]), cache=caches)[0]
-            mx.eval(logits, [cache.state for cache in caches])
+            mx.eval(logits)
+            self._tell()
             return logits
 
         read = say(self.text[:TRIED], caches)
@@ -111,9 +150,10 @@ class Trial:
             states = seen.states(last)
         except ERRORS as error:
             problem = str(error) or type(error).__name__
-        if problem := self._agree(problem):
+        if problem := self.agree(problem):
             raise ValueError(problem)
         mx.eval(seen.logits, seen.rows, seen.nodes, states)
+        self._tell()
         return seen, states
 
     def chains(self) -> Iterator[tuple[mx.array, mx.array]]:
