@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import httpx
 from bundles import EOS, make_folder
 from transformers import AutoTokenizer
 
@@ -14,6 +16,9 @@ from mlx_redrafter.server.app import Access
 from mlx_redrafter.server.catalog import ServingOptions
 from mlx_redrafter.server.run import Server, Settings, listen, make_server
 from mlx_redrafter.server.worker import Reading, Said, Worker
+
+# Nothing is encrypted here: reading the certificates of all authorities takes longer than most requests.
+get, post, request = (partial(each, verify=False) for each in (httpx.get, httpx.post, httpx.request))
 
 # As Qwen's: tools are told of first, calls are marked. mlx-lm knows by `tool_call.name` how to read calls.
 TOOLS_TEMPLATE = (

@@ -8,12 +8,11 @@ import threading
 import time
 
 import anthropic
-import httpx
 import jsonschema
 import openai
 import pytest
 from bundles import make_drafter, make_folder
-from serving import Scripted, make_tools_folder, serving
+from serving import Scripted, get, make_tools_folder, post, serving
 
 from mlx_redrafter import Sampling, load, stream_generate
 from mlx_redrafter.options import ModelOptions
@@ -391,7 +390,7 @@ def test_templates_that_expect_arguments_as_texts(folders, tmp_path):
     with serving(folder) as served, Scripted(served, "So.") as script:
         for path, conversation in (("chat/completions", messages), ("messages", [*HELLO, *turns, *HELLO])):
             body = {"messages": conversation, "max_tokens": 5}
-            answer = httpx.post(f"{served.url}/v1/{path}", json=body)
+            answer = post(f"{served.url}/v1/{path}", json=body)
             assert answer.status_code == 200, answer.text
         prompts = [served.loaded.tokenizer.decode(job.prompt) for job in script.jobs]
     assert 'invoke name="weather"' in prompts[0] and 'string="true">Zürich<' in prompts[0]
@@ -524,7 +523,7 @@ def test_counting_stopping_and_going_on(tools, claude):
 )
 def test_wrong_values_are_named(served, change, param):
     body = {"model": "default", "messages": HELLO, "max_tokens": 4, **change}
-    response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    response = post(f"{served.url}/v1/chat/completions", json=body)
     error = response.json()["error"]
     assert response.status_code == 400 and error["type"] == "invalid_request_error", error
     assert error["param"] == param and error["message"]
@@ -533,10 +532,10 @@ def test_wrong_values_are_named(served, change, param):
 def test_unknown_models_paths_and_fields(served, client):
     with pytest.raises(openai.NotFoundError, match="no model 'gpt-9'"):
         client.chat.completions.create(model="gpt-9", messages=HELLO)
-    assert httpx.get(f"{served.url}/v2").status_code == 404
-    assert httpx.get(f"{served.url}/v1/chat/completions").status_code == 405
+    assert get(f"{served.url}/v2").status_code == 404
+    assert get(f"{served.url}/v1/chat/completions").status_code == 405
     body = {"model": "default", "messages": HELLO, "max_tokens": 2, "frobnicate": 1, "user": "me"}
-    assert httpx.post(f"{served.url}/v1/chat/completions", json=body).status_code == 200
+    assert post(f"{served.url}/v1/chat/completions", json=body).status_code == 200
 
 
 def test_prompts_that_are_too_long(client):
@@ -569,10 +568,10 @@ def test_a_client_that_leaves_frees_its_row(served, client):
 
 def test_metrics_and_health(served, client):
     client.chat.completions.create(model="default", messages=HELLO, max_tokens=8)
-    text = httpx.get(f"{served.url}/metrics").text
+    text = get(f"{served.url}/metrics").text
     assert 'mlx_redrafter_tokens_total{kind="completion"}' in text
     assert 'mlx_redrafter_requests_total{path="/v1/chat/completions",status="200"}' in text
-    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    assert get(f"{served.url}/health").json() == {"status": "ok"}
 
 
 def test_what_was_read_is_known_after_a_restart(folders, tmp_path):
@@ -580,7 +579,7 @@ def test_what_was_read_is_known_after_a_restart(folders, tmp_path):
     found = []
     for _ in range(2):
         with serving(folders / "random", prompt_cache_dir=tmp_path / "kept") as served:
-            found.append(httpx.post(f"{served.url}/v1/chat/completions", json=body).json())
+            found.append(post(f"{served.url}/v1/chat/completions", json=body).json())
     cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in found]
     assert cached == [0, found[0]["usage"]["prompt_tokens"] - 1]
     assert found[0]["choices"] == found[1]["choices"]
@@ -589,12 +588,12 @@ def test_what_was_read_is_known_after_a_restart(folders, tmp_path):
 def test_models_that_nobody_asks_for_are_let_go(folders):
     with serving(folders / "random", idle_unload=0.2) as served:
         body = {"model": "default", "messages": HELLO, "max_tokens": 5}
-        first = httpx.post(f"{served.url}/v1/chat/completions", json=body).json()
+        first = post(f"{served.url}/v1/chat/completions", json=body).json()
         catalog, deadline = served.server.service.catalog, time.monotonic() + 15
         while catalog.loaded and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not catalog.loaded
-        again = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30).json()
+        again = post(f"{served.url}/v1/chat/completions", json=body, timeout=30).json()
         assert again["choices"] == first["choices"]
 
 
@@ -656,7 +655,7 @@ def test_grammars_that_cannot_be_are_refused(served):
         {"guided_choice": []},
     ):
         body = {"model": "default", "messages": HELLO, "max_tokens": 4, **form}
-        response = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+        response = post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
         assert response.status_code == 400, (form, response.text)
         assert response.json()["error"]["message"]
 
@@ -670,11 +669,11 @@ def test_a_grammar_that_leads_nowhere_is_the_requests_fault(served):
         ("responses", "invalid_prompt"),
     ):
         body = {"messages": HELLO, "prompt": "x", "input": "x", "max_tokens": 9, **form}
-        answer = httpx.post(f"{served.url}/v1/{path}", json={**body, "stream": True})
+        answer = post(f"{served.url}/v1/{path}", json={**body, "stream": True})
         error = json.loads(answer.text.strip().split("data: ")[-1])
         error = error.get("error") or error["response"]["error"]
         assert (error.get("type") or error["code"]) == kind and "cannot be followed" in error["message"]
-        assert httpx.post(f"{served.url}/v1/{path}", json=body).status_code == 400
+        assert post(f"{served.url}/v1/{path}", json=body).status_code == 400
 
 
 def test_health_is_told_while_the_model_is_loading(folders, monkeypatch):
@@ -685,12 +684,12 @@ def test_health_is_told_while_the_model_is_loading(folders, monkeypatch):
     thread = threading.Thread(target=asyncio.run, args=(server.serve([listening]),))
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    told = httpx.get(f"{url}/health", timeout=60)
+    told = get(f"{url}/health", timeout=60)
     assert told.status_code == 503 and told.json() == {"status": "loading"}
     goes_on.set()
     asked = {"model": "default", "messages": HELLO, "max_tokens": 2}
-    assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
-    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    assert post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+    assert get(f"{url}/health").json() == {"status": "ok"}
     server.should_exit = True
     thread.join(60)
 
@@ -698,10 +697,10 @@ def test_health_is_told_while_the_model_is_loading(folders, monkeypatch):
 def test_why_a_model_cannot_be_loaded_is_in_the_log_alone(folders, tmp_path, caplog):
     shutil.copytree(folders / "base", tmp_path / "broken")
     with serving(folders / "random", model_dir=[tmp_path]) as served:
-        assert "broken" in [row["id"] for row in httpx.get(f"{served.url}/v1/models").json()["data"]]
+        assert "broken" in [row["id"] for row in get(f"{served.url}/v1/models").json()["data"]]
         (tmp_path / "broken/model.safetensors").write_bytes(b"x")
         body = {"model": "broken", "messages": HELLO}
-        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+        answer = post(f"{served.url}/v1/chat/completions", json=body)
         assert answer.status_code == 503 and "'broken' cannot be loaded" in answer.json()["error"]["message"]
         assert "/" not in answer.text and str(tmp_path) in caplog.text
     with pytest.raises(ValueError, match=f"{tmp_path}/broken cannot be loaded: .*safetensors"):

@@ -19,7 +19,7 @@ from functools import partial
 import httpx
 import pytest
 from bundles import make_folder
-from serving import Scripted, serving
+from serving import Scripted, get, post, request, serving
 from transformers import AutoTokenizer
 
 from mlx_redrafter.commands.main import build_parser
@@ -104,7 +104,7 @@ def guarded(folder, log):
 
 def ask(served, path="chat/completions", timeout=20, **body):
     body = {"max_tokens": 4, **({"messages": HELLO} if "prompt" not in body else {}), **body}
-    return httpx.post(f"{served.url}/v1/{path}", json=body, timeout=timeout)
+    return post(f"{served.url}/v1/{path}", json=body, timeout=timeout)
 
 
 def connect(served, timeout=15):
@@ -173,7 +173,7 @@ def wait_until_free(served, seconds=10):
 def test_wrong_keys_are_refused_by_each_interface_in_its_form(guarded, headers):
     for path in [f"/v1/{each}" for each in PATHS] + ["/v1/models", "/v1/models/x", "/metrics", "/v1", "/v2"]:
         for method in ("GET", "POST", "OPTIONS", "HEAD"):
-            answer = httpx.request(method, guarded.url + path, headers=headers)
+            answer = request(method, guarded.url + path, headers=headers)
             if method == "OPTIONS" and answer.status_code in (404, 405):
                 continue  # a browser asks so without a key what it may do; it learns nothing
             assert answer.status_code == 401, (method, path)
@@ -187,10 +187,10 @@ def test_wrong_keys_are_refused_by_each_interface_in_its_form(guarded, headers):
 
 def test_keys_that_are_right_open_and_some_things_are_open_anyway(guarded):
     for headers in ({"authorization": b"Bearer " + KEY.encode()}, {"x-api-key": KEY.encode()}):
-        assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
-        assert httpx.get(f"{guarded.url}/metrics", headers=headers).status_code == 200
+        assert get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+        assert get(f"{guarded.url}/metrics", headers=headers).status_code == 200
     for path in ("/", "/health", "/page/app.js"):
-        assert httpx.get(guarded.url + path).status_code == 200
+        assert get(guarded.url + path).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_keys_are_compared_in_constant_time(guarded, monkeypatch):
     compare = app.hmac.compare_digest
     monkeypatch.setattr(app.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or compare(a, b))
     for key in ("s", KEY, "x" * len(KEY)):
-        httpx.get(f"{guarded.url}/metrics", headers={"x-api-key": key.encode()})
+        get(f"{guarded.url}/metrics", headers={"x-api-key": key.encode()})
     assert [a for a, _ in compared] == [b"s", KEY.encode(), b"x" * len(KEY)]
 
 
@@ -254,7 +254,7 @@ def test_the_refusal_is_one_line():
 def test_bodies_that_are_too_large_are_not_read(served):
     big = b'{"messages": "' + b"x" * (1 << 20) + b'"}'
     for path in PATHS:
-        answer = httpx.post(f"{served.url}/v1/{path}", content=big)
+        answer = post(f"{served.url}/v1/{path}", content=big)
         assert answer.status_code == 413 and "1048576 bytes" in answer.text
     for length in (str(1 << 20), str((1 << 20) + 1), "9" * 19, "9" * 20):
         answer = send(served, raw(body=b"{}", headers=[f"Content-Length: {length}"]), 2)
@@ -381,7 +381,7 @@ BAD_BODIES = [
 @pytest.mark.parametrize("path", PATHS)
 def test_bodies_that_are_no_requests(served, path):
     for body in BAD_BODIES:
-        answer = httpx.post(f"{served.url}/v1/{path}", content=body, timeout=20)
+        answer = post(f"{served.url}/v1/{path}", content=body, timeout=20)
         if answer.status_code == 200:  # of completions and responses nothing is required
             assert path == "completions" and b"{" in body
             continue
@@ -435,7 +435,7 @@ FIELDS = {
 def test_wrong_types_everywhere(served, path):
     usual = {"prompt": "x"} if path == "completions" else {"messages": HELLO, "input": "x"}
     usual |= {"max_tokens": 2, "max_output_tokens": 2}
-    with httpx.Client() as client:
+    with httpx.Client(verify=False) as client:
         for place, name in enumerate(FIELDS[path].split()):
             for value in WRONG if LONG else WRONG[place % 5 :: 5]:
                 body = json.dumps({**usual, name: value})
@@ -446,7 +446,7 @@ def test_wrong_types_everywhere(served, path):
 
 def test_the_last_of_two_equal_keys_counts(served):
     body = b'{"max_tokens": 0, "max_tokens": 2, "messages": [{"role": "user", "content": "x"}]}'
-    assert httpx.post(f"{served.url}/v1/chat/completions", content=body).status_code == 200
+    assert post(f"{served.url}/v1/chat/completions", content=body).status_code == 200
 
 
 HOSTILE = ["NaN", "Infinity", "1e999", "-1e999", "9" * 6000, '"\\ud800"', '{"a": ' * 150 + "1" + "}" * 150]
@@ -464,7 +464,7 @@ def test_numbers_that_json_has_not_are_not_echoed(served, number):
         '"temperature": NUMBER',
     ):
         body = f'{{"input": "x", "max_output_tokens": 2, {field}}}'.replace("NUMBER", number)
-        answer = httpx.post(f"{served.url}/v1/responses", content=body, timeout=20)
+        answer = post(f"{served.url}/v1/responses", content=body, timeout=20)
         assert answer.status_code in (200, 400), answer.text
     arguments = f'{{"x": {number}}}'
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
@@ -500,7 +500,7 @@ def test_numbers_that_json_has_not_are_not_echoed(served, number):
 )
 def test_names_and_origins(served, headers, expected):
     for path in ("/v1/models", "/", "/health"):
-        answer = httpx.get(served.url + path, headers=headers)
+        answer = get(served.url + path, headers=headers)
         assert answer.status_code == expected, path
         assert "access-control-allow-origin" not in answer.headers
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -560,10 +560,10 @@ def test_paths_that_lead_elsewhere(served, path, log):
 
 def test_what_is_not_there_is_counted_under_one_name(served):
     for number in range(5):
-        httpx.get(f"{served.url}/page/nothing-{number}")
-        httpx.get(f"{served.url}/nothing-{number}")
-        httpx.get(f"{served.url}/v1/models/nothing-{number}")
-    assert "nothing-" not in httpx.get(f"{served.url}/metrics").text
+        get(f"{served.url}/page/nothing-{number}")
+        get(f"{served.url}/nothing-{number}")
+        get(f"{served.url}/v1/models/nothing-{number}")
+    assert "nothing-" not in get(f"{served.url}/metrics").text
 
 
 NAMES = [
@@ -1009,10 +1009,10 @@ def a_request(path="/v1/chat/completions", **body):
 
 
 def test_clients_that_leave_at_any_byte(served):
-    for request in (a_request(), a_request(stream=True), a_request("/v1/messages", stream=True)):
-        for length in [*range(0, len(request), 37), len(request) - 1, len(request)]:
+    for whole in (a_request(), a_request(stream=True), a_request("/v1/messages", stream=True)):
+        for length in [*range(0, len(whole), 37), len(whole) - 1, len(whole)]:
             with connect(served) as connection:
-                connection.sendall(request[:length])
+                connection.sendall(whole[:length])
     for _ in range(20):  # with a reset instead of an end
         with connect(served) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -1043,7 +1043,7 @@ def test_clients_that_leave_while_they_wait(folder, log):
                 time.sleep(0.01)
         wait_until_free(served)
         assert ask(served).status_code == 200
-        assert '500"' not in httpx.get(f"{served.url}/metrics").text  # nobody's mistake
+        assert '500"' not in get(f"{served.url}/metrics").text  # nobody's mistake
 
 
 def test_readers_that_are_slow_hold_up_nobody(served):
@@ -1090,7 +1090,7 @@ def test_a_server_that_leaves_takes_in_nothing(folder, log):
         for path in ("chat/completions", "messages", "responses"):
             answer = ask(served, path, input="x")
             assert answer.status_code == 503 and "retry-after" in answer.headers
-        assert httpx.get(f"{served.url}/health").status_code == 503
+        assert get(f"{served.url}/health").status_code == 503
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "messages", "responses"])
@@ -1321,7 +1321,7 @@ def scramble(rng, data):
 def test_what_is_mutated_is_valid(served, monkeypatch):
     monkeypatch.setattr(served.loaded.model, "context_length", 1024)
     for path, body in VALID:
-        answer = httpx.post(f"{served.url}/v1/{path}", json=body, timeout=20)
+        answer = post(f"{served.url}/v1/{path}", json=body, timeout=20)
         assert answer.status_code == 200, answer.text
 
 
@@ -1382,7 +1382,7 @@ def test_mutated_requests(folder, seed, monkeypatch, log):
     options = {"prompt_cache_bytes": 8 << 20, "model_dir": [folder.parent]}
     with (
         serving(folder, access=Access(body_bytes=1 << 18), max_tokens=4, **options) as served,
-        httpx.Client() as client,
+        httpx.Client(verify=False) as client,
         ThreadPoolExecutor(6) as pool,
     ):
         monkeypatch.setattr(served.loaded.model, "context_length", 1024)
