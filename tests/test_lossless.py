@@ -49,8 +49,10 @@ def test_every_architecture_says_what_it_would_have_said(name):
     target.check()
     expected = plain(model, 30)
     for shape in (DraftShape(0, 0), DraftShape(1, 3), DraftShape(4, 3, 9), DraftShape(2, 2, 5, 3)):
-        oracle = ScriptedDrafter(target, PROMPT + expected)
-        for drafter in (oracle, RandomDrafter(target), ScriptedDrafter(target, PROMPT + expected, shift=1)):
+        drafters = [ScriptedDrafter(target, PROMPT + expected)]
+        if shape.width:  # else no drafter is asked
+            drafters += [RandomDrafter(target), ScriptedDrafter(target, PROMPT + expected, shift=1)]
+        for drafter in drafters:
             assert speculative(target, drafter, shape, 30)[0] == expected
 
 
@@ -122,11 +124,11 @@ def test_copies_alone_make_a_repetitive_text_shorter():
 def test_graphs_are_traced_a_few_times_for_a_long_text():
     model = make_model("qwen3")
     target = Target(model)
-    expected = plain(model, 1500)
+    expected = plain(model, 800)
     run = Runner(target, RandomDrafter(target), compiled=True)
-    assert run_through(run, Fixed(DraftShape(2, 2, 4, 2)), start(target), 1500, grain=64) == expected
-    sizes = {bucket(rows, 64) for rows in range(1, 1520)}
-    assert len(sizes) <= 8 * (1 + np.log2(1520 / 64))
+    assert run_through(run, Fixed(DraftShape(2, 2, 4, 2)), start(target), 800, grain=64) == expected
+    sizes = {bucket(rows, 64) for rows in range(1, 820)}
+    assert len(sizes) <= 8 * (1 + np.log2(820 / 64))
     assert run.traces <= (2 + TRIALS) * len(sizes)  # with and without a path to commit, or a larger buffer
 
 
@@ -168,12 +170,12 @@ def test_no_step_copies_the_cache(values, compiled):
         for _ in steps:
             pass
 
-    decode_on(60)  # compiles
+    decode_on(40)  # compiles
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    decode_on(60)
-    size = 2 * 8 * 2 * 64 * 4 * bucket(LONG + 60)  # bytes of the buffers when they have grown
+    decode_on(40)
+    size = 2 * 8 * 2 * 64 * 4 * bucket(LONG + 40)  # bytes of the buffers when they have grown
     assert size < mx.get_peak_memory() - before < 1.1 * size
 
 
