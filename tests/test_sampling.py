@@ -95,10 +95,9 @@ def check_distribution(tokens, expected):
     assert chisquare(counts, wanted).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("quality", ["good", "random", "wrong"])
-@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("width, temperature", [(1, 0.7), (3, 1.3)])
 def test_three_tokens_have_the_models_joint_distribution(target, drafters, temperature, name, quality, width):
     options = {"temperature": temperature, **FILTERS[name]}
     shape = DraftShape(width, 2, None if width == 1 else 5)
