@@ -37,6 +37,11 @@ PLAIN = DraftShape(0, 0)
 THREE = [PLAIN, DraftShape(0, 0, None, 3), DraftShape(1, 2)]
 
 
+@pytest.fixture(scope="module")
+def measured_once():
+    """Here, doubt is seen to."""
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of each test's own, and short calibrations."""
