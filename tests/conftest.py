@@ -23,7 +23,6 @@ if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 from mlx_redrafter.commands.main import main
-from mlx_redrafter.engine import stopwatch
 
 # Ctrl-C is tested, and ignored by what a shell starts in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,6 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="module", autouse=True)
 def measured_once():
     """Step times are kept in any case: on a busy machine they leave doubt, and every use measures anew."""
+    from mlx_redrafter.engine import stopwatch  # here: who only hands out tests to processes needs no MLX
+
     calibrate = stopwatch.calibrate
     with pytest.MonkeyPatch.context() as patch:
         kept = lambda *args, **given: replace(calibrate(*args, **given), steady=True)  # noqa: E731

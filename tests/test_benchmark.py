@@ -886,7 +886,7 @@ def test_text_before_prompts_comes_from_a_file_and_differs_by_prompt(made):
     [
         (("--lengths", "0"), "--lengths"),
         (("--lengths", "2"), "--lengths 2 is shorter than every prompt"),
-        (("--lengths", "900000"), "more than the model's context"),
+        (("--lengths", "9000"), "more than the model's context"),
         (("--lengths", "40", "--temp", "1"), "--lengths needs greedy"),
         (("--padding", "x"), "--padding is the text of --lengths"),
         (("--lengths", "40", "--padding", "missing.txt"), "--padding missing.txt cannot be read"),
