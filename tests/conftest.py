@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import replace
 
 import pytest
 
@@ -26,18 +25,6 @@ from mlx_redrafter.commands.main import main
 
 # Ctrl-C is tested, and ignored by what a shell starts in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def measured_once():
-    """Step times are kept in any case: on a busy machine they leave doubt, and every use measures anew."""
-    from mlx_redrafter.engine import stopwatch  # here: who only hands out tests to processes needs no MLX
-
-    calibrate = stopwatch.calibrate
-    with pytest.MonkeyPatch.context() as patch:
-        kept = lambda *args, **given: replace(calibrate(*args, **given), steady=True)  # noqa: E731
-        patch.setattr(stopwatch, "calibrate", kept)
-        yield
 
 
 @pytest.fixture

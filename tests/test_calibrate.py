@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,11 +36,6 @@ from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 
 PLAIN = DraftShape(0, 0)
 THREE = [PLAIN, DraftShape(0, 0, None, 3), DraftShape(1, 2)]
-
-
-@pytest.fixture(scope="module")
-def measured_once():
-    """Here, doubt is seen to."""
 
 
 @pytest.fixture(autouse=True)
@@ -275,10 +271,15 @@ def test_every_condition_has_a_file_of_its_own(folder: Path, monkeypatch: pytest
     assert len(list(folder.iterdir())) == 6
 
 
-def test_unsteady_times_are_used_but_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsteady_times_are_used_for_an_hour(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "STEADY", -1.0)
-    assert len(step_times(speculative().prepare(), THREE).seconds) == 3
-    assert not folder.exists()
+    found = step_times(speculative().prepare(), THREE)
+    assert len(found.seconds) == 3
+    assert step_times(speculative().prepare(), THREE) == found
+    (file,) = folder.iterdir()
+    before = time.time() - 3700
+    os.utime(file, (before, before))
+    assert step_times(speculative().prepare(), THREE) != found
 
 
 def test_works_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

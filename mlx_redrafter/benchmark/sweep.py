@@ -165,7 +165,7 @@ def cost_table(report: dict[str, Any]) -> Table:
     """The cost curve."""
     found = report["cost_curve"]
     rows = [[str(r["tokens"]), number(1000 * r["seconds"]), f"{r['relative']:.2f}"] for r in found["rows"]]
-    notes = [f"Medians of {found['rounds']} verifications behind {found['context']} tokens."]
+    notes = [f"Medians of {found['rounds']} verifications after {found['context']} tokens."]
     return Table("Cost of one verification", ["tokens", "ms", "relative to one token"], rows, notes)
 
 

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> dict[str, Any]:
-    """What each shape costs and gives, and the one that is chosen, behind a text of ``SHORT`` tokens."""
+    """What each shape costs and gives, and the one that is chosen, after a text of ``SHORT`` tokens."""
     policy.choose(SHORT)  # what it returns may be a trial of another shape
     rows = []
     for shape, seconds, more in zip(shapes, times.seconds, times.per_row, strict=True):
@@ -79,7 +79,7 @@ def choice(shapes: Sequence[DraftShape], times: StepTimes, policy: Policy) -> di
         if shape in policy.cost:  # the others are hopeless
             row |= {
                 "seconds": seconds + SHORT * more,
-                "seconds_behind_long_text": seconds + LONG * more,
+                "seconds_after_long_text": seconds + LONG * more,
                 "plain_steps": policy.cost[shape],
                 "tokens_per_step": policy.expected(shape),
                 "speedup": policy.rate(shape),
@@ -98,14 +98,14 @@ def table(record: dict[str, Any]) -> str:
         if "seconds" not in row:
             lines.append(f"{name(row):36}   takes longer than it could ever save")
             continue
-        times = (1000 * row["seconds"], 1000 * row["seconds_behind_long_text"])
+        times = (1000 * row["seconds"], 1000 * row["seconds_after_long_text"])
         ratios = (row["plain_steps"], row["tokens_per_step"], row["speedup"])
         numbers = [*(f"{x:12.1f}" for x in times), *(f"{x:12.2f}" for x in ratios)]
         lines.append(f"{name(row):36}" + "".join(numbers))
     learned = f"in {read} tokens of answers" if read else "by other drafters, nothing decoded"
     lines += [
         "",
-        f"Step times behind a text of {SHORT} tokens: medians of {record['rounds']} rounds; behind {LONG}:",
+        f"Step times after a text of {SHORT} tokens: medians of {record['rounds']} rounds; after {LONG}:",
         "measured for plain decoding and the largest shape, for the others by their nodes.",
         f"Tokens per step: expected from what was accepted {learned}.",
     ]

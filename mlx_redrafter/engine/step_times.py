@@ -1,8 +1,7 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
-Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them
-is the chip, the weights (and how they are quantized) and the versions. What is damaged or old
-is measured again, and so is, at the next use, what was measured while the machine was too busy to tell.
+Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them is
+the chip, the weights (and how they are quantized) and the versions. What is damaged or old is measured again.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ from .loop import Chooser, Fixed
 from .policy import Policies, StepTimes, policy_for, reason, times_for
 from .runner import Runner
 
-OLD = 7 * 24 * 3600.0  # seconds after which step times are measured anew
+OLD, DOUBTED = 7 * 24 * 3600.0, 3600.0  # seconds after which times are measured anew, and doubtful ones
 
 
 def make_policy(runner: Callable[[], Runner], lookup: int | None = None) -> Chooser:
@@ -41,7 +40,7 @@ def make_policy(runner: Callable[[], Runner], lookup: int | None = None) -> Choo
     shapes = candidates(runner(), lookup)
     if len(shapes) == 1:
         return Fixed(shapes[0])
-    measured = functools.cache(lambda texts: step_times(runner(), shapes, texts))  # also what is not kept
+    measured = functools.cache(lambda texts: step_times(runner(), shapes, texts))  # kept or not
     made = Policies(lambda texts, known: policy_for(shapes, times_for(measured, texts), known))
     try:
         made.of(1)
@@ -84,8 +83,7 @@ def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
 
         calibration = calibrate(runner, shapes, texts=texts)
         found = calibration.times
-        if calibration.steady:
-            keep(runner, shapes, found, texts)
+        keep(runner, shapes, found, texts, steady=calibration.steady)
     return found
 
 
@@ -132,7 +130,9 @@ def weight_bytes(parameters: Mapping[str, Any]) -> dict[str, int]:
 def _read(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
     """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
-        report = read_note("step-times", conditions(runner, shapes, texts), OLD)
+        known = conditions(runner, shapes, texts)
+        report, new = (read_note("step-times", known, age) for age in (OLD, DOUBTED))
+        report = report if report.get("steady", True) else new
         seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
         per_row = [float(value) for value in report["per_row"]]
         usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)
