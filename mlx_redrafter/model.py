@@ -95,7 +95,7 @@ class SpeculativeModel:
             target = Target(self.model, drafter.config.context_layers if drafter else (), memory)
             if self.refusal or not same:
                 _check_fit(self.drafter, target.embed)
-                device = f"{backend.current().name} {backend.chip()}{self.ranks or ''}"
+                device = f"{backend.current().name} {backend.chip()} {self.ranks.place if self.ranks else ''}"
                 target.check(device, getattr(self.ranks, "first_problem", str))
             elif self._runner is not None:
                 target.trees, target.batches = self._runner.target.trees, self._runner.target.batches

@@ -70,8 +70,10 @@ class Ranks:
         self._engines: dict[int, Engine] = {}
         self._plain: dict[int, Iterator[Any]] = {}
 
-    def __str__(self) -> str:
-        return f", {self.rank} of {self.size}"
+    @property
+    def place(self) -> str:
+        """Which of how many machines this is."""
+        return f"{self.rank} of {self.size}"
 
     def share(self, numbers: mx.array) -> mx.array:
         """Rank 0's whole numbers, on every rank, without waiting.
