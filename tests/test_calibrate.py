@@ -45,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(calibrate, "MOST_ROUNDS", 3)
     monkeypatch.setattr(calibrate, "STEADY", math.inf)  # whatever else runs meanwhile
     monkeypatch.setattr(calibrate, "DOUBT", math.inf)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     return tmp_path / "step-times"
 
 
@@ -271,8 +272,14 @@ def test_every_condition_has_a_file_of_its_own(folder: Path, monkeypatch: pytest
     assert len(list(folder.iterdir())) == 6
 
 
-def test_unsteady_times_are_used_for_an_hour(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "STEADY", -1.0)
+@pytest.mark.parametrize("doubt", ["rounds differ", "busy"])
+def test_doubtful_times_are_used_for_an_hour(
+    doubt: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if doubt == "busy":
+        monkeypatch.setattr(os, "getloadavg", lambda: (1000.0, 0.0, 0.0))
+    else:
+        monkeypatch.setattr(calibrate, "STEADY", -1.0)
     found = step_times(speculative().prepare(), THREE)
     assert len(found.seconds) == 3
     assert step_times(speculative().prepare(), THREE) == found

@@ -111,8 +111,8 @@ def table(record: dict[str, Any]) -> str:
     ]
     if not record["steady"]:
         lines += [
-            f"The rounds differ too much, even after {PATIENCE} times the time, to be kept: something",
-            "else uses this machine. Run this again when it is idle.",
+            "They are not kept: something else uses this machine, or the rounds differ too much, even after",
+            f"{PATIENCE} times the time. Run this again when it is idle.",
         ]
     kept = [f"Kept in {record['file']}."] if record["file"] else []
     return "\n".join([*lines, f"Chosen: {reason(record)}", *kept])

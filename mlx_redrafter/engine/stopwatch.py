@@ -1,6 +1,7 @@
 """How long a step takes on this machine with each draft shape, timed as the decoding loop runs it."""
 
 import math
+import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ SLOW = 5.0  # seconds after which hardly any more shapes are tried
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
 SHORT, LONG = 64, 1024  # tokens of the texts after which steps are timed
+BUSY = 1.5  # threads per core that want to run on a machine where no step time is sure
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
 
 
@@ -43,17 +45,18 @@ def calibrate(
 
     A slow machine measures few, after a short text only; the others' times are ``guessed``.
     """
+    busy = os.getloadavg()[0] > BUSY * (os.cpu_count() or 1)
     tell = Telling("Measuring what a step takes", at_once=True)
     most = max(SLOW, PATIENCE * seconds)
     short = measure(runner, shapes, seconds / 2, SHORT, DOUBT, texts, most, tell)
     if short.cut:
         times = StepTimes(guessed(shapes, short.seconds), [0.0] * len(shapes))
-        return Calibration(times, short.steady, len(short.rounds[0]))
+        return Calibration(times, short.steady and not busy, len(short.rounds[0]))
     timed = [shape for shape, times in zip(shapes, short.rounds, strict=True) if times]
     ends = list(dict.fromkeys([shapes[0], max(timed, key=lambda shape: shape.size)]))
     long = measure(runner, ends, seconds / 4, LONG, texts=texts, tell=tell)
     times = between(shapes, short.seconds, dict(zip(ends, long.seconds, strict=True)))
-    return Calibration(times, short.steady and long.steady, len(short.rounds[0]))
+    return Calibration(times, short.steady and long.steady and not busy, len(short.rounds[0]))
 
 
 def guessed(shapes: Sequence[DraftShape], seconds: Sequence[float]) -> list[float]:
