@@ -339,7 +339,7 @@ def test_base_models_write_texts(model):
 
 
 def test_a_model_that_cannot_verify_drafts_is_refused_before_any_work(model, tmp_path, monkeypatch):
-    def fail(target, device=""):
+    def fail(*_):
         raise ValueError("its positions are no rotary ones.")
 
     monkeypatch.setattr(Target, "check", fail)

@@ -249,7 +249,8 @@ def _tokenizer_of(tokenizer: TokenizerWrapper) -> "LLTokenizer":
             from llguidance.hf import from_tokenizer
 
             try:
-                _tokenizers[fast] = from_tokenizer(fast, eos_token=sorted(tokenizer.eos_token_ids))
+                ends = [end for end in sorted(tokenizer.eos_token_ids) if end < len(fast)]
+                _tokenizers[fast] = from_tokenizer(fast, eos_token=ends or None)
             except Exception as error:  # the library raises all kinds
                 kind = type(fast).__name__
                 raise ValueError(
