@@ -83,7 +83,7 @@ def step_times(runner: Runner, shapes: Sequence[DraftShape], texts: int = 1) -> 
 
         calibration = calibrate(runner, shapes, texts=texts)
         found = calibration.times
-        keep(runner, shapes, found, texts, steady=calibration.steady)
+        keep(runner, shapes, found, texts, age=OLD if calibration.steady else DOUBTED)
     return found
 
 
@@ -130,9 +130,7 @@ def weight_bytes(parameters: Mapping[str, Any]) -> dict[str, int]:
 def _read(runner: Runner, shapes: Sequence[DraftShape], texts: int) -> StepTimes | None:
     """The step times that were kept; None if there are none, or old ones, or not what they should be."""
     with contextlib.suppress(Exception):  # anything may be there
-        known = conditions(runner, shapes, texts)
-        report, new = (read_note("step-times", known, age) for age in (OLD, DOUBTED))
-        report = report if report.get("steady", True) else new
+        report = read_note("step-times", conditions(runner, shapes, texts), OLD)
         seconds = [math.inf if value is None else float(value) for value in report["seconds"]]
         per_row = [float(value) for value in report["per_row"]]
         usable = all(x > 0 for x in seconds) and all(0 <= x < math.inf for x in per_row)

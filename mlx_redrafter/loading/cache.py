@@ -34,7 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def write_note(kind: str, conditions: dict[str, Any], **note: Any) -> Path | None:
-    """Keep what holds under these conditions; return the file, or None if it cannot be written."""
+    """Keep what holds under these conditions, for ``age`` seconds if it says so; the file, or None."""
     with contextlib.suppress(OSError, RuntimeError):  # no home folder is a RuntimeError
         file = _file(kind, conditions)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,8 @@ def _read(file: Path, age: float) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # anything may be there
         known = file.stat()
         if file.is_file() and known.st_size <= LARGEST and abs(time.time() - known.st_mtime) <= age:
-            return dict(json.loads(file.read_text()))
+            note = dict(json.loads(file.read_text()))
+            return note if abs(time.time() - known.st_mtime) <= note.get("age", math.inf) else {}
     return {}
 
 
