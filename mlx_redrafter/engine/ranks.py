@@ -11,7 +11,7 @@ import os
 import signal
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -119,7 +119,7 @@ class Ranks:
         """
         self._to_agree -= 1
         told = self.channel.gather([problem, dict(own)], patience)
-        text = next((_told(text, rank) for rank, (text, _) in enumerate(told) if text), "")
+        text = _first(text for text, _ in told)
         (_, first), *others = told
         for rank, (_, found) in enumerate(others if not text else (), 1):
             for name, value in found.items():
@@ -134,8 +134,7 @@ class Ranks:
 
     def first_problem(self, problem: str) -> str:
         """The first one that there is on any rank, given the own one; "" where all is well."""
-        told = self.channel.gather(problem)
-        return next((_told(text, rank) for rank, text in enumerate(told) if text), "")
+        return _first(self.channel.gather(problem))
 
     # --- Loading, which all do at the same time ------------------------------------------------------------
 
@@ -534,7 +533,9 @@ def fail(channel: Channel, error: Exception) -> NoReturn:
     channel.end(2, f"error: {text}")
 
 
-def _told(text: str, rank: int) -> str:
+def _first(told: Iterable[str]) -> str:
+    """The first problem of those that the ranks have, "" where they have none, with its rank."""
+    rank, text = next(((rank, text) for rank, text in enumerate(told) if text), (0, ""))
     return text if rank == 0 or "rank " in text else f"rank {rank}: {text}"
 
 
