@@ -270,15 +270,10 @@ class _Stopwatch:
             for _ in range(2):  # the first steps may have waited for something that is done once
                 for shape in doubtful:
                     if self._spent > self._most and len(begun) > 1:
-                        left = [x for x in self._shapes if x not in begun]
-                        left = [x for x in left if x.width] or left
-                        if left:  # one more, so that it is known what more nodes cost
-                            begun.append(left[len(left) // 2])
-                            yield from self._turn(begun[-1], TRIALS + 1)
-                        self.measured.cut = len(begun) < len(self._shapes)
-                        self._shapes = begun
+                        yield from self._cut(begun)
                         return
-                    begun += [shape] * (shape not in begun)
+                    if shape not in begun:
+                        begun.append(shape)
                     yield from self._turn(shape, TRIALS + 1)
                 if any(self._worth(shape) for shape in doubtful):
                     break
@@ -289,6 +284,16 @@ class _Stopwatch:
             else:
                 self._shapes = [x for x in self._shapes if x.size <= size and x not in doubtful]
                 return
+
+    def _cut(self, begun: list[DraftShape]) -> Iterator[tuple[DraftShape, bool]]:
+        """Go on with these shapes and one of the others, so that it is known what more nodes cost."""
+        left = [shape for shape in self._shapes if shape not in begun]
+        left = [shape for shape in left if shape.width] or left
+        if left:
+            begun.append(left[len(left) // 2])
+            yield from self._turn(begun[-1], TRIALS + 1)
+        self.measured.cut = len(begun) < len(self._shapes)
+        self._shapes = begun
 
     def _turn(self, shape: DraftShape, before: int = 1) -> Iterator[tuple[DraftShape, bool]]:
         yield from [(shape, False)] * (before if self._compiled else 0)
