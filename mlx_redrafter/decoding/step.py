@@ -38,7 +38,7 @@ def step(
         drafter: may be None if the shape has no beams.
         pick: how the target picks tokens.
         shape: how much is drafted.
-        state: with room for ``shape.room`` rows after the text, and in rings for ``shape.size`` nodes.
+        state: with room for ``shape.room`` rows after the text; ``shape.size`` where a window's are kept.
         view: what attention is shown of the buffers.
     """
     state, proposed, seen = look_ahead(target, drafter, shape, state, view)
