@@ -30,10 +30,17 @@ READER = {"context_layers": (1, 4), "memory_heads": 2, "memory_head_size": 8}
 
 
 @pytest.fixture(scope="module")
-def host():
+def cache(tmp_path_factory):
+    """What the hosts' programs remember: not where tests that run beside these keep theirs."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def host(cache):
     """Does jobs (``ranks_host.py``)."""
     file = Path(__file__).with_name("ranks_host.py")
-    with subprocess.Popen([sys.executable, file], stdin=-1, stdout=-1, text=True) as process:
+    env = os.environ | {"MLX_REDRAFTER_CACHE": str(cache)}
+    with subprocess.Popen([sys.executable, file], stdin=-1, stdout=-1, text=True, env=env) as process:
 
         def do(**job):
             print(json.dumps(job), file=process.stdin, flush=True)
@@ -143,10 +150,10 @@ def test_two_machines_share_four_layers_and_three_cannot(host, folder):
         assert "4 layers, of which 3 machines cannot have some of every kind each: start 2." in line
 
 
-def test_self_checks_are_remembered_if_all_know_them(host, folder):
+def test_self_checks_are_remembered_if_all_know_them(host, folder, cache):
     """Where one rank has lost its note, all try it out again, together."""
     given = words(folder / "layers", "--drafter", "none", "--lookup", "0", "--max-tokens", "3")
-    checks = Path(os.environ["MLX_REDRAFTER_CACHE"]) / "self-checks"
+    checks = cache / "self-checks"
     shutil.rmtree(checks, ignore_errors=True)
     for _ in range(2):
         assert host(words=given, size=2)["codes"] == [0, 0]
