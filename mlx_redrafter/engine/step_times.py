@@ -1,6 +1,6 @@
 """Which draft shapes a model may use, and how long a step takes with each on this machine.
 
-Step times are measured at first use, in a second or two, and kept in the cache folder: what decides them is
+Step times are measured at first use, in a few seconds, and kept in the cache folder: what decides them is
 the chip, the weights (and how they are quantized) and the versions. What is damaged or old is measured again.
 """
 

@@ -19,7 +19,7 @@ from .loop import bucket
 from .policy import StepTimes
 from .runner import TRIALS, Runner
 
-SECONDS = 2.0  # that a calibration takes, about
+SECONDS = 3.0  # that a calibration takes, about
 PATIENCE = 2  # at most this many times as long, where the rounds differ much
 SLOW = 5.0  # seconds after which hardly any more shapes are tried
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
@@ -193,13 +193,15 @@ class _Stopwatch:
 
     The first round goes from the smallest size on. The loop asks one step ahead; so where no shape of a size
     has come out worth its time yet, a plain step gives it time to, and a slow machine is not kept busy with
-    larger ones. Every other round goes backwards, so that a drift of the machine's speed cancels.
+    larger ones. Every other round goes backwards, so that a drift of the machine's speed cancels. After the
+    first, while there is time, a step is timed only if it follows one of its own shape, as most do in
+    decoding: after another shape's it would commit that one's path.
 
     Args:
         shapes: to be timed, plain decoding first.
         seconds: to spend, about.
         doubt: how many times what it can ever emit a shape may take to be timed further.
-        compiled: steps that may be traced, or that follow another shape's, are not timed.
+        compiled: steps that may be traced are not timed, either.
         most: seconds after which one more shape is tried at most, if one besides plain decoding was.
     """
 
@@ -296,7 +298,8 @@ class _Stopwatch:
         self._shapes = begun
 
     def _turn(self, shape: DraftShape, before: int = 1) -> Iterator[tuple[DraftShape, bool]]:
-        yield from [(shape, False)] * (before if self._compiled else 0)
+        settles = self._compiled or (self._tried and self._spent <= self._seconds)
+        yield from [(shape, False)] * (before if settles else 0)
         yield shape, True
 
     def _worth(self, shape: DraftShape) -> bool:
