@@ -66,9 +66,9 @@ def notes(kind: str, age: float = math.inf) -> list[dict[str, Any]]:
 def _read(file: Path, age: float) -> dict[str, Any]:
     with contextlib.suppress(Exception):  # anything may be there
         known = file.stat()
-        if file.is_file() and known.st_size <= LARGEST and abs(time.time() - known.st_mtime) <= age:
+        if file.is_file() and known.st_size <= LARGEST:
             note = dict(json.loads(file.read_text()))
-            return note if abs(time.time() - known.st_mtime) <= note.get("age", math.inf) else {}
+            return note if abs(time.time() - known.st_mtime) <= min(age, note.get("age", math.inf)) else {}
     return {}
 
 
