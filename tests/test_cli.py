@@ -334,6 +334,11 @@ def test_a_cache_that_cannot_be_quantized_is_one_line(refused, made):
     refused(*command, "--quantized-kv-start", "0")
 
 
+@pytest.mark.parametrize("command", ["generate", "tune"])
+def test_an_unknown_flag_names_the_help_of_its_command(refused, command):
+    refused(command, "--unknown", naming=f"--unknown (see mlx-redrafter {command} --help)")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_types_of_weights(generate, dtype):
     assert json.loads(generate("--json", "--dtype", dtype)[1])["text"] == SAYS

@@ -85,10 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(chosen: str | None = None) -> Parser:
-    """The parser of all subcommands; with the flags of the ``chosen`` one only, so that no other is loaded.
-
-    ``args.run`` is the function to call.
-    """
+    """The parser of all subcommands, with flags of the ``chosen`` one (None: all), and ``args.run``."""
     parser = Parser(prog="mlx-redrafter", description="Generate faster what the model would have said.")
     parser.add_argument("--version", action="version", version=version("mlx-redrafter"))
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
@@ -101,6 +98,7 @@ def build_parser(chosen: str | None = None) -> Parser:
         for action in command._actions:
             if action.nargs != 0 and action.default not in (None, "", []) and "(default" not in action.help:
                 action.help += " (default: %(default)s)"
+    parser.prog += f" {chosen}" if chosen else ""  # what it says of unknown flags
     return parser
 
 
