@@ -75,7 +75,8 @@ def functions(model: SpeculativeModel, shape: DraftShape, rows: int) -> Timed:
         assert drafter is not None
         length, memory = min(shape.length, shape.depth), None
         if state.layers.memory:
-            memory = drafter.look_back(state.layers.rows[-1], state.rows, shown.columns)
+            entries = state.layers.rows[-1]
+            memory = drafter.look_back(entries, state.rows, shown.columns, state.history, target.embed)
 
         def search() -> Any:
             return draft(drafter, target.embed, state.token, state.context, shape.width, length, memory)

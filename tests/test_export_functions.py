@@ -130,10 +130,11 @@ def test_quantized_weights_stay_as_they_are(made, tmp_path):
         assert host.generate(prompt_of(50), 20, f"{NAME}-{way}", *inputs(way))[0] == expected
 
 
-def test_rings_and_a_memory(monkeypatch, made, tmp_path):
+@pytest.mark.parametrize("changes", [{}, {"draft_vocab_size": 30, "rare_tokens": 6}])
+def test_rings_and_a_memory(monkeypatch, made, tmp_path, changes):
     """Windows' buffers go round, and the drafter's memory is that of every token that was read."""
     monkeypatch.setattr(functions, "CHUNKS", (8, 32))
-    model = SpeculativeModel(make_model("gemma3"), make_memory_drafter(32, 101), 512)
+    model = SpeculativeModel(make_model("gemma3"), make_memory_drafter(32, 101, **changes), 512)
     tokenizer, prompt = load_tokenizer(made / "base"), prompt_of(100, 90)
     export_functions(model, tokenizer, tmp_path / "out", [SHAPE], 200)
     host = Host(tmp_path / "out")

@@ -32,9 +32,12 @@ def make_drafter(hidden=8, vocabulary=20, **changes):
     """A drafter whose memory has a say in all that it drafts."""
     config = DrafterConfig(hidden, vocabulary, **{**SIZES, **changes})
     mx.random.seed(3)
-    drafter = Drafter(config)
+    known = None if config.draft_vocab_size is None else 3 * mx.arange(config.draft_vocab_size)
+    drafter = Drafter(config, known)
     # In this order whatever the network's is.
-    strange = {name: value for name, value in drafter.weights().items() if name.startswith("memory")}
+    strange = {
+        name: value for name, value in drafter.weights().items() if name.startswith(("memory", "rare"))
+    }
     drafter.load_weights(
         [(name, value + 0.7 * mx.random.normal(value.shape)) for name, value in sorted(strange.items())],
         strict=False,
@@ -57,8 +60,11 @@ def normed(x, weight=1.0):
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-5) * weight
 
 
-def golden(drafter, context, texts, drafted):
-    """Logits [L, Vd] after ``drafted`` embeddings [L, H], given the T tokens read: context, embedding."""
+def golden(drafter, context, texts, drafted, rare=()):
+    """Logits [L, Vd] after ``drafted`` embeddings [L, H], given the T tokens read: context, embedding.
+
+    With the embeddings [K, H] of ``rare`` tokens: [L, Vd + K].
+    """
     config = drafter.config
     w = {name: np.array(value, np.float64) for name, value in drafter.weights().items()}
     heads, size, width = config.memory_heads, config.memory_head_size, config.context_size
@@ -87,17 +93,18 @@ def golden(drafter, context, texts, drafted):
             found.append(sum(weights[i] * values[first + i][m] for i in range(len(scores))))
         x = x + w["memory_out.weight"] @ np.concatenate(found)
         x = x + silu(w["lm_head.0.linear.weight"] @ x + w["lm_head.0.linear.bias"])
-        logits.append(w["lm_head.1.weight"] @ x)
+        more = [(w["rare_proj.weight"] @ x) @ e + w["rare_bias"][0] for e in rare]
+        logits.append([*(w["lm_head.1.weight"] @ x), *more])
     return np.array(logits)
 
 
-def fused_logits(drafter, context, texts, drafted, capacity):
+def fused_logits(drafter, context, texts, drafted, capacity, history=None, embed=None):
     """The same, as decoding computes it, from buffers with rows of others after the text's."""
     fused, size = MemoryDrafter(drafter), len(texts)
     context, texts, drafted = (mx.array(x, mx.float32)[None] for x in (context, texts, drafted))
     rows = [mx.pad(x, [(0, 0), (0, 0), (0, capacity - size), (0, 0)], constant_values=50.0)
             for x in fused.remember(context, texts)]  # fmt: skip
-    memory = fused.look_back(rows, mx.array([size]), capacity)
+    memory = fused.look_back(rows, mx.array([size]), capacity, history, embed)
     prepared, state, logits = fused.prepare(context[:, -1])[:, None], fused.start[None, None], []
     for embedding in drafted[0]:
         state = fused.advance(embedding[None, None], state)
@@ -119,6 +126,32 @@ def test_golden_values(changes):
     np.testing.assert_allclose(fused_logits(drafter, context, texts, drafted, 11), expected, atol=2e-5)
     drafter.memory_out.weight = mx.zeros_like(drafter.memory_out.weight)
     assert np.abs(fused_logits(drafter, context, texts, drafted, 11) - expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(1, [7]), (4, [2, 5, 7, 8]), (6, [2, 5, 7, 8]), (99, [2, 5, 7, 8, 10])]
+)
+def test_golden_values_of_rare_tokens(size, tokens):
+    """The last ones of the text that the draft vocabulary (0, 3, 6, 9, 12) lacks, each once."""
+    drafter, table = make_drafter(draft_vocab_size=5, rare_tokens=size), mx.random.normal((20, 8))
+    history = mx.array([[-1, 10, 5, 3, 7, 0, 7, 5, 9, 2, 8, 7, 4, 4]])  # those after the 11th are nobody's
+    context, texts = some_text(drafter.config, 11)
+    drafted = np.random.RandomState(1).randn(3, 8)
+    count = mx.array([11])
+    found = MemoryDrafter(drafter).look_back(
+        [mx.zeros((1, 2, 14, 8))] * 2, count, 14, history, lambda x: table[x]
+    )
+    shown = np.array(found.rare.shown[0])
+    assert sorted(np.array(found.rare.tokens[0])[shown].tolist()) == tokens
+    rare = np.array(table)[np.array(found.rare.tokens[0])]
+    expected = golden(drafter, context, texts, drafted, rare)
+    expected[:, 5:][:, ~shown] = -np.inf
+    logits = fused_logits(drafter, context, texts, drafted, 14, history, lambda x: table[x])
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+    places = mx.arange(logits.shape[1])[None]
+    assert MemoryDrafter(drafter).to_target(places, found).tolist() == [
+        [0, 3, 6, 9, 12, *found.rare.tokens[0].tolist()]
+    ]
 
 
 @pytest.mark.parametrize("cell", ["simple", "gru"])
@@ -171,14 +204,15 @@ def test_training_begins_at_the_network_without_it():
 @pytest.mark.parametrize("quantization", [None, Quantization(8, 32)])
 def test_shapes_and_config(quantization):
     config = DrafterConfig(
-        32, 50, 96, 1, True, quantization=quantization, memory_heads=2, memory_head_size=16
+        32, 50, 96, 1, True, 5, quantization=quantization, memory_heads=2, memory_head_size=16, rare_tokens=9
     )
-    drafter = Drafter(config)
+    drafter = Drafter(config, mx.arange(5))
     assert {name: value.shape for name, value in drafter.weights().items()} == config.shapes()
     assert ("memory_kv.scales" in config.shapes()) == (quantization is not None)
     assert DrafterConfig.from_dict(config.to_dict()) == config
     without = DrafterConfig(32, 50, 96, 1)
-    assert not any(name.startswith("memory") for name in (*without.to_dict(), *without.shapes()))
+    names = *without.to_dict(), *without.shapes()
+    assert not any(name.startswith(("memory", "rare")) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,9 @@ def test_shapes_and_config(quantization):
         ({"memory_head_size": 0}, "from 1 to 256"),
         ({"memory_head_size": 257}, "from 1 to 256"),
         ({"memory_window": 0}, "at least 1"),
+        ({"rare_tokens": -1, "draft_vocab_size": 5}, "from 0 to 4096"),
+        ({"rare_tokens": 4}, "rare_tokens is 4: give memory_heads and draft_vocab_size"),
+        ({"rare_tokens": 4, "draft_vocab_size": 5, "memory_heads": 0}, "give memory_heads"),
         ({"exit_dim": 16}, "no half of input_proj"),
         ({"quantization": Quantization(8, 32), "hidden_size": 16, "exit_dim": 40}, "no half of input_proj"),
     ],
@@ -208,7 +245,12 @@ SHAPES = [
     DraftShape(2, 3, 5, 4),
     DraftShape(0, 0, None, 3),
 ]
-KINDS = {"full": {}, "window": {"memory_window": 5}, "layers": {"context_layers": (1,)}}
+KINDS = {
+    "full": {},
+    "window": {"memory_window": 5},
+    "layers": {"context_layers": (1,)},
+    "rare": {"draft_vocab_size": 30, "rare_tokens": 6},
+}
 MODELS = {"llama3-rope": make_model, "gemma3": make_model, "qwen3_5": make_tiny, "mamba2": make_tiny}
 
 
@@ -305,8 +347,22 @@ def test_drafts_do_not_depend_on_company(changes):
         both = mine.keys() & wanted.keys() - {len(ask.prompt) - 1}  # the first step depends on it
         assert len(both) > 10 and [mine[row] for row in both] == [wanted[row] for row in both]
     blind, _ = with_memory(make_model("llama3-rope"), **changes)
-    blind.memory.look_back = lambda rows, count, columns: None
+    blind.memory.look_back = lambda *given: None
     assert drafts(Engine(Runner(blind, blind.memory), Fixed(shape), 16), asks[4]) != alone[4:]
+
+
+def test_rare_tokens_are_drafted():
+    """Of a drafter that likes them most, all that it drafts are tokens of the text that it lacks."""
+    target, fused = with_memory(make_model("llama3-rope"), draft_vocab_size=30, rare_tokens=6)
+    fused._drafter.rare_bias = mx.array([99.0])
+    texts = [list(prompt) for prompt in prompts(3, 7)]
+    engine = Engine(Runner(target, fused), Fixed(DraftShape(1, 3)), 16, texts=3)
+    found = drafts(engine, *(Request(text, 60) for text in texts))
+    common = set(range(0, 90, 3))
+    for text, mine in zip(texts, found, strict=True):
+        whole = text + plain(target.model, text, 60)
+        for row, tree in list(mine.items())[1:20]:
+            assert set(tree[1:]) <= set(whole[: row + 1]) - common, (row, tree)
 
 
 def test_drafts_are_the_same_where_a_prefix_was_kept(model, tmp_path):

@@ -39,6 +39,7 @@ from mlx_redrafter.models import trial
 from mlx_redrafter.models.hooks import leaves
 from mlx_redrafter.models.recurrent import RECURRENCES
 from mlx_redrafter.models.target import Target
+from mlx_redrafter.train.loss import head_rows
 
 TABLE = Path(__file__).parents[1] / "docs" / "models.md"
 LONG = [(7 * i * i + 3 * i + i // 5) % 97 + 1 for i in range(83)]  # longer than any of the windows
@@ -422,7 +423,7 @@ def test_hidden_states_and_rows_of_the_head_are_found_wherever_they_are(name):
     assert hidden.shape[-1] == target.no_context().shape[-1] < logits.shape[-1]
     np.testing.assert_allclose(np.array(target.head(hidden)), np.array(logits), atol=1e-5)
     if name != "gemma3n":  # which bounds its logits
-        rows = target.head_rows(ids)
+        rows = head_rows(target, ids)
         np.testing.assert_allclose(np.array(hidden @ rows.T), np.array(logits[..., ids]), atol=1e-4)
     if name != "gemma3n":  # whose layers have several streams
         _, context = Target(model, (1, 2)).forward(mx.array([[1, 2, 3]]), target.make_cache())

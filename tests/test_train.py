@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +36,7 @@ from mlx_redrafter.train.features import WholeRows, extract, read_features, sele
 from mlx_redrafter.train.loss import (
     LabelHead,
     Objective,
+    add_rare,
     gradients,
     make_batch,
     make_row_batch,
@@ -52,6 +54,7 @@ from mlx_redrafter.train.trainer import (
     schedule,
     steps_of,
     with_memory,
+    with_rare,
     with_vocabulary,
 )
 from mlx_redrafter.train.work import Request, Work, read_facts
@@ -321,17 +324,20 @@ def peak_memory(vocabulary, negatives):
 # --- Drafters with a memory ----------------------------------------------------------------------------
 
 
-def with_memory_of(drafter, heads=2):
+def with_memory_of(drafter, heads=2, rare=0):
     mx.random.seed(5)
-    made = Drafter(replace(drafter.config, memory_heads=heads, memory_head_size=8), mx.arange(DRAFT))
+    config = replace(drafter.config, memory_heads=heads, memory_head_size=8, rare_tokens=rare)
+    made = Drafter(config, mx.arange(DRAFT))
     made.update(drafter.parameters())
     made.memory_out.weight = mx.random.normal(made.memory_out.weight.shape)
+    if rare:
+        made.rare_bias = mx.array([0.7])
     return made
 
 
-def row_batch(target, length):
+def row_batch(target, length, first=0, count=VOCABULARY):
     """Rows of unlike length, in some of which not everything is trained on, in another order."""
-    rows = conversations(50, 23, 40)
+    rows = [Conversation(first + row.tokens % count, row.trained) for row in conversations(50, 23, 40)]
     features = extract(target, rows, ONE, whole=True)
     exact = WholeRows(features.context.astype(mx.float32), *list(vars(features).values())[1:])
     to_draft = mx.array([i if i < DRAFT else -1 for i in range(VOCABULARY)])
@@ -368,22 +374,34 @@ def test_whole_rows_have_what_was_read_and_train_on_the_same(target, tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1 << 23, DRAFT * 40])
-def test_gradients_of_a_memory_are_the_automatic_ones(target, chunk):
-    drafter, objective = with_memory_of(make_drafter()), Objective(3, 0.8, chunk=chunk)
-    _, _, batch, head = row_batch(target, 3)
+@pytest.mark.parametrize("rare", [0, 9])
+def test_gradients_of_a_memory_are_the_automatic_ones(target, chunk, rare):
+    drafter, objective = with_memory_of(make_drafter(), rare=rare), Objective(3, 0.8, chunk=chunk)
+    _, _, batch, head = row_batch(target, 3, *((DRAFT - 9, 20) if rare else ()))
+    if rare:
+        without = np.array(reachable(batch, 3)).sum()
+        batch = add_rare(batch, np.arange(VOCABULARY) >= DRAFT, DRAFT)
+        assert np.array(reachable(batch, 3)).sum() > 1.05 * without
 
     def whole(parameters):
         drafter.update(parameters)
-        label, mask, total = mx.softmax(head(batch.hidden), axis=-1), np.array(reachable(batch, 3)), 0
+        mask, total = np.array(reachable(batch, 3)), 0
         for n in range(3):
             for s in np.flatnonzero(mask[0, n]).tolist()[::3]:
                 end = batch.place[n, s].item() + 1  # what is after it is not even there
                 seen = batch.read_context[n : n + 1, :end], target.embed(batch.read[n : n + 1, :end])
                 memory, state = read_texts(drafter, *seen, mx.array([[end - 1]])), mx.zeros((1, 1, H))
+                text = {*batch.read[n, :end].tolist(), batch.tokens[n, s].item()}
+                ids = mx.array([*range(DRAFT), *sorted(x for x in text if rare and x >= DRAFT)])
                 for d in range(3):
                     state = drafter.advance(target.embed(batch.tokens[n, s + d])[None, None], state)
-                    logits = drafter.logits(batch.context[n : n + 1, s : s + 1], state, memory)
-                    loss = -(label[n, s + d] * mx.log(mx.softmax(logits[0, 0], axis=-1))).sum()
+                    x = drafter.body(batch.context[n : n + 1, s : s + 1], state, memory)[0, 0]
+                    logits = drafter.lm_head[-1](x)
+                    if rare:
+                        more = target.embed(ids[DRAFT:]) @ drafter.rare_proj(x) + drafter.rare_bias
+                        logits = mx.concatenate([logits, more])
+                    label = mx.softmax(target.head(batch.hidden[n : n + 1, s + d][None])[0, 0, ids])
+                    loss = -(label * mx.log(mx.softmax(logits))).sum()
                     total = total + 0.8**d * loss * mask[d, n, s].item()
         return total
 
@@ -398,7 +416,7 @@ def test_gradients_of_a_memory_are_the_automatic_ones(target, chunk):
     for (name, a), (_, b) in zip(tree_flatten(found), tree_flatten(wanted), strict=True):
         scale = max(1.0, mx.abs(b).max().item())
         np.testing.assert_allclose(np.array(a), np.array(b), atol=5e-5 * scale, err_msg=name)
-        assert not name.startswith("memory") or mx.abs(b).max().item() > 1e-4
+        assert not name.startswith(("memory", "rare")) or mx.abs(b).max().item() > 1e-4
 
 
 def questions(target, count, seed):
@@ -429,13 +447,33 @@ def test_a_memory_learns_to_copy_what_the_others_cannot(target):
     assert found[0] < 0.75 and found[1] > 0.9
 
 
+def test_rare_tokens_are_learnt_as_if_the_vocabulary_had_them(target):
+    """The answers' tokens are none of the draft vocabulary, which has the questions' and others."""
+    target, known = Target(target.model), np.array([*range(10), *range(40, VOCABULARY)], np.int32)
+    settings = Settings(Objective(1, labels="hard", negatives=0.5), batch=384, epochs=9, learning_rate=5e-3)
+    shards = [extract(target, questions(target, 64, seed), ONE, whole=True) for seed in range(9)]
+    pack = lambda some: Shards([64 * 23] * len(some), some.__getitem__, [64] * len(some))  # noqa: E731
+    data, found = Data(pack(shards[1:]), pack(shards[:1]), known), []
+    for rare in (0, 4):
+        config = DrafterConfig(
+            H, VOCABULARY, H, 1, True, len(known), memory_heads=4, memory_head_size=16, rare_tokens=rare
+        )
+        trainer = Trainer(target, initial_drafter(target, config, known, 0), data, settings, ONE)
+        for _ in trainer.run():
+            pass
+        found.append(trainer.score().top1[0])
+    assert found[0] < 0.55 and found[1] > 0.9
+
+
 @pytest.mark.parametrize("workers", [ONE, TWO])
 def test_resuming_with_a_memory_ends_with_the_same_weights(target, tmp_path, workers):
     data, rows = a_data(target, whole=True), [3, 3, 3, 3]
     assert data.train.rows == rows
 
     def trainer():
-        config = DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT, (1, 2), memory_heads=2, memory_head_size=8)
+        config = DrafterConfig(
+            H, VOCABULARY, H, 1, True, DRAFT, (1, 2), memory_heads=2, memory_head_size=8, rare_tokens=5
+        )
         drafter = initial_drafter(target, config, data.draft_to_target, 0)
         return Trainer(target, drafter, data, replace(SETTINGS, batch=140), workers)
 
@@ -464,6 +502,28 @@ def test_a_memory_for_a_drafter_that_has_none(target):
     wanted = drafter.weights()
     assert all(mx.array_equal(found.weights()[name], value).item() for name, value in wanted.items())
     assert not found.memory_out.weight.any().item()
+
+
+def test_rare_tokens_for_a_drafter_that_has_none(target):
+    """Their logits begin as those of draft tokens are; what it learnt stays, also with more of them."""
+    mx.random.seed(2)
+    table = mx.random.normal((VOCABULARY, H))
+    known = mx.arange(5, 5 + DRAFT)
+    drafter = Drafter(DrafterConfig(H, VOCABULARY, H, 1, True, DRAFT, memory_heads=2), known)
+    wide = mx.random.normal((H, H))
+    drafter.lm_head[-1].weight = table[known] @ wide  # as if the head were a map of embeddings
+    target = SimpleNamespace(embed=lambda ids: table[ids], model=target.model, vocabulary=VOCABULARY)
+    found = with_rare(drafter, target, 7, 1)
+    assert found.config.rare_tokens == 7
+    assert all(
+        mx.array_equal(found.weights()[name], value).item() for name, value in drafter.weights().items()
+    )
+    np.testing.assert_allclose(np.array(found.rare_proj.weight), np.array(wide), atol=0.1)
+    found.rare_bias = mx.array([3.0])
+    again = with_rare(found, target, 9, 1)
+    assert (again.config.rare_tokens, again.rare_bias.item()) == (9, 3)
+    assert mx.array_equal(again.rare_proj.weight, found.rare_proj.weight).item()
+    assert with_rare(found, target, 0, 1).weights().keys() == drafter.weights().keys()
 
 
 # --- The loop ------------------------------------------------------------------------------------------
@@ -747,6 +807,7 @@ def test_given_data_and_apples_layout(model_folder, tmp_path):
 
 def test_a_memory_is_trained_resumed_and_trained_on(model_folder, tmp_path, capsys):
     flags = ["--model", str(model_folder), *FLAGS, "--tokens", "900", "--epochs", "4", "--eval-tokens", "0"]
+    flags += ["--draft-vocab", "200"]
     memory = [*flags, "--memory-heads", "2"]
     assert main(["train", "--output", str(tmp_path / "whole"), *memory]) == 0
     parts = tmp_path / "parts"
@@ -764,6 +825,11 @@ def test_a_memory_is_trained_resumed_and_trained_on(model_folder, tmp_path, caps
     start = ["--start-from", str(tmp_path / "whole"), *flags, "--epochs", "1", "--tokens", "200"]
     assert main(["train", "--output", str(tmp_path / "on"), *start]) == 0
     assert load_drafter(tmp_path / "on").config.memory_heads == 2
+    assert load_drafter(tmp_path / "on").config.rare_tokens == 128
+    assert main(["train", "--output", str(tmp_path / "fewer"), *start, "--rare-tokens", "3"]) == 0
+    assert load_drafter(tmp_path / "fewer").config.rare_tokens == 3
+    assert main(["train", "--output", str(tmp_path / "bare"), *flags, "--rare-tokens", "3"]) == 2
+    assert "3 rare tokens need a memory: give --memory-heads too" in capsys.readouterr().err
     assert main(["train", "--output", str(tmp_path / "no"), *start, "--memory-heads", "3"]) == 2
     assert "has 2 memory heads, not 3: leave --memory-heads out" in capsys.readouterr().err
     untrained(model_folder, tmp_path)

@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--blocks", type=int, default=2, help="residual blocks of its head")
     add("--cell", default="simple", choices=("simple", "gru", "none"), help="recurrent cell")
     add("--memory-heads", type=int, help="with which it attends to the whole text (default: none)")
+    text = "tokens of the text that its vocabulary lacks and it may draft too (default: 128 with a memory)"
+    add("--rare-tokens", type=int, help=text)
     text = "layers it reads besides the last state (default: a low, a middle and a high one; "
     add("--context-layers", type=int, nargs="*", metavar="N", help=text + "none given: Apple's layout)")
     text = "train an existing drafter on, also one in Apple's layout; none: begin with a new one (default: "
@@ -191,8 +193,8 @@ def _limit_memory(limit: float | None) -> int:
 
 
 def _request(args: argparse.Namespace, given: Collection[str], chunk: int) -> Request:
-    for name, least in (("tokens", 0), ("memory_heads", 0), ("blocks", 0), ("exit_dim", 1), ("workers", 1)):
-        check_range(name, getattr(args, name), least)
+    for name in ("tokens", "memory_heads", "rare_tokens", "blocks", "exit_dim", "workers"):
+        check_range(name, getattr(args, name), int(name in ("exit_dim", "workers")))
     recipe = taken(
         Recipe,
         args,

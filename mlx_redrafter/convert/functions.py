@@ -84,6 +84,7 @@ class Functions:
         layers = self.target.layers_of([*caches, *self.target.make_memory(caches)])[1]
         self.branches = any(not shape.is_chain for shape in shapes)
         self.copies = any(shape.lookup for shape in shapes)
+        self.has_history = self.copies or bool(self.drafter and self.drafter.config.rare_tokens)
         has_path = self.branches or layers.memory
         self.longest = max(shape.depth + 1 for shape in shapes) if has_path else 0  # rows of a path
         self.layers = replace(layers, room=2 * max(*chunks, *(shape.size for shape in shapes)))
@@ -130,7 +131,8 @@ class Functions:
         """A state as arrays; those that no function reads are left out."""
         found, layers = {"token": state.token, "rows": state.rows}, state.layers
         found |= {"context": state.context} if self.drafter else {}
-        found |= {"history": state.history, "record": state.record} if self.copies else {}
+        found |= {"history": state.history} if self.has_history else {}
+        found |= {"record": state.record} if self.copies else {}
         if self.longest:
             assert layers.path_start is not None
             found["path_start"] = layers.path_start
@@ -265,7 +267,6 @@ def with_arrays(drafter: Any, arrays: Sequence[mx.array]) -> Any:
     """A twin that computes with others in their places."""
     twin = copy.copy(drafter)
     vars(twin).update(view(dict(vars(drafter)), Tape(), iter(arrays)))
-    twin.to_target = twin._drafter.to_target
     return twin
 
 

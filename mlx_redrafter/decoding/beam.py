@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -25,16 +24,16 @@ class Proposer(Protocol):
         """[..., F] -> [..., P]: what ``logits`` needs of the context, once per step."""
         ...
 
-    def look_back(self, rows: list[mx.array], count: mx.array, columns: int) -> Any:
-        """What ``logits`` needs of the memory's buffers, once per step (of a drafter that has one)."""
+    def look_back(self, rows: Any, count: mx.array, columns: int, history: mx.array, embed: Any) -> Any:
+        """What is needed of the memory's buffers and the text, once per step (of a drafter with a memory)."""
         ...
 
     def logits(self, prepared: mx.array, state: mx.array, memory: Any = None) -> mx.array:
-        """[..., P], [..., S] -> [..., V_draft]."""
+        """[..., P], [..., S] -> [..., V_draft], or more: those that the text adds."""
         ...
 
-    def to_target(self, index: mx.array) -> mx.array:
-        """Draft vocabulary indices -> the target's token ids, of the same shape."""
+    def to_target(self, index: mx.array, memory: Any = None) -> mx.array:
+        """Places [B, W] in the logits -> the target's token ids, of the same shape."""
         ...
 
 
@@ -73,17 +72,17 @@ def draft(
     states = mx.broadcast_to(drafter.start, (*tokens.shape, drafter.start.size))  # [B, 1, S]
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
-    logits = drafter.logits if memory is None else partial(drafter.logits, memory=memory)
+    seen = {} if memory is None else {"memory": memory}
     for _ in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
-        total = scores[..., None] + log_softmax(logits(rows, states))  # [B, W, V_draft]
+        total = scores[..., None] + log_softmax(drafter.logits(rows, states, **seen))  # [B, W, V_draft]
         vocabulary = total.shape[-1]
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
         parents, index = best // vocabulary, best % vocabulary  # [B, W]
         if width > 1:
             states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
-        tokens = drafter.to_target(index)  # [B, W]
+        tokens = drafter.to_target(index, **seen)  # [B, W]
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
 

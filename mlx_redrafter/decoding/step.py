@@ -71,7 +71,8 @@ def propose(
         length = min(shape.length, shape.depth)
         memory = None
         if state.layers.memory:
-            memory = drafter.look_back(state.layers.rows[-1], state.rows, view.columns)
+            entries = state.layers.rows[-1]
+            memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
         beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory)
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end

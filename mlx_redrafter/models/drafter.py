@@ -4,7 +4,8 @@ The network is Apple's ReDrafter (arXiv 2403.09919, section 3), with its paramet
 checkpoint in Apple's layout loads as it is. What may differ from it: the head may know only the tokens
 the drafter ever proposes (``draft_to_target`` maps them back), its layers may be quantized, the context
 may hold the states of more layers of the base model, the recurrent cell may be gated, and it may have a
-*memory*: attention to what it noted of every token that the model has read.
+*memory*: attention to what it noted of every token that the model has read, and with it *rare tokens*,
+those of the text that the draft vocabulary lacks (``memory.py``).
 """
 
 import copy
@@ -21,7 +22,7 @@ Q_BITS = (2, 3, 4, 5, 6, 8)
 Q_GROUP_SIZES = (32, 64, 128)
 CELLS = ("simple", "gru")
 MOST_HEADS, MOST_HEAD_SIZE = 64, 256  # of a memory, whose rows take room for every token of a text
-MEMORY_EPS = 1e-5
+MOST_RARE, MEMORY_EPS = 4096, 1e-5
 
 Recall = Callable[[mx.array], mx.array]  # what blocks would read -> the same and what the memory adds
 
@@ -58,6 +59,7 @@ class DrafterConfig:
         memory_heads: M, heads with which it attends to the text; 0: it has no memory.
         memory_head_size: Dh, the width of each.
         memory_window: the last tokens that it attends to; None: all.
+        rare_tokens: K, the last tokens of the text outside the draft vocabulary that it may draft too.
 
     Raises:
         ValueError: a size is not a positive integer, or the draft vocabulary exceeds the vocabulary.
@@ -75,6 +77,7 @@ class DrafterConfig:
     memory_heads: int = 0
     memory_head_size: int = 64
     memory_window: int | None = None
+    rare_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers"):
@@ -97,6 +100,9 @@ class DrafterConfig:
         _check_size("memory_heads", self.memory_heads, least=0, most=MOST_HEADS)
         _check_size("memory_head_size", self.memory_head_size, most=MOST_HEAD_SIZE)
         _check_size("memory_window", 1 if self.memory_window is None else self.memory_window)
+        _check_size("rare_tokens", self.rare_tokens, least=0, most=MOST_RARE)
+        if self.rare_tokens and not (self.memory_heads and self.draft_vocab_size):
+            raise ValueError(f"rare_tokens is {self.rare_tokens}: give memory_heads and draft_vocab_size.")
         if self.memory_heads and not self.can_split:
             raise ValueError(
                 f"memory_heads is {self.memory_heads}, but no half of input_proj reads the context alone: "
@@ -131,6 +137,8 @@ class DrafterConfig:
         optional = {name: value for name, value in asdict(self).items() if value not in (None, (), "simple")}
         if not self.memory_heads:
             optional = {name: x for name, x in optional.items() if not name.startswith("memory")}
+        if not self.rare_tokens:
+            optional.pop("rare_tokens")
         return {name: list(x) if isinstance(x, tuple) else x for name, x in optional.items()}
 
     @property
@@ -182,6 +190,9 @@ class DrafterConfig:
             layers["memory_out"] = outputs, width, False
             shapes["memory_q_norm.weight"] = (self.memory_head_size,)
             shapes["memory_decay"] = shapes["memory_sink"] = (self.memory_heads,)
+        if self.rare_tokens:
+            layers["rare_proj"] = width, self.hidden_size, False
+            shapes["rare_bias"] = (1,)
         for name, (inputs, outputs, bias) in layers.items():
             shapes[f"{name}.weight"] = outputs, inputs
             if how is not None and inputs % how.group_size == 0:
@@ -248,6 +259,9 @@ class Drafter(nn.Module):
             self.memory_q_norm.weight = mx.full(config.memory_head_size, 2.0)
             self.memory_decay = mx.full(config.memory_heads, math.log(math.expm1(0.5)))
             self.memory_sink = mx.zeros(config.memory_heads)
+        if config.rare_tokens:
+            self.rare_proj = nn.Linear(config.exit_dim, config.hidden_size, bias=False)
+            self.rare_bias = mx.zeros(1)
         if config.quantization is not None:
             nn.quantize(self, **asdict(config.quantization), class_predicate=self._is_quantized)
 
@@ -285,14 +299,12 @@ class Drafter(nn.Module):
         return candidate + z * (state - candidate)
 
     def logits(self, context: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
-        """Unnormalised log-probabilities of the next draft token.
+        """Unnormalised log-probabilities [..., Vd] of the next draft token.
 
         Args:
             context: [..., F], what the base model knew when it emitted the first token.
             state: [..., H], the state after the last token.
             memory: what is shown of it (``memory.py``); None: nothing.
-        Returns:
-            [..., Vd]
         """
         logits: mx.array = self.lm_head[-1](self.body(context, state, memory))
         return logits

@@ -21,7 +21,7 @@ class FusedDrafter:
 
     def __init__(self, drafter: Drafter) -> None:
         self._drafter, self._size = drafter, drafter.config.hidden_size
-        self.config, self.weights, self.to_target = drafter.config, drafter.weights, drafter.to_target
+        self.config, self.weights = drafter.config, drafter.weights
         halves: tuple[nn.Module | None, nn.Module | None] = drafter.halves() or (None, None)
         self._of_context, self._of_state = halves
         self._joint: nn.Module | None = None
@@ -45,15 +45,24 @@ class FusedDrafter:
         prepared: mx.array = context if self._of_context is None else self._of_context(context)
         return prepared
 
-    def logits(self, prepared: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
-        """As ``Drafter.logits`` [..., Vd], of what ``prepare``, ``advance`` (and ``look_back``) returned."""
+    def to_target(self, index: mx.array) -> mx.array:
+        """Token ids for indices into the draft vocabulary."""
+        return self._drafter.to_target(index)
+
+    def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
+        """As ``Drafter.logits`` [..., Vd], of what ``prepare`` and ``advance`` returned."""
+        logits: mx.array = self._drafter.lm_head[-1](self.body(prepared, state))
+        return logits
+
+    def body(self, prepared: mx.array, state: mx.array, memory: Recall | None = None) -> mx.array:
+        """What the last layer reads [..., exit_dim]."""
         if self._of_context is None:
-            return self._drafter.logits(prepared, state)
+            return self._drafter.body(prepared, state)
         x = prepared + (state[..., self._size :] if self._of_state is None else self._of_state(state))
         if memory is not None:
             x = memory(x)
-        for layer in self._drafter.lm_head:
-            x = layer(x)
+        for block in self._drafter.lm_head[:-1]:
+            x = block(x)
         return x
 
 

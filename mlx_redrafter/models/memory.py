@@ -5,9 +5,14 @@ and of the context after it. Every depth of a draft queries all entries, older o
 grows with the logarithm of the distance (KERPLE, arXiv 2205.09921), and a sink, which gives nothing.
 
 Entries are rows as those of the model's own layers. Only drafters that have a memory need this file.
+
+A small draft vocabulary lacks names and the words of a subject, which texts repeat. So a drafter with a
+memory may also draft *rare tokens*, those of the text that its vocabulary lacks: the last K of them, whose
+logits are products of their embeddings in the base model. That costs no row of the head.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +26,17 @@ from .fused import FusedDrafter
 
 LOG2_E = math.log2(math.e)
 
+Embed = Callable[[mx.array], mx.array]  # token ids [...] -> the base model's embeddings [..., H]
+
+
+@dataclass
+class Rare:
+    """K tokens of each text that are not in the draft vocabulary."""
+
+    tokens: mx.array  # [B, K]
+    embeddings: mx.array  # [B, K, H]
+    shown: mx.array  # [B, K] bool: there is such a token, and it is not one before it again
+
 
 @dataclass
 class Memory:
@@ -30,6 +46,7 @@ class Memory:
     keys: mx.array  # [B, M, T, Dh]
     values: mx.array  # [B, M, T, Dh]
     bias: mx.array  # [B, M, n or 1, T], see ``bias``
+    rare: Rare | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """``x`` [..., B, n, exit_dim] and what it finds."""
@@ -43,6 +60,14 @@ class Memory:
 
 class MemoryDrafter(FusedDrafter):
     """A drafter with a memory as it decodes."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        super().__init__(drafter)
+        self._is_rare: mx.array | None = None  # [V]
+        if drafter.config.rare_tokens:
+            known = drafter.to_target(mx.arange(drafter.config.head_outputs))
+            self._is_rare = mx.ones(drafter.config.vocab_size, mx.bool_).at[known].multiply(False)
+            mx.eval(self._is_rare)
 
     def make_cache(self, held: int) -> Any:
         """mlx-lm's cache for the entries, in which those of the first ``held`` tokens give nothing."""
@@ -58,16 +83,64 @@ class MemoryDrafter(FusedDrafter):
         """Entries of tokens with this context [B, T, F] and embedding [B, T, H]."""
         return entries(self._drafter, self.prepare(context), embedding)
 
-    def look_back(self, rows: Rows, count: mx.array, columns: int) -> Memory:
+    def look_back(
+        self,
+        rows: Rows,
+        count: mx.array,
+        columns: int,
+        history: mx.array | None = None,
+        embed: Embed | None = None,
+    ) -> Memory:
         """What queries after the first ``count`` [B] tokens are shown of the buffers [B, M, C, Dh].
 
         Args:
             columns: of the first rows, or all of a ring.
+            history: [B, C'], the text, its last token at ``count``; None: no rare tokens are drafted.
+            embed: the base model's, if there is a history.
         """
         keys, values = (part[:, :, :columns] for part in rows)
         place = places(count, keys.shape[2])  # [B, C]
         distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
-        return Memory(self._drafter, keys, values, bias(self._drafter, distance[:, None]))
+        rare = None
+        if self._is_rare is not None and history is not None and embed is not None:
+            rare = find_rare(self._is_rare, history, count, self.config.rare_tokens, embed)
+        return Memory(self._drafter, keys, values, bias(self._drafter, distance[:, None]), rare)
+
+    def logits(self, prepared: mx.array, state: mx.array, memory: Memory | None = None) -> mx.array:
+        """As ``Drafter.logits``, of [B, n, ...]; [B, n, Vd + K] with those of rare tokens."""
+        x = self.body(prepared, state, memory)
+        logits: mx.array = self._drafter.lm_head[-1](x)
+        if memory is None or memory.rare is None:
+            return logits
+        embeddings = memory.rare.embeddings.astype(x.dtype).swapaxes(-1, -2)
+        more = self._drafter.rare_proj(x) @ embeddings + self._drafter.rare_bias  # [B, n, K]
+        return mx.concatenate([logits, mx.where(memory.rare.shown[:, None], more, -mx.inf)], axis=-1)
+
+    def to_target(self, index: mx.array, memory: Memory | None = None) -> mx.array:
+        """Token ids for places [B, n] in the logits."""
+        if memory is None or memory.rare is None:
+            return super().to_target(index)
+        known, rare = self.config.head_outputs, memory.rare.tokens
+        tokens = super().to_target(mx.minimum(index, known - 1))
+        more = mx.take_along_axis(rare, mx.maximum(index.astype(mx.int32) - known, 0), axis=1)
+        return mx.where(index < known, tokens, more)
+
+
+def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int, embed: Embed) -> Rare:
+    """The last ``size`` tokens of texts that are rare.
+
+    Args:
+        is_rare: [V] bool.
+        history: [B, C], negative where it is not known.
+        count: [B], the place of each text's last token.
+    """
+    place, size = mx.arange(history.shape[1]), min(size, history.shape[1])
+    found = is_rare[mx.maximum(history, 0)] & (history >= 0) & (place <= count[:, None])  # [B, C]
+    last = mx.topk(mx.where(found, place, -1), size, axis=1)  # [B, K], in no order
+    tokens = mx.take_along_axis(history, mx.maximum(last, 0), axis=1)
+    earlier = (mx.arange(size) < mx.arange(size)[:, None]) & (last >= 0)[:, None]  # [B, K, K]
+    again = ((tokens[:, None] == tokens[..., None]) & earlier).any(axis=-1)
+    return Rare(tokens, embed(tokens), (last >= 0) & ~again)
 
 
 def read_texts(drafter: Drafter, context: mx.array, embedding: mx.array, place: mx.array) -> Memory:

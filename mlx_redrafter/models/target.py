@@ -222,24 +222,6 @@ class Target:
             logits: mx.array = self._view(mx.zeros(hidden.shape[:2], mx.int32))
         return logits
 
-    def head_rows(self, ids: mx.array) -> mx.array:
-        """Rows [n, H] of the head's matrix for tokens ``ids`` [n]; of the embedding if both are tied."""
-        heads = [
-            (len(path), path, module)
-            for path, module in self.model.named_modules()
-            if isinstance(module, nn.Linear | nn.QuantizedLinear)
-            and module.weight.shape[0] == self.vocabulary
-            and not any(name.isdigit() for name in path.split("."))  # of no layer
-        ]
-        layer: Any = min(heads)[-1] if heads else self.embed
-        if isinstance(layer, nn.QuantizedLinear):
-            biases = None if layer.biases is None else layer.biases[ids]
-            return mx.dequantize(
-                layer.weight[ids], layer.scales[ids], biases, layer.group_size, layer.bits, layer.mode
-            )
-        rows: mx.array = layer(ids) if layer is self.embed else layer.weight[ids]
-        return rows
-
     def verify(self, tree: Tree, layers: Layers, start: mx.array, view: View | None = None) -> Verified:
         """One forward pass over the tree's nodes, each at the position ``start`` + its depth."""
         masks: dict[tuple[int | None, int], mx.array] = {}

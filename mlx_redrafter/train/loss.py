@@ -7,6 +7,9 @@ vocabulary is made and used up in chunks, so memory does not grow with the vocab
 
 Most of the work is the head's, over thousands of tokens of which a batch can do with hundreds: those
 that the model finds likely somewhere in it, and a few of the others, which stand for all of these.
+
+A drafter that may draft rare tokens (``models/memory.py``) has a row of the head for each of those U that a
+batch has, too, which are seen from the first place on where they are known.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 
 from ..models.drafter import Drafter
 from ..models.memory import read_texts
@@ -25,6 +29,7 @@ SEGMENT = 32  # positions in a row that are trained on together
 LOG2_E = 1.4426950408889634
 LOSSES = ("kl", "tv")
 LABELS = ("soft", "hard")
+NEVER = -1e4  # a logit
 LIKELY = 0.05  # a token that the model gives more somewhere in a batch is always among the drawn ones
 
 
@@ -73,12 +78,22 @@ class Batch:
 
 
 @dataclass
+class Rare:
+    """The U rare tokens of a batch."""
+
+    ids: mx.array  # [U]
+    shown: mx.array  # [n, S, U] bool: it is in the text that the drafter has seen, the first token included
+    first: mx.array  # [n, S + L - 1] where the token of each label comes first; -1 of those that are not rare
+
+
+@dataclass
 class RowBatch(Batch):
     """``n`` whole rows, of which the S positions are those that are trained on; padded at their ends."""
 
     place: mx.array  # [n, S] in their rows
     read: mx.array  # [n, T] all tokens of the rows
     read_context: mx.array  # [n, T, F] after reading each
+    rare: Rare | None = None
 
 
 def make_batch(features: Features, starts: np.ndarray, length: int, hidden: int, to_draft: mx.array) -> Batch:
@@ -116,6 +131,31 @@ def make_row_batch(
     return RowBatch(**vars(batch), place=place, read=features.read[read], read_context=features.context[read])
 
 
+def add_rare(batch: RowBatch, is_rare: np.ndarray[Any, Any], known: int) -> RowBatch:
+    """The batch with its rare tokens, whose labels come after those of the ``known`` draft tokens.
+
+    Args:
+        is_rare: [V] bool.
+    """
+    read, place = np.array(batch.read), np.array(batch.place)
+    ids = np.unique(read[is_rare[read]])
+    if ids.size == 0:
+        return batch
+    first = np.full((len(read), ids.size), read.shape[1] + 1, np.int32)  # [n, U]; never
+    rows, places = np.nonzero(is_rare[read])
+    np.minimum.at(first, (rows, np.searchsorted(ids, read[rows, places])), places.astype(np.int32))
+    tokens = np.array(batch.tokens)[:, 1:]
+    number = np.minimum(np.searchsorted(ids, tokens), ids.size - 1)
+    here = ids[number] == tokens  # [n, S + L - 1]
+    rare = Rare(
+        mx.array(ids.astype(np.int32)),
+        mx.array(first[:, None] <= place[..., None] + 1),
+        mx.array(np.where(here, np.take_along_axis(first, number, axis=1), -1)),
+    )
+    labels = mx.where(mx.array(here), mx.array((known + number).astype(np.int32)), batch.labels)
+    return replace(batch, labels=labels, rare=rare)
+
+
 def _batch(
     features: Features, index: np.ndarray, inside: np.ndarray, length: int, hidden: int, to_draft: mx.array
 ) -> Batch:
@@ -141,27 +181,48 @@ class LabelHead:
 
     def __init__(self, target: Target, ids: mx.array, probe: mx.array) -> None:
         self.target, self.ids = target, ids
-        self.rows = target.head_rows(ids)  # [Vd, H]
+        self.rows = head_rows(target, ids)  # [Vd, H]
         dtype = self.rows.dtype
         wanted = target.head(probe[None].astype(dtype))[0][:, ids]  # [n, Vd]
         error = mx.abs(self._linear(probe) - wanted.astype(mx.float32)).max()
         self.linear = bool((error <= 0.02 * mx.abs(wanted).max()).item())
 
-    def __call__(self, hidden: mx.array) -> mx.array:
-        """[..., H] -> [..., Vd] float32."""
+    def __call__(self, hidden: mx.array, rare: Rare | None = None) -> mx.array:
+        """[..., H] -> [..., Vd] float32, with rare tokens [..., Vd + U]."""
+        ids = self.ids if rare is None else mx.concatenate([self.ids, rare.ids])
         if self.linear:
-            return self._linear(hidden)
+            return self._linear(hidden, None if rare is None else head_rows(self.target, rare.ids))
         flat = hidden.reshape(1, -1, hidden.shape[-1]).astype(self.rows.dtype)
-        logits = self.target.head(flat)[..., self.ids].astype(mx.float32)
+        logits = self.target.head(flat)[..., ids].astype(mx.float32)
         return logits.reshape(*hidden.shape[:-1], -1)
 
-    def _linear(self, hidden: mx.array) -> mx.array:
-        return (hidden.astype(self.rows.dtype) @ self.rows.T).astype(mx.float32)
+    def _linear(self, hidden: mx.array, more: mx.array | None = None) -> mx.array:
+        rows = self.rows if more is None else mx.concatenate([self.rows, more])
+        return (hidden.astype(rows.dtype) @ rows.T).astype(mx.float32)
 
     @property
     def width(self) -> int:
         """Logits that are computed per position."""
         return int(self.ids.size if self.linear else self.target.embed.weight.shape[0])
+
+
+def head_rows(target: Target, ids: mx.array) -> mx.array:
+    """Rows [n, H] of the head's matrix for tokens ``ids`` [n]; of the embedding if both are tied."""
+    heads = [
+        (len(path), path, module)
+        for path, module in target.model.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        and module.weight.shape[0] == target.vocabulary
+        and not any(name.isdigit() for name in path.split("."))  # of no layer
+    ]
+    layer: Any = min(heads)[-1] if heads else target.embed
+    if isinstance(layer, nn.QuantizedLinear):
+        biases = None if layer.biases is None else layer.biases[ids]
+        return mx.dequantize(
+            layer.weight[ids], layer.scales[ids], biases, layer.group_size, layer.bits, layer.mode
+        )
+    rows: mx.array = layer(ids) if layer is target.embed else layer.weight[ids]
+    return rows
 
 
 @dataclass
@@ -177,6 +238,7 @@ def draw(head: LabelHead, objective: Objective, batch: Batch, random: np.random.
     """The tokens that are likely somewhere in a batch, and ``objective.negatives`` of the others."""
     labels = _labels(batch, slice(None), head, objective, [])
     likely = np.array(labels.max(axis=(0, 1)) > LIKELY)
+    likely[head.ids.size :] = True  # rare tokens
     taken = likely | (random.random(likely.size) < objective.negatives)
     ids = mx.array(np.flatnonzero(taken).astype(np.int32))
     shift = mx.array(np.where(likely, 0, -np.log2(objective.negatives))[taken].astype(np.float32))
@@ -208,12 +270,52 @@ def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch,
     return drafter.body(batch.context, mx.stack(states), memory)
 
 
+def last_layer(
+    drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch, x: mx.array
+) -> tuple[mx.array, mx.array]:
+    """What is multiplied to logits: ``x`` [L, n, S, E] and the rows [Vd, E] of the drafter's head.
+
+    With rare tokens there are U rows more, and a bias for these as one column more of both.
+    """
+    rows = drafter.lm_head[-1].weight
+    rare = batch.rare if isinstance(batch, RowBatch) else None
+    if rare is None:
+        return x, rows
+    weight = drafter.rare_proj.weight  # [H, E]
+    more = embed(rare.ids).astype(weight.dtype) @ weight  # [U, E]
+    bias = mx.concatenate([mx.zeros(len(rows)), mx.repeat(drafter.rare_bias, len(more))])
+    rows = mx.concatenate([mx.concatenate([rows, more]), bias[:, None].astype(rows.dtype)], axis=1)
+    return mx.concatenate([x, mx.ones((*x.shape[:-1], 1), x.dtype)], axis=-1), rows
+
+
+def _unseen(batch: Batch, cut: slice, logits: mx.array) -> mx.array:
+    """Logits [c, S, ...] without rare tokens that the text did not have so far; their places are the last."""
+    rare = batch.rare if isinstance(batch, RowBatch) else None
+    if rare is None:
+        return logits
+    common, more = mx.split(logits, [logits.shape[-1] - rare.ids.size], axis=-1)
+    return mx.concatenate([common, mx.where(rare.shown[cut], more, NEVER)], axis=-1)
+
+
+def _label(batch: Batch, cut: slice, labels: mx.array) -> mx.array:
+    """The label [c, S, ...] without rare tokens that the text did not have so far."""
+    rare = batch.rare if isinstance(batch, RowBatch) else None
+    if rare is None:
+        return labels
+    common, more = mx.split(labels, [labels.shape[-1] - rare.ids.size], axis=-1)
+    seen = mx.concatenate([common, more * rare.shown[cut]], axis=-1)
+    return seen / mx.maximum(seen.sum(axis=-1, keepdims=True), 1e-9)
+
+
 def reachable(batch: Batch, length: int) -> mx.array:
-    """[L, n, S] bool: the text goes on to this depth, and the draft vocabulary knows it that far."""
+    """[L, n, S] bool: the text goes on to this depth, and the drafter knows its tokens that far."""
     positions = batch.left.shape[1]
     masks, mask = [], mx.array(True)
+    rare = batch.rare if isinstance(batch, RowBatch) else None
     for depth in range(length):
         mask = mask & (batch.labels[:, depth : depth + positions] >= 0) & (batch.left > depth)
+        if rare is not None and isinstance(batch, RowBatch):
+            mask = mask & (rare.first[:, depth : depth + positions] <= batch.place + 1)
         masks.append(mask)
     return mx.stack(masks)
 
@@ -246,8 +348,8 @@ def gradients(
 
     def surrogate(parameters: Any) -> tuple[mx.array, mx.array]:
         drafter.update(parameters)
-        last = drafter.lm_head[-1].weight
         x = _drop(trunk(drafter, target.embed, seen, objective.length), share, keys[1])
+        x, last = last_layer(drafter, target.embed, seen, x)
         fixed, rows = mx.stop_gradient(x).astype(last.dtype), mx.stop_gradient(last)
         losses, x_gradient, rows_gradient = head_gradients(fixed, rows, mask, head, objective, batch, drawn)
         # Its gradients are those of the loss, which were computed along with the loss itself.
@@ -268,7 +370,7 @@ def _drop(x: mx.array, share: float, key: mx.array | None) -> mx.array:
 
 def head_gradients(
     x: mx.array,
-    head_rows: mx.array,
+    last_rows: mx.array,
     mask: mx.array,
     head: LabelHead,
     objective: Objective,
@@ -277,7 +379,7 @@ def head_gradients(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """The summed losses [L], and gradients of their weighted sum by x [L, n, S, E] and the rows [Vd, E]."""
     length, _, positions, _ = x.shape
-    rows = head_rows if drawn is None else head_rows[drawn.ids]  # [K, E]
+    rows = last_rows if drawn is None else last_rows[drawn.ids]  # [K, E]
     shift = mx.array(0.0) if drawn is None else drawn.shift
     losses = mx.zeros(length)
     rows_gradient = mx.zeros(rows.shape, mx.float32)
@@ -288,8 +390,8 @@ def head_gradients(
         for depth in range(length):
             # One depth of one chunk at a time, or many would be in memory at once.
             inputs = mx.depends([x[depth, cut]], done)[0]  # [c, S, E]
-            logits = (inputs * LOG2_E) @ rows.T
-            label = labels[:, depth : depth + positions]
+            logits = _unseen(batch, cut, (inputs * LOG2_E) @ rows.T)
+            label = _label(batch, cut, labels[:, depth : depth + positions])
             values, gradient = _divergence(logits.astype(mx.float32), label, objective.loss, shift)
             valid = mask[depth, cut]
             sums.append((values * valid).sum())
@@ -301,7 +403,7 @@ def head_gradients(
         losses = losses + mx.stack(sums)
         parts.append(mx.stack(depths))
     if drawn is not None:
-        rows_gradient = mx.zeros(head_rows.shape).at[drawn.ids].add(rows_gradient)
+        rows_gradient = mx.zeros(last_rows.shape).at[drawn.ids].add(rows_gradient)
     return losses, mx.concatenate(parts, axis=1), rows_gradient
 
 
@@ -315,10 +417,16 @@ def _cuts(x: mx.array, head: LabelHead, objective: Objective) -> Iterator[slice]
 def _labels(
     batch: Batch, cut: slice, head: LabelHead, objective: Objective, after: list[mx.array]
 ) -> mx.array:
-    """Labels [c, S + L - 1, Vd] of a part of the segments, computed after ``after``."""
+    """Labels [c, S + L - 1, Vd] of a part of the segments, computed after ``after``.
+
+    With rare tokens [c, S + L - 1, Vd + U], whether the text had them so far or not.
+    """
+    rare = batch.rare if isinstance(batch, RowBatch) else None
     if objective.labels == "hard":
-        return (batch.labels[cut][..., None] == mx.arange(head.ids.size)).astype(mx.float32)
-    return _softmax2(head(mx.depends([batch.hidden[cut]], after)[0]) * (LOG2_E / objective.temperature))[0]
+        known = head.ids.size + (0 if rare is None else rare.ids.size)
+        return (batch.labels[cut][..., None] == mx.arange(known)).astype(mx.float32)
+    logits = head(mx.depends([batch.hidden[cut]], after)[0], rare)
+    return _softmax2(logits * (LOG2_E / objective.temperature))[0]
 
 
 def _softmax2(logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -367,7 +475,8 @@ def score(
     for batch in batches:
         mask = reachable(batch, objective.length)
         x = trunk(drafter, target.embed, batch, objective.length)
-        losses, right = _compare(x, drafter.lm_head[-1].weight, mask, head, objective, batch)
+        x, rows = last_layer(drafter, target.embed, batch, x)
+        losses, right = _compare(x, rows, mask, head, objective, batch)
         whole = batch.left >= objective.length  # [n, S]: all depths are there
         right = right & whole
         chain = mx.cumprod(right.astype(mx.float32), axis=0)
@@ -390,8 +499,9 @@ def _compare(
         labels = _labels(batch, cut, head, objective, [losses])
         sums, firsts = [], []
         for depth in range(length):
-            logits = ((x[depth, cut] * LOG2_E) @ rows.T).astype(mx.float32)
-            values, _ = _divergence(logits, labels[:, depth : depth + positions], objective.loss)
+            logits = _unseen(batch, cut, ((x[depth, cut] * LOG2_E) @ rows.T).astype(mx.float32))
+            label = _label(batch, cut, labels[:, depth : depth + positions])
+            values, _ = _divergence(logits, label, objective.loss)
             sums.append((values * mask[depth, cut]).sum())
             firsts.append(logits.argmax(axis=-1) == batch.labels[cut, depth : depth + positions])
         losses = losses + mx.stack(sums)

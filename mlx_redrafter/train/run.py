@@ -44,8 +44,8 @@ from .features import Features, extract, load_tensors, read_features, write_feat
 from .loss import Score
 from .plan import drafter_config, fit_machine, fit_time, foresee
 from .streams import Workers
-from .trainer import Data, Shards, Trainer, initial_drafter, with_memory, with_vocabulary
-from .work import Request, Work
+from .trainer import Data, Shards, Trainer, initial_drafter, with_memory, with_rare, with_vocabulary
+from .work import RARE_TOKENS, Request, Work
 
 HELD_OUT = 24  # one shard in this many is held out
 COVERAGE = 0.96  # share of the data's tokens that the default draft vocabulary has
@@ -100,6 +100,8 @@ def train(
             "leave --memory-heads out."
         )
     request = replace(request, memory_heads=start.config.memory_heads if start else request.memory_heads)
+    if request.rare_tokens and not request.memory_heads:
+        raise ValueError(f"{request.rare_tokens} rare tokens need a memory: give --memory-heads too.")
     given, dropped = (Given(), Dropped()) if work.facts.get("data_done") else read_all(request, tokenizer)
     if not (drawn := curve.can_draw()):
         remedy = "pip install 'mlx-redrafter[benchmark]'"
@@ -253,6 +255,8 @@ def fit(
         data = replace(data, draft_to_target=np.array(ids, np.int32))
     else:
         drafter = with_vocabulary(start, target, _some(data, start.config.vocab_size), request.settings.seed)
+    if start is not None and request.rare_tokens is not None and drafter.config.draft_vocab_size:
+        drafter = with_rare(drafter, target, request.rare_tokens, request.settings.seed)
     settings, scores = fit_time(work, target, drafter, data, request, workers)
     trainer = Trainer(target, drafter, data, settings, workers)
     checkpoint = work.folder / "checkpoint.safetensors"
@@ -269,7 +273,9 @@ def fit(
 def _new_drafter(target: Target, data: Data, request: Request) -> Drafter:
     config = drafter_config(target, request)
     some = _some(data, config.vocab_size)
-    config = replace(config, draft_vocab_size=None if some is None else len(some))
+    usual = RARE_TOKENS if config.memory_heads else 0
+    rare = 0 if some is None else usual if request.rare_tokens is None else request.rare_tokens
+    config = replace(config, draft_vocab_size=None if some is None else len(some), rare_tokens=rare)
     return initial_drafter(target, config, some, request.settings.seed)
 
 

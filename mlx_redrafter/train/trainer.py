@@ -29,8 +29,10 @@ from .loss import (
     LabelHead,
     Objective,
     Score,
+    add_rare,
     draw,
     gradients,
+    head_rows,
     make_batch,
     make_row_batch,
     score,
@@ -116,7 +118,7 @@ def initial_drafter(
     hidden, width = config.hidden_size, config.exit_dim
     ids = mx.arange(config.vocab_size) if draft_to_target is None else mx.array(draft_to_target)
     drafter = Drafter(config, None if draft_to_target is None else mx.array(draft_to_target))
-    rows = target.head_rows(ids).astype(mx.float32)  # [Vd, H]
+    rows = head_rows(target, ids).astype(mx.float32)  # [Vd, H]
     wide = width >= hidden
     drafter.lm_head[-1].weight = (
         mx.pad(rows, [(0, 0), (0, width - hidden)]) if wide else rows @ _principal(rows, width)
@@ -129,8 +131,18 @@ def initial_drafter(
     if config.memory_heads:
         of_context, of_token = mx.split(drafter.memory_kv.weight, [width], axis=1)
         drafter.memory_kv.weight = mx.concatenate([of_context, of_token / mx.clip(size, 1e-3, 1.0)], axis=1)
+    if config.rare_tokens:
+        drafter.rare_proj.weight = _as_head(target.embed(ids), drafter.lm_head[-1].weight)
     mx.eval(drafter.parameters())
     return drafter
+
+
+def _as_head(embeddings: mx.array, rows: mx.array) -> mx.array:
+    """[H, E], by which embeddings [Vd, H] are nearest to the head's rows [Vd, E] (ridge regression)."""
+    x, y = (np.array(part.astype(mx.float32)) for part in (embeddings, rows))
+    square = x.T @ x
+    ridge = 1e-3 * np.trace(square) / len(square) + 1e-12
+    return mx.array(np.linalg.solve(square + ridge * np.eye(len(square), dtype=np.float32), x.T @ y))
 
 
 def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] | None, seed: int) -> Drafter:
@@ -140,14 +152,15 @@ def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] 
     average: as they are, their logits would drown the trained ones'.
     """
     size = drafter.config.vocab_size if ids is None else len(ids)
-    config = replace(drafter.config, draft_vocab_size=None if ids is None else size)
+    rare = 0 if ids is None else drafter.config.rare_tokens
+    config = replace(drafter.config, draft_vocab_size=None if ids is None else size, rare_tokens=rare)
     other = initial_drafter(target, config, ids, seed)
     known = drafter.config.head_outputs
     place = np.full(config.vocab_size, -1)
     place[np.array(drafter.to_target(mx.arange(known)))] = np.arange(known)
     old = place if ids is None else place[ids]  # [Vd]
     head, kept = np.array(other.lm_head[-1].weight), old >= 0
-    other.update(drafter.parameters())
+    other.update(drafter.parameters(), strict=False)
     if kept.any():
         rows = np.array(drafter.lm_head[-1].weight.astype(mx.float32))[old[kept]]
         before, after = head[kept].mean(axis=0), rows.mean(axis=0)
@@ -162,10 +175,23 @@ def with_vocabulary(drafter: Drafter, target: Target, ids: np.ndarray[Any, Any] 
 
 def with_memory(drafter: Drafter, target: Target, heads: int, seed: int) -> Drafter:
     """The same network with a memory, which gives nothing yet."""
-    config = replace(drafter.config, memory_heads=heads)
+    return _changed(drafter, target, replace(drafter.config, memory_heads=heads), seed)
+
+
+def with_rare(drafter: Drafter, target: Target, count: int, seed: int) -> Drafter:
+    """The same network with another number of rare tokens, whose logits begin as the others' would be."""
+    other = _changed(drafter, target, replace(drafter.config, rare_tokens=count), seed)
+    if not drafter.config.rare_tokens:
+        ids = drafter.to_target(mx.arange(drafter.config.head_outputs))
+        other.rare_proj.weight = _as_head(target.embed(ids), drafter.lm_head[-1].weight)
+    return other
+
+
+def _changed(drafter: Drafter, target: Target, config: DrafterConfig, seed: int) -> Drafter:
+    """A new network of another kind with the parameters that it shares with this one."""
     ids = None if config.draft_vocab_size is None else drafter.to_target(mx.arange(config.head_outputs))
     other = initial_drafter(target, config, None if ids is None else np.array(ids), seed)
-    other.update(drafter.parameters())
+    other.update(drafter.parameters(), strict=False)
     return other
 
 
@@ -237,6 +263,7 @@ class Trainer:
         to_draft[data.draft_to_target] = np.arange(len(data.draft_to_target))
         self._to_draft = mx.array(to_draft)
         mx.eval(self._to_draft)
+        self._is_rare = to_draft < 0
         probe = data.train.load(0).context[:64, : drafter.config.hidden_size]
         self.head = LabelHead(target, mx.array(data.draft_to_target), probe)
         self._held_out: list[Batch] | None = None
@@ -353,6 +380,8 @@ class Trainer:
         config, length = self.drafter.config, self.settings.objective.length
         if isinstance(features, WholeRows):
             rows = make_row_batch(features, starts, length, config.hidden_size, self._to_draft)
+            if config.rare_tokens:
+                rows = add_rare(rows, self._is_rare, config.head_outputs)
             read = rows.read_context.astype(self.dtype)
             return replace(rows, context=rows.context.astype(self.dtype), read_context=read)
         batch = make_batch(features, starts, length, config.hidden_size, self._to_draft)

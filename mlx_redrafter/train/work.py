@@ -24,6 +24,7 @@ from .selfgen import Recipe
 from .trainer import Settings
 
 SHARD_ROWS = 16
+RARE_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Request:
     blocks: int = 2  # residual blocks of the head
     cell: str = "simple"  # or gru, or none
     memory_heads: int = 0  # 0: no memory, or that of start_from
+    # Tokens of the text outside the draft vocabulary that it may draft too; None: those of start_from, or
+    # ``RARE_TOKENS`` with a memory.
+    rare_tokens: int | None = None
     context_layers: tuple[int, ...] | None = None  # None: a low, a middle and a high one; empty: Apple's
     start_from: str | None = None  # a drafter to train on, or auto: that of the model this one was made from
     upload_repo: str | None = None  # where it will be published, for the card

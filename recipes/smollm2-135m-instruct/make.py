@@ -35,7 +35,7 @@ from mlx_redrafter.models.drafter import Drafter, DrafterConfig
 from mlx_redrafter.models.target import Target
 from mlx_redrafter.train.data import LEAST_DISTINCT, Cleaner, count_tokens, read_shard, write_shard
 from mlx_redrafter.train.features import read_features, select, write_features
-from mlx_redrafter.train.loss import LabelHead, Objective, gradients, make_batch, score
+from mlx_redrafter.train.loss import LabelHead, Objective, gradients, head_rows, make_batch, score
 from mlx_redrafter.train.run import choose_vocabulary
 from mlx_redrafter.train.selfgen import Recipe, generate, read_openings
 from mlx_redrafter.train.trainer import Settings, rate, with_vocabulary
@@ -177,7 +177,7 @@ class Net:
         self.average, self.step = self.parameters.copy(), 0
         to_draft = np.full(VOCABULARY, -1, np.int32)
         to_draft[self.ids] = np.arange(len(self.ids))
-        self.kept = bf16(target.embed.weight), bf16(target.head_rows(mx.array(self.ids))), to_draft
+        self.kept = bf16(target.embed.weight), bf16(head_rows(target, mx.array(self.ids))), to_draft
         self.library = compiled("train")
         self.library.layout.restype = ctypes.c_long
         self.library.squares.restype = ctypes.c_double
