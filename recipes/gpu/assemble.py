@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("parts", type=Path, nargs="+")
     parser.add_argument("--name", help="of the base model")
     parser.add_argument("--store-bits", type=int)
+    parser.add_argument("--rare-tokens", type=int, default=128)
     parser.add_argument("--training", type=Path, help="what run.py tells of the run")
     parser.add_argument("--start", type=Path, help="the folder of the drafter that the run began with")
     args = parser.parse_args()
@@ -38,6 +39,7 @@ def main() -> None:
     config = DrafterConfig(
         hidden, identity.vocab_size, exit_dim, 2, True, weights["draft_to_target"].size, layers,
         memory_heads=heads, memory_head_size=weights["memory_q.weight"].shape[0] // heads,
+        rare_tokens=args.rare_tokens if "rare_bias" in weights else 0,
     )  # fmt: skip
     stored = Quantization(args.store_bits, 64) if args.store_bits else None
     phases = []
