@@ -34,8 +34,8 @@ class Rare:
     """K tokens of each text that are not in the draft vocabulary."""
 
     tokens: mx.array  # [B, K]
-    embeddings: mx.array  # [B, K, H]
-    shown: mx.array  # [B, K] bool: there is such a token, and it is not one before it again
+    embeddings: mx.array  # [B, H, K]
+    shift: mx.array  # [B, 1, K] added to their logits: minus infinity where there is none, or it comes again
 
 
 @dataclass
@@ -103,7 +103,10 @@ class MemoryDrafter(FusedDrafter):
         distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
         rare = None
         if self._is_rare is not None and history is not None and embed is not None:
-            rare = find_rare(self._is_rare, history, count, self.config.rare_tokens, embed)
+            tokens, shown = find_rare(self._is_rare, history, count, self.config.rare_tokens)
+            some = self._drafter.rare_bias
+            shift = mx.where(shown[:, None], some, mx.array(-mx.inf, some.dtype))
+            rare = Rare(tokens, embed(tokens).astype(some.dtype).swapaxes(-1, -2), shift)
         return Memory(self._drafter, keys, values, bias(self._drafter, distance[:, None]), rare)
 
     def logits(self, prepared: mx.array, state: mx.array, memory: Memory | None = None) -> mx.array:
@@ -112,9 +115,8 @@ class MemoryDrafter(FusedDrafter):
         logits: mx.array = self._drafter.lm_head[-1](x)
         if memory is None or memory.rare is None:
             return logits
-        embeddings = memory.rare.embeddings.astype(x.dtype).swapaxes(-1, -2)
-        more = self._drafter.rare_proj(x) @ embeddings + self._drafter.rare_bias  # [B, n, K]
-        return mx.concatenate([logits, mx.where(memory.rare.shown[:, None], more, -mx.inf)], axis=-1)
+        more = mx.addmm(memory.rare.shift, self._drafter.rare_proj(x), memory.rare.embeddings)  # [B, n, K]
+        return mx.concatenate([logits, more], axis=-1)
 
     def to_target(self, index: mx.array, memory: Memory | None = None) -> mx.array:
         """Token ids for places [B, n] in the logits."""
@@ -126,13 +128,16 @@ class MemoryDrafter(FusedDrafter):
         return mx.where(index < known, tokens, more)
 
 
-def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int, embed: Embed) -> Rare:
+def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int) -> tuple[mx.array, mx.array]:
     """The last ``size`` tokens of texts that are rare.
 
     Args:
         is_rare: [V] bool.
         history: [B, C], negative where it is not known.
         count: [B], the place of each text's last token.
+
+    Returns:
+        [B, K] tokens, and whether there is one there that is not there before: [B, K] bool.
     """
     place, size = mx.arange(history.shape[1]), min(size, history.shape[1])
     found = is_rare[mx.maximum(history, 0)] & (history >= 0) & (place <= count[:, None])  # [B, C]
@@ -140,7 +145,7 @@ def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int, 
     tokens = mx.take_along_axis(history, mx.maximum(last, 0), axis=1)
     earlier = (mx.arange(size) < mx.arange(size)[:, None]) & (last >= 0)[:, None]  # [B, K, K]
     again = ((tokens[:, None] == tokens[..., None]) & earlier).any(axis=-1)
-    return Rare(tokens, embed(tokens), (last >= 0) & ~again)
+    return tokens, (last >= 0) & ~again
 
 
 def read_texts(drafter: Drafter, context: mx.array, embedding: mx.array, place: mx.array) -> Memory:
