@@ -234,7 +234,7 @@ def train(args: argparse.Namespace, base: Base, vocabulary: Vocabulary, rows: di
         if time.time() - told > 60:
             told = time.time()
             print(f"{told - begun:.0f} s, step {step}, {seen:,} positions:", total.item() / count, hits)
-    tensors = {name: x.to(torch.bfloat16) for name, x in mean.items()}
+    tensors = {name: x.to(torch.bfloat16).contiguous() for name, x in mean.items()}
     tensors["draft_to_target"] = start["draft_to_target"]
     save_file(tensors, args.output, {"training": json.dumps({"steps": step, "positions": seen})})
 
