@@ -167,6 +167,7 @@ def _warn_of_idle(args: argparse.Namespace, given: Collection[str]) -> None:
     for why, there, names in (
         ("--start-from", args.start_from not in (None, "auto", "none"), NETWORK),
         ("--time", args.time, ("epochs",)),
+        ("--draft-vocab 0", args.draft_vocab == 0, ("rare_tokens",)),
         ("--labels hard", args.labels == "hard", ("label_temp",)),
         ("--opened 0", args.opened == 0, ("openings",)),
         ("--eval-tokens 0", args.eval_tokens == 0, ("eval_prompts", "eval_shapes", "eval_temps")),

@@ -270,6 +270,10 @@ def trunk(drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch,
     return drafter.body(batch.context, mx.stack(states), memory)
 
 
+def _rare(batch: Batch) -> Rare | None:
+    return batch.rare if isinstance(batch, RowBatch) else None
+
+
 def last_layer(
     drafter: Drafter, embed: Callable[[mx.array], mx.array], batch: Batch, x: mx.array
 ) -> tuple[mx.array, mx.array]:
@@ -278,7 +282,7 @@ def last_layer(
     With rare tokens there are U rows more, and a bias for these as one column more of both.
     """
     rows = drafter.lm_head[-1].weight
-    rare = batch.rare if isinstance(batch, RowBatch) else None
+    rare = _rare(batch)
     if rare is None:
         return x, rows
     weight = drafter.rare_proj.weight  # [H, E]
@@ -290,7 +294,7 @@ def last_layer(
 
 def _unseen(batch: Batch, cut: slice, logits: mx.array) -> mx.array:
     """Logits [c, S, ...] without rare tokens that the text did not have so far; their places are the last."""
-    rare = batch.rare if isinstance(batch, RowBatch) else None
+    rare = _rare(batch)
     if rare is None:
         return logits
     common, more = mx.split(logits, [logits.shape[-1] - rare.ids.size], axis=-1)
@@ -299,7 +303,7 @@ def _unseen(batch: Batch, cut: slice, logits: mx.array) -> mx.array:
 
 def _label(batch: Batch, cut: slice, labels: mx.array) -> mx.array:
     """The label [c, S, ...] without rare tokens that the text did not have so far."""
-    rare = batch.rare if isinstance(batch, RowBatch) else None
+    rare = _rare(batch)
     if rare is None:
         return labels
     common, more = mx.split(labels, [labels.shape[-1] - rare.ids.size], axis=-1)
@@ -311,11 +315,10 @@ def reachable(batch: Batch, length: int) -> mx.array:
     """[L, n, S] bool: the text goes on to this depth, and the drafter knows its tokens that far."""
     positions = batch.left.shape[1]
     masks, mask = [], mx.array(True)
-    rare = batch.rare if isinstance(batch, RowBatch) else None
     for depth in range(length):
         mask = mask & (batch.labels[:, depth : depth + positions] >= 0) & (batch.left > depth)
-        if rare is not None and isinstance(batch, RowBatch):
-            mask = mask & (rare.first[:, depth : depth + positions] <= batch.place + 1)
+        if isinstance(batch, RowBatch) and batch.rare is not None:
+            mask = mask & (batch.rare.first[:, depth : depth + positions] <= batch.place + 1)
         masks.append(mask)
     return mx.stack(masks)
 
@@ -421,7 +424,7 @@ def _labels(
 
     With rare tokens [c, S + L - 1, Vd + U], whether the text had them so far or not.
     """
-    rare = batch.rare if isinstance(batch, RowBatch) else None
+    rare = _rare(batch)
     if objective.labels == "hard":
         known = head.ids.size + (0 if rare is None else rare.ids.size)
         return (batch.labels[cut][..., None] == mx.arange(known)).astype(mx.float32)
