@@ -1,6 +1,8 @@
 """The Python API next to mlx-lm's: same tokens, texts and caches; stop texts; what it refuses."""
 
 import gc
+import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -408,6 +410,26 @@ def test_two_threads_at_once_get_what_each_gets_alone(device, tokenizer, monkeyp
         with ThreadPoolExecutor(2) as pool:
             together = [pool.submit(run, *each, start) for each in pair]
             assert [each.result() for each in together] == alone
+
+
+THREAD_AT_THE_END = """
+import os, sys, threading, mlx_redrafter as r
+if sys.platform == "linux":  # as users' programs are run, and not as conftest.py has it
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+model, tokenizer = r.load(sys.argv[1])
+shape = r.DraftShape(0, 0, 3, 2)  # so that no step times are measured
+say = lambda: [*r.stream_generate(model, tokenizer, "a b c", max_tokens=6, shape=shape)]
+say()
+threading.Thread(target=say).start()
+"""
+
+
+def test_a_program_that_ends_with_its_thread(tmp_path):
+    """MLX aborts where Python ends while a thread does, which it did in seven runs of eight."""
+    folder = make_folder(tmp_path / "model")
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", THREAD_AT_THE_END, str(folder)], capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
 
 
 def settled(before):

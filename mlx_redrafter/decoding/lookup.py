@@ -95,10 +95,7 @@ def alone(found: Found, scores: mx.array) -> Candidates:
     """The copy as the only candidates; its ``scores`` are [B, K]."""
     places = mx.arange(-1, found.tokens.shape[1] - 1)
     return Candidates(
-        found.tokens,
-        mx.broadcast_to(places, found.tokens.shape),
-        scores,
-        [-1] * found.tokens.shape[1],
+        found.tokens, mx.broadcast_to(places, found.tokens.shape), scores, [-1] * found.tokens.shape[1]
     )
 
 

@@ -6,6 +6,7 @@ MLX's hand-over waits until nearly all operations are done, so the many small on
 the next step has been built.
 """
 
+import atexit
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 GRAIN = 256  # rows: the smallest unit by which buffers grow
 FIRST_LAYERS = 2  # are handed over first, enough work for a device while the host does the rest
+# As a thread ends, MLX frees objects of Python's, and aborts if Python has ended meanwhile: let it be last.
+atexit.register(time.sleep, 0.05)
 
 Step = Callable[[DraftShape, State, View], tuple[State, "Output | Unfinished"]]
 Processor = Callable[[mx.array, mx.array], mx.array]  # tokens [T], logits [1, V] -> logits [1, V]
