@@ -24,7 +24,6 @@ from torch import nn
 from train import DEPTHS, Drafter, Sizes, Vocabulary, _ahead
 
 TOP = 48  # of the teacher's draft tokens; all others together are a few per cent
-ROWS = 12  # of a batch
 FILES = {"features": np.int16, "logits": np.float16, "tokens": np.int16, "done": np.int8}
 
 
@@ -42,7 +41,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3000)
     parser.add_argument("--rate", type=float, default=4e-4)
     parser.add_argument("--temperature", type=float, default=1.0, help="of the labels")
-    parser.add_argument("--decay", type=float, default=0.8, help="weight of each depth to the one before")
+    parser.add_argument("--decay", type=float, default=0.8, help="places of a depth that the next one trains")
+    parser.add_argument("--rows", type=int, default=12, help="of a batch")
+    parser.add_argument("--first", type=int, default=0, help="rows that come four times as often")
     parser.add_argument("--reached", type=float, default=0.0, help="share of it that is only for depths "
                         "that the drafter's first three choices would have led to")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
@@ -164,6 +165,8 @@ def loss_of(args, model, base, vocabulary, tokens, trained, features, logits, be
         xs.append(p + model.of_state(state))
         known = _ahead(own_first, depth + 1, t + 1) <= places + 1
         mask = mask & _ahead(trained, depth + 1, False) & known
+        if depth > 1:
+            mask = mask & (torch.rand(b, t) < args.decay)
         masks.append(mask)
     keys, values = model.entries(model.context(features), embedding)
     x = torch.stack(xs, dim=2)
@@ -175,7 +178,7 @@ def loss_of(args, model, base, vocabulary, tokens, trained, features, logits, be
         likely = torch.cat([logits[chosen + depth], teacher[chosen + depth].masked_fill(~seen, -1e9)], 1)
         others = (common + torch.arange(len(rare))).expand(len(chosen), -1)
         y = F.dropout(model.trunk(x[:, :, depth - 1].flatten(0, 1)[chosen]), dropout)
-        weight = args.decay ** (depth - 1) * (1 - args.reached + args.reached * alive[chosen])
+        weight = 1 - args.reached + args.reached * alive[chosen]
         value, rank = CrossEntropy.apply(
             y,
             model.lm_head[-1].weight.to(y.dtype),
@@ -213,9 +216,10 @@ def train(args: argparse.Namespace, base: Base, vocabulary: Vocabulary, rows: di
         fall = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
         for group, (factor, _) in zip(optimizer.param_groups, kinds, strict=True):
             group["lr"] = factor * args.rate * min(1, (step + 1) / 60) * fall
-        if len(order) < ROWS:
-            order = random.permutation(np.flatnonzero(kept["done"])).tolist()
-        some, order = np.sort(order[:ROWS]), order[ROWS:]
+        if len(order) < args.rows:
+            done = np.flatnonzero(kept["done"])
+            order = random.permutation(np.repeat(done, np.where(done < args.first, 4, 1))).tolist()
+        some, order = np.unique(order[: args.rows]), order[args.rows :]
         features = torch.from_numpy(kept["features"][some]).view(torch.bfloat16)
         logits = torch.from_numpy(kept["logits"][some]).float().flatten(0, 1)
         best = torch.from_numpy(kept["tokens"][some]).long().flatten(0, 1)
