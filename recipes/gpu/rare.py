@@ -1,10 +1,12 @@
 """Train a drafter with a memory on, with rare tokens, on a CPU without CUDA.
 
+    python rare.py write MODEL ROWS.npz               conversations, for --seconds
     python rare.py features MODEL ROWS.npz FOLDER     once, in parts side by side: --part I --parts N
     python rare.py train MODEL ROWS.npz FOLDER --start DRAFTER --output NAME.safetensors [--seconds N ...]
     python rare.py mean OUTPUT.safetensors NAME.safetensors ...
 
-MODEL is what ``prepare.py`` wrote, ROWS has ``toks`` and ``role`` [rows, T] as the shards of ``train`` do.
+MODEL is what ``prepare.py`` wrote (for the last two with all of the model's tokens), ROWS has ``toks`` and
+``role`` [rows, T] as the shards of ``train`` do.
 The base model runs once over the rows; what a drafter reads of it, and its likeliest draft tokens with
 their logits, are kept in FOLDER. Runs with other settings from the same start may be averaged.
 """
@@ -14,11 +16,13 @@ import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from base import Base
+from run import write_all
 from safetensors.torch import load_file, save_file
 from torch import nn
 from train import DEPTHS, Drafter, Sizes, Vocabulary, _ahead
@@ -31,9 +35,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("act", choices=("features", "train", "mean"))
+    parser.add_argument("act", choices=("write", "features", "train", "mean"))
     parser.add_argument("paths", type=Path, nargs="+")
     parser.add_argument("--start", type=Path)
+    parser.add_argument("--batch", type=int, default=64, help="conversations written at once")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json: some are about the model's own code")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[8, 16, 23])
     parser.add_argument("--part", type=int, default=0)
@@ -57,6 +64,9 @@ def main() -> None:
         save_file({name: x.to(parts[0][name].dtype) for name, x in mean.items()}, output)
         return
     base = Base(args.paths[0], tuple(args.layers), "cpu", torch.bfloat16)
+    if args.act == "write":
+        write_rows(args, base)
+        return
     rows = dict(np.load(args.paths[1]))
     start = load_file(args.start / "model.safetensors")
     vocabulary = Vocabulary.of(start["draft_to_target"].numpy(), base)
@@ -64,6 +74,13 @@ def main() -> None:
         keep_features(args, base, vocabulary, rows["toks"].astype(np.int64))
     else:
         train(args, base, vocabulary, rows, start)
+
+
+def write_rows(args: argparse.Namespace, base: Base) -> None:
+    prompts = dict(np.load(args.paths[0] / "prompts.npz"))
+    how = {"batch": args.batch, "long_batch": 0, "short": args.length, "tokenizer": args.tokenizer}
+    kept = write_all(SimpleNamespace(**how), base, prompts, time.time() + args.seconds, print)
+    np.savez(args.paths[1], toks=base.ids.numpy()[kept["short"]], role=kept["short_trained"])
 
 
 def opened(folder: Path, rows: int, length: int, width: int) -> dict[str, np.ndarray]:

@@ -253,7 +253,7 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
                 more, long_more = conversations(tokenizer, base, prompts, follow, blocks, args)
                 short = []
                 long = long_more or long
-        kind = "long" if wants_long and len(long) > 0 and turn > 1 else "short"
+        kind = "long" if wants_long and args.long_batch and len(long) > 0 and turn > 1 else "short"
         if kind == "long":
             chosen, long = long[: args.long_batch], long[args.long_batch :]
             if chosen and isinstance(chosen[0], tuple):
