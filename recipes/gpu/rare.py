@@ -80,6 +80,8 @@ def write_rows(args: argparse.Namespace, base: Base) -> None:
     prompts = dict(np.load(args.paths[0] / "prompts.npz"))
     how = {"batch": args.batch, "long_batch": 0, "short": args.length, "tokenizer": args.tokenizer}
     kept = write_all(SimpleNamespace(**how), base, prompts, time.time() + args.seconds, print)
+    if "short" not in kept:
+        raise SystemExit(f"error: no batch was written in {args.seconds} s: give more --seconds.")
     np.savez(args.paths[1], toks=base.ids.numpy()[kept["short"]], role=kept["short_trained"])
 
 
