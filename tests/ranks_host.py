@@ -154,7 +154,7 @@ def tied():
     return model
 
 
-def last_pick(tree, state, logits):
+def last_pick(tree, state, logits, _):
     """Picks the last of the likeliest tokens."""
     return logits, logits.shape[-1] - 1 - mx.argmax(logits[..., ::-1], axis=-1)
 

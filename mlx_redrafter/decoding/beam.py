@@ -54,6 +54,7 @@ def draft(
     width: int,
     length: int,
     memory: Any = None,
+    noise: mx.array | None = None,
 ) -> Beam:
     """Search ``length`` tokens ahead, keeping the ``width`` best beams (arXiv 2403.09919, section 3).
 
@@ -65,6 +66,7 @@ def draft(
         width: beams kept at each depth.
         length: tokens drafted.
         memory: what ``look_back`` gave; None: the drafter has none.
+        noise: [B, L, V] or more, what the target will add to its logits at each depth; None: nothing.
     """
     depths = []
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
@@ -73,11 +75,19 @@ def draft(
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     seen = {} if memory is None else {"memory": memory}
-    for _ in range(length):
+    added = None
+    for depth in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
-        total = scores[..., None] + log_softmax(drafter.logits(rows, states, **seen))  # [B, W, V_draft]
-        vocabulary = total.shape[-1]
+        logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
+        vocabulary = logits.shape[-1]
+        if noise is not None:
+            if added is None:
+                everything = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))
+                ids = drafter.to_target(everything, **seen)  # [B, V_draft]
+                added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
+            logits = logits + added[:, depth, None]
+        total = scores[..., None] + log_softmax(logits)  # [B, W, V_draft]
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
         parents, index = best // vocabulary, best % vocabulary  # [B, W]
         if width > 1:

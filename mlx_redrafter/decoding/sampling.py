@@ -149,24 +149,47 @@ def padded(rows: Sequence[Sequence[int]], filler: int) -> mx.array:
     return mx.array([[*row, *[filler] * (width - len(row))] for row in rows], mx.int32)
 
 
-def draw(logits: mx.array, seeds: mx.array, filters: Settings) -> mx.array:
+def draw(
+    logits: mx.array,
+    seeds: mx.array,
+    filters: Settings,
+    depths: mx.array | None = None,
+    noise: mx.array | None = None,
+) -> mx.array:
     """A token for every node of every text: [B, N] int32.
 
     Args:
         logits: [B, N, V].
-        seeds: [B, N, 2] of each node's random numbers.
+        seeds: [B, N, 2] of each node's random numbers; [B, L+1, 2] of each depth's with ``depths``.
         filters: from ``filter_settings``.
+        depths: [B, N] of the nodes. V random numbers take long to make, and a depth needs them once.
+        noise: [B, L+1, V] of ``noise_at``, if it is known already.
     """
     if "temperature" not in filters:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     logits = logits.astype(mx.float32)
     temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
-    kept = filtered(logits, seeds, filters) / mx.where(temperature > 0, temperature, 1.0)
-    noise = _at_each(lambda seed: mx.random.gumbel((logits.shape[-1],), key=seed), seeds)  # [B, N, V]
-    return mx.argmax(mx.where(temperature > 0, kept + noise, logits), axis=-1).astype(mx.int32)
+    kept = filtered(logits, seeds, filters, depths) / mx.where(temperature > 0, temperature, 1.0)
+    if noise is None or noise.shape[-1] != logits.shape[-1]:
+        noise = noise_at(seeds, logits.shape[-1])
+    kept = kept + _of_nodes(noise, depths)  # [B, N, V]
+    return mx.argmax(mx.where(temperature > 0, kept, logits), axis=-1).astype(mx.int32)
 
 
-def filtered(logits: mx.array, seeds: mx.array, filters: Settings) -> mx.array:
+def noise_at(seeds: mx.array, vocabulary: int) -> mx.array:
+    """What is added to logits [B, ..., V] before the largest is picked: Gumbel's, for seeds [B, ..., 2]."""
+    return _at_each(lambda seed: mx.random.gumbel((vocabulary,), key=seed), seeds)
+
+
+def scaled(noise: mx.array, filters: Settings) -> mx.array:
+    """The same for logits that are not divided by the temperatures: none for greedy texts."""
+    temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
+    return mx.where(temperature > 0, temperature * noise, 0.0)
+
+
+def filtered(
+    logits: mx.array, seeds: mx.array, filters: Settings, depths: mx.array | None = None
+) -> mx.array:
     """Logits [B, N, V] in float32, less the largest one; -inf where a filter drops the token."""
     per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
     kept = logits = logits - logits.max(axis=-1, keepdims=True)
@@ -178,7 +201,7 @@ def filtered(logits: mx.array, seeds: mx.array, filters: Settings) -> mx.array:
             passes = passes | among_largest(logits, per_text["min_tokens"])
         kept = mx.where(passes, kept, -mx.inf)
     if "xtc_probability" in per_text:
-        kept = mx.where(_xtc_drops(kept, seeds, filters), -mx.inf, kept)
+        kept = mx.where(_xtc_drops(kept, seeds, filters, depths), -mx.inf, kept)
     if "few" in per_text:
         best, _ = top_k(mx.maximum(kept, -3e38), FEW)  # [B, N, FEW]
         last = mx.broadcast_to(per_text["few"], (*best.shape[:-1], 1)) - 1
@@ -189,14 +212,16 @@ def filtered(logits: mx.array, seeds: mx.array, filters: Settings) -> mx.array:
     return kept
 
 
-def _xtc_drops(kept: mx.array, seeds: mx.array, filters: Settings) -> mx.array:
+def _xtc_drops(kept: mx.array, seeds: mx.array, filters: Settings, depths: mx.array | None) -> mx.array:
     """Which tokens [B, N, V] XTC drops, by a coin of each node: all above the threshold but the last."""
     chance, threshold = (filters[f"xtc_{name}"][:, None, None] for name in ("probability", "threshold"))
     probabilities = mx.softmax(kept, axis=-1)
     above = mx.where(probabilities > threshold, probabilities, mx.inf)
     drops = probabilities > above.min(axis=-1, keepdims=True)
     special = filters["xtc_special"][:, None, :, None] == mx.arange(kept.shape[-1])  # [B, 1, K, V]
-    coin = _at_each(lambda seed: mx.random.uniform(shape=(1,), key=seed), seeds ^ mx.array(COIN, mx.uint32))
+    seeds = seeds ^ mx.array(COIN, mx.uint32)
+    coin = _at_each(lambda seed: mx.random.uniform(shape=(1,), key=seed), seeds)
+    coin = _of_nodes(coin, depths)  # [B, N, 1]
     return drops & ~special.any(axis=-2) & (coin <= chance) & (chance > 0)
 
 
@@ -204,6 +229,11 @@ def _at_each(random: Callable[[mx.array], mx.array], seeds: mx.array) -> mx.arra
     """Random numbers [B, N, ...] for seeds [B, N, 2], each as if there were no others."""
     numbers = mx.vmap(random)(seeds.reshape(-1, 2))
     return numbers.reshape(*seeds.shape[:-1], -1)
+
+
+def _of_nodes(numbers: mx.array, depths: mx.array | None) -> mx.array:
+    """Numbers [B, N, ...] of nodes, from those of their depths [B, L+1, ...]."""
+    return numbers if depths is None else mx.take_along_axis(numbers, depths[..., None], axis=1)
 
 
 def among_largest(logits: mx.array, k: mx.array) -> mx.array:

@@ -23,7 +23,7 @@ from .beam import Proposer, draft
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .penalties import penalise
-from .sampling import draw, seeds_at
+from .sampling import draw, noise_at, scaled, seeds_at
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -64,8 +64,8 @@ def propose(
 ) -> "Proposed":
     """The tree of the likeliest candidates: the drafter's beams, and what the text itself suggests."""
     if shape.size == 1:
-        return Proposed(build_chain(state.token, None, 1), None)
-    drafted, found = None, None
+        return Proposed(build_chain(state.token, None, 1))
+    drafted, found, noise = None, None, None
     if shape.width:
         assert drafter is not None
         length = min(shape.length, shape.depth)
@@ -73,7 +73,20 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory)
+        if (
+            "temperature" in state.sampling
+        ):  # how it will pick is no secret: likely tokens with luck are drafted
+            noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
+        beam = draft(
+            drafter,
+            target.embed,
+            state.token,
+            state.context,
+            shape.width,
+            length,
+            memory,
+            None if noise is None else scaled(noise, state.sampling),
+        )
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end
         found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
@@ -81,8 +94,8 @@ def propose(
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
     if shape.has_one_branch:
-        return Proposed(build_chain(state.token, drafted, shape.size), found)
-    return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found)
+        return Proposed(build_chain(state.token, drafted, shape.size), found, noise)
+    return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found, noise)
 
 
 def conclude(
@@ -90,7 +103,7 @@ def conclude(
 ) -> tuple[State, Output]:
     """Follow the target's picks down the tree; the state after the accepted path."""
     tree = proposed.tree
-    all_logits, picks = pick(tree, state, seen.logits)  # [B, N, V], [B, N]
+    all_logits, picks = pick(tree, state, seen.logits, proposed.noise)  # [B, N, V], [B, N]
     accepted = accept(tree, picks, shape.depth)
     end = accepted.count[:, None] - 1  # [B, 1] place of the last emitted token on the path
     last = mx.take_along_axis(accepted.path, end, axis=1)  # [B, 1] the node it was picked at
@@ -115,15 +128,23 @@ def conclude(
     return after, Output(accepted.tokens, accepted.count, ranks, logits, tree.tokens, seen.logits)
 
 
-def pick(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
+def pick(
+    tree: Tree, state: State, logits: mx.array, noise: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """The usual ``Pick``: penalties and filters by each text's settings, random numbers by its seeds."""
     logits = penalise(logits, tree, state.history, state.rows, state.sampling)
-    seeds = seeds_at(state.seeds, state.rows[:, None] + tree.depths)  # [B, N, 2]
-    return logits, draw(logits, seeds, state.sampling)
+    depths = None if tree.is_chain else tree.depths
+    return logits, draw(logits, seeds_ahead(state, tree.depth), state.sampling, depths, noise)
+
+
+def seeds_ahead(state: State, depth: int) -> mx.array:
+    """Random numbers' seeds [B, L+1, 2] of the tokens after nodes at the depths 0...L."""
+    return seeds_at(state.seeds, state.rows[:, None] + mx.arange(depth + 1))
 
 
 # Logits [B, N, V] at a tree's nodes -> the logits that count (after penalties), and a token [B, N] for each.
-Pick = Callable[[Tree, State, mx.array], tuple[mx.array, mx.array]]
+# Given last is the noise [B, L+1, V] of ``Proposed``.
+Pick = Callable[[Tree, State, mx.array, mx.array | None], tuple[mx.array, mx.array]]
 
 
 @dataclass
@@ -131,7 +152,8 @@ class Proposed:
     """What will be verified."""
 
     tree: Tree
-    found: Found | None  # what the lookup gave
+    found: Found | None = None  # what the lookup gave
+    noise: mx.array | None = None  # [B, L+1, V] what a depth's logits are drawn with, if that was of use
 
 
 @dataclass
@@ -149,6 +171,7 @@ class Verified:
 class Verifier(Protocol):
     """The language model, as the step sees it."""
 
+    vocabulary: int  # V, at least that of drafts
     leader: Any  # where several machines verify, makes all trees the first one's; else None
 
     def embed(self, tokens: mx.array) -> mx.array:

@@ -35,6 +35,7 @@ class Tree:
     depths: mx.array  # [B, N], 0 for the root
     ancestors: mx.array  # [B, N, N] bool: column is the row's node itself or an ancestor of it
     ranks: mx.array  # [B, N] as in ``Candidates``, 0 for the root
+    depth: int  # known in advance: no node is deeper
     is_chain: bool = False  # known in advance: each node's parent is the one before it
 
 
@@ -87,14 +88,16 @@ def build_chain(token: mx.array, candidates: Candidates | None, nodes: int) -> T
     ancestors = mx.broadcast_to(place <= place[:, None], (*shape, nodes))
     parents = mx.broadcast_to(mx.maximum(place - 1, 0), shape)
     depths = mx.broadcast_to(place, shape)
-    return Tree(tokens, parents, depths, ancestors, mx.broadcast_to(mx.array(ranks), shape), is_chain=True)
+    of_all = mx.broadcast_to(mx.array(ranks), shape)
+    return Tree(tokens, parents, depths, ancestors, of_all, nodes - 1, is_chain=True)
 
 
 def make_tree(tokens: mx.array, parents: mx.array, depth: int, ranks: mx.array | None = None) -> Tree:
     """A tree of at most ``depth`` levels below the root from its nodes' tokens and parents [B, N]."""
     ancestors = ancestor_mask(parents, depth)
     depths = ancestors.sum(axis=-1).astype(mx.int32) - 1
-    return Tree(tokens, parents, depths, ancestors, mx.zeros_like(parents) if ranks is None else ranks)
+    ranks = mx.zeros_like(parents) if ranks is None else ranks
+    return Tree(tokens, parents, depths, ancestors, ranks, min(depth, tokens.shape[1] - 1))
 
 
 def _likeliest(scores: mx.array, count: int) -> mx.array:

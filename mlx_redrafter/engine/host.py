@@ -38,14 +38,14 @@ def host_step(
 def host_pick(texts: Sequence[Text]) -> Pick:
     """A ``Pick`` that asks the texts' grammars and functions at every node, by the tokens that lead to it."""
 
-    def ask(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
+    def ask(tree: Tree, state: State, logits: mx.array, noise: mx.array | None) -> tuple[mx.array, mx.array]:
         if any(text.grammar for text in texts):
             logits = masked(logits, mx.array(_masks(texts, tree, logits.shape)))
         if any(text.processors for text in texts):
             paths = _paths(tree, state)
             processed = [_guarded(text, _processed, logits[i], paths[i]) for i, text in enumerate(texts)]
             logits = mx.stack([*processed, *logits[len(texts) :]])
-        logits, tokens = pick(tree, state, logits)
+        logits, tokens = pick(tree, state, logits, noise)
         if any(text.sampler for text in texts):
             sampled = [_guarded(text, _sampled, tokens[i], logits[i]) for i, text in enumerate(texts)]
             tokens = mx.stack([*sampled, *tokens[len(texts) :]])

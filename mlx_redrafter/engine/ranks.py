@@ -93,8 +93,10 @@ class Ranks:
     def sharing(self, pick: Pick, asked: Sequence[Text] = ()) -> Pick:
         """A ``Pick`` that picks rank 0's tokens; texts ``asked`` by it that fail there, fail everywhere."""
 
-        def picks(tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
-            logits, tokens = pick(tree, state, logits)
+        def picks(
+            tree: Tree, state: State, logits: mx.array, noise: mx.array | None
+        ) -> tuple[mx.array, mx.array]:
+            logits, tokens = pick(tree, state, logits, noise)
             if asked and self.rank == 0:
                 self.channel.tell("failed", [text.number for text in asked if text.error])
             elif asked:

@@ -299,7 +299,9 @@ class _Part:
             engine.resume(begin([row.queue[0]], read, text, context[i : i + 1], key), read)
         return engine
 
-    def pick(self, tree: Tree, state: State, logits: mx.array) -> tuple[mx.array, mx.array]:
+    def pick(
+        self, tree: Tree, state: State, logits: mx.array, _: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         """A ``Pick`` that waits for the last tokens, then asks the rows: logits [b, 1, V], tokens [b, 1]."""
         self._keep(state.context[:, None])
         mx.eval(tree.tokens, self.hidden[-1:] if self.hidden else [])
