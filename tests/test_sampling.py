@@ -120,6 +120,19 @@ def test_who_knows_the_model_foresees_what_it_samples(target, drafters, temperat
     assert len(set(map(tuple, output.tokens.tolist()))) > 50 or temperature == 0
 
 
+@pytest.mark.parametrize("values", [(3, 3, 2), (1, 4, 3), (2, 3, 4), (1, 3, 3, 2)])
+def test_trees_that_end_before_their_drafts_sample_alike(target, drafters, values):
+    texts = []
+    for shape in (PLAIN, DraftShape(*values)):
+        state = start(target, PROMPT, sampling=Sampling(temperature=1.0), seeds=mx.random.key(5))
+        tokens = state.token.tolist()
+        while len(tokens) < 20:
+            state, output = step(target, drafters["random"], pick, shape, state, everything(state))
+            tokens += output.tokens[0, : output.count.item()].tolist()
+        texts.append(tokens[:20])
+    assert texts[0] == texts[1]
+
+
 def test_a_greedy_text_is_drafted_alike_beside_texts_that_sample(target, drafters):
     drafted = []
     for others in ([], [Sampling(temperature=1.0)]):

@@ -172,13 +172,18 @@ def draw(
     kept = filtered(logits, seeds, filters, depths) / mx.where(temperature > 0, temperature, 1.0)
     if noise is None or noise.shape[-1] != logits.shape[-1]:
         noise = noise_at(seeds, logits.shape[-1])
-    kept = kept + _of_nodes(noise, depths)  # [B, N, V]
+    kept = kept + _of_nodes(noise, depths)[:, : logits.shape[1]]  # [B, N, V]; a chain may end early
     return mx.argmax(mx.where(temperature > 0, kept, logits), axis=-1).astype(mx.int32)
 
 
 def noise_at(seeds: mx.array, vocabulary: int) -> mx.array:
     """What is added to logits [B, ..., V] before the largest is picked: Gumbel's, for seeds [B, ..., 2]."""
     return _at_each(lambda seed: mx.random.gumbel((vocabulary,), key=seed), seeds)
+
+
+def foreseen(filters: Settings) -> bool:
+    """Whether a drafter can tell what the noise leads to: it does not know what a filter will drop."""
+    return "temperature" in filters and not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
 
 
 def scaled(noise: mx.array, filters: Settings) -> mx.array:

@@ -23,7 +23,7 @@ from .beam import Proposer, draft
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .penalties import penalise
-from .sampling import draw, noise_at, scaled, seeds_at
+from .sampling import draw, foreseen, noise_at, scaled, seeds_at
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -73,9 +73,7 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        if (
-            "temperature" in state.sampling
-        ):  # how it will pick is no secret: likely tokens with luck are drafted
+        if foreseen(state.sampling):  # then likely tokens with luck are drafted
             noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
         beam = draft(
             drafter,
