@@ -12,7 +12,8 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .decoding.sampling import draw, filter_settings, seeds_at
+from .decoding.chance import seeds_at
+from .decoding.sampling import draw, filter_settings
 from .engine.engine import Request
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."

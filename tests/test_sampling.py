@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from models import RandomDrafter, TableDrafter, make_model
 from scipy.stats import chisquare
 
-from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, filtered
+from mlx_redrafter.decoding.filters import filtered
+from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings
 from mlx_redrafter.decoding.state import PLAIN, DraftShape, take
 from mlx_redrafter.decoding.step import pick, step
 from mlx_redrafter.models.target import Target
@@ -177,6 +178,7 @@ def test_the_test_notices_a_wrong_distribution(target, drafters):
 def what_passes(sampling, logits):
     """Logits [n, V] after the filters."""
     rows = logits[None].astype(mx.float32)
+    rows = rows - rows.max(axis=-1, keepdims=True)
     return filtered(
         rows, mx.zeros((1, len(logits), 2), mx.uint32), filter_settings([sampling], rows.shape[-1])
     )[0]

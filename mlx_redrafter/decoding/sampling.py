@@ -5,18 +5,15 @@ that some text uses; a text that does not use one has a neutral value there, whi
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import mlx.core as mx
-import numpy as np
 
-from .topk import top_k
+from .chance import noise_at, of_nodes
+from .topk import FEW
 
-FEW = 64  # top-k finds up to this many tokens; for more, it finds the last one's logit by counting
 CONTEXT = 20  # how many tokens a penalty looks back, mlx-lm's default
-COIN = 0x9E3779B9  # tells XTC's random numbers from those that pick the token
 Settings = Mapping[str, mx.array]
 
 
@@ -169,20 +166,20 @@ def draw(
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     logits = logits.astype(mx.float32)
     temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
-    kept = filtered(logits, seeds, filters, depths) / mx.where(temperature > 0, temperature, 1.0)
+    kept = logits - logits.max(axis=-1, keepdims=True)
+    if not has_no_filter(filters):
+        from .filters import filtered  # most texts have none
+
+        kept = filtered(kept, seeds, filters, depths)
+    kept = kept / mx.where(temperature > 0, temperature, 1.0)
     if noise is None or noise.shape[-1] != logits.shape[-1]:
         noise = noise_at(seeds, logits.shape[-1])
-    kept = kept + _of_nodes(noise, depths)[:, : logits.shape[1]]  # [B, N, V]; a chain may end early
+    kept = kept + of_nodes(noise, depths)[:, : logits.shape[1]]  # [B, N, V]; a chain may end early
     return mx.argmax(mx.where(temperature > 0, kept, logits), axis=-1).astype(mx.int32)
 
 
-def noise_at(seeds: mx.array, vocabulary: int) -> mx.array:
-    """What is added to logits [B, ..., V] before the largest is picked: Gumbel's, for seeds [B, ..., 2]."""
-    return _at_each(lambda seed: mx.random.gumbel((vocabulary,), key=seed), seeds)
-
-
-def foreseen(filters: Settings) -> bool:
-    """Whether a drafter can tell what the noise leads to: it does not know what a filter will drop."""
+def has_no_filter(filters: Settings) -> bool:
+    """Whether tokens are drawn by temperature alone; a drafter does not know what a filter will drop."""
     return "temperature" in filters and not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
 
 
@@ -190,98 +187,3 @@ def scaled(noise: mx.array, filters: Settings) -> mx.array:
     """The same for logits that are not divided by the temperatures: none for greedy texts."""
     temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
     return mx.where(temperature > 0, temperature * noise, 0.0)
-
-
-def filtered(
-    logits: mx.array, seeds: mx.array, filters: Settings, depths: mx.array | None = None
-) -> mx.array:
-    """Logits [B, N, V] in float32, less the largest one; -inf where a filter drops the token."""
-    per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
-    kept = logits = logits - logits.max(axis=-1, keepdims=True)
-    if "top_p" in per_text:
-        kept = mx.where(among_likeliest(logits, per_text["top_p"]), kept, -mx.inf)
-    if "min_p" in per_text:
-        passes = logits >= per_text["min_p"]
-        if "min_tokens" in per_text:
-            passes = passes | among_largest(logits, per_text["min_tokens"])
-        kept = mx.where(passes, kept, -mx.inf)
-    if "xtc_probability" in per_text:
-        kept = mx.where(_xtc_drops(kept, seeds, filters, depths), -mx.inf, kept)
-    if "few" in per_text:
-        best, _ = top_k(mx.maximum(kept, -3e38), FEW)  # [B, N, FEW]
-        last = mx.broadcast_to(per_text["few"], (*best.shape[:-1], 1)) - 1
-        passes = (kept >= mx.take_along_axis(best, mx.clip(last, 0, FEW - 1), axis=-1)) | (last >= FEW)
-        kept = mx.where(passes, kept, -mx.inf)
-    if "top_k" in per_text:
-        kept = mx.where(among_largest(kept, per_text["top_k"]), kept, -mx.inf)
-    return kept
-
-
-def _xtc_drops(kept: mx.array, seeds: mx.array, filters: Settings, depths: mx.array | None) -> mx.array:
-    """Which tokens [B, N, V] XTC drops, by a coin of each node: all above the threshold but the last."""
-    chance, threshold = (filters[f"xtc_{name}"][:, None, None] for name in ("probability", "threshold"))
-    probabilities = mx.softmax(kept, axis=-1)
-    above = mx.where(probabilities > threshold, probabilities, mx.inf)
-    drops = probabilities > above.min(axis=-1, keepdims=True)
-    special = filters["xtc_special"][:, None, :, None] == mx.arange(kept.shape[-1])  # [B, 1, K, V]
-    seeds = seeds ^ mx.array(COIN, mx.uint32)
-    coin = _at_each(lambda seed: mx.random.uniform(shape=(1,), key=seed), seeds)
-    coin = _of_nodes(coin, depths)  # [B, N, 1]
-    return drops & ~special.any(axis=-2) & (coin <= chance) & (chance > 0)
-
-
-def _at_each(random: Callable[[mx.array], mx.array], seeds: mx.array) -> mx.array:
-    """Random numbers [B, N, ...] for seeds [B, N, 2], each as if there were no others."""
-    numbers = mx.vmap(random)(seeds.reshape(-1, 2))
-    return numbers.reshape(*seeds.shape[:-1], -1)
-
-
-def _of_nodes(numbers: mx.array, depths: mx.array | None) -> mx.array:
-    """Numbers [B, N, ...] of nodes, from those of their depths [B, L+1, ...]."""
-    return numbers if depths is None else mx.take_along_axis(numbers, depths[..., None], axis=1)
-
-
-def among_largest(logits: mx.array, k: mx.array) -> mx.array:
-    """Which of ``logits`` [..., V], none above 0, are not below the ``k``-th largest; [..., 1]."""
-    bits = mx.abs(logits).view(mx.int32)
-    last = _largest(lambda t: (bits < t).sum(axis=-1, keepdims=True) < k, math.inf, bits[..., :1])
-    return bits <= last
-
-
-def among_likeliest(logits: mx.array, p: mx.array) -> mx.array:
-    """Which of ``logits`` [..., V], the largest 0, it takes to reach the probability ``p`` [..., 1]."""
-    vocabulary = logits.shape[-1]
-    masses = mx.exp(logits).reshape(*logits.shape[:-1], math.gcd(vocabulary, 128), -1)
-    bits = masses.view(mx.int32)
-
-    def total(x: mx.array) -> mx.array:
-        return x.sum(axis=-2, keepdims=True).sum(axis=-1, keepdims=True)
-
-    goal = p[..., None] * total(masses)
-    last = _largest(lambda t: total(masses * (bits >= t)) >= goal, 1.0, bits[..., :1, :1])
-    return (bits >= last).reshape(logits.shape) | (p >= 1)  # rounding of the sum must not drop any then
-
-
-def _largest(holds: Callable[[mx.array], mx.array], most: float, like: mx.array) -> mx.array:
-    """The largest bit pattern, up to that of ``most``, that holds; of the shape of ``like``.
-
-    Bit patterns of numbers that are not negative have the order of the numbers, and ``holds`` is true up
-    to one of them. Bisecting them is exact after 31 passes over the vocabulary at most, without a sort.
-    """
-    last = int(np.array(most, np.float32).view(np.int32))
-    powers = [1 << bit for bit in reversed(range(last.bit_length()))]
-    steps = [*mx.array([*powers, 0])]  # constants would make compiled steps contain a kernel for each
-    trial: mx.array = mx.zeros(like.shape, mx.int32) + steps[0]
-    for step, following in pairwise(steps):
-        trial = mx.where(holds(trial), trial, trial - step) + following
-    return trial
-
-
-def seeds_at(seeds: mx.array, place: mx.array) -> mx.array:
-    """Random numbers' seeds [B, N, 2] for places [B, N] of B texts, derived from the texts' ``seeds`` [B, 2].
-
-    A place has its own randomness whatever is drafted and whoever shares the batch, so a seed always
-    gives the same text. Nodes at one depth share it, and only one of them can be on the accepted path.
-    """
-    first = mx.broadcast_to(seeds[:, :1], place.shape)
-    return mx.stack([first, seeds[:, 1:] + place.astype(mx.uint32)], axis=-1)

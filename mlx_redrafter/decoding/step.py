@@ -20,10 +20,11 @@ import mlx.core as mx
 from . import lookup
 from .accept import accept
 from .beam import Proposer, draft
+from .chance import noise_at, seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .penalties import penalise
-from .sampling import draw, foreseen, noise_at, scaled, seeds_at
+from .sampling import draw, has_no_filter, scaled
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -73,7 +74,7 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        if foreseen(state.sampling):  # then likely tokens with luck are drafted
+        if has_no_filter(state.sampling):  # then likely tokens with luck are drafted
             noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
         beam = draft(
             drafter,

@@ -4,6 +4,8 @@ from math import isqrt
 
 import mlx.core as mx
 
+FEW = 64  # top-k finds up to this many tokens; for more, it finds the last one's logit by counting
+
 
 def top_k(scores: mx.array, k: int) -> tuple[mx.array, mx.array]:
     """The ``k`` largest values along the last axis and their indices, best first.

@@ -18,8 +18,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..decoding.chance import seeds_at
 from ..decoding.layers import fit_rows, one_text
-from ..decoding.sampling import seeds_at
 from ..decoding.state import PLAIN, State, begin
 from ..decoding.topk import top_k
 from ..decoding.tree import Tree

@@ -1,0 +1,89 @@
+"""Filters: which tokens a text may draw at all. Only texts that use one need this file."""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from .chance import at_each, of_nodes
+from .topk import FEW, top_k
+
+COIN = 0x9E3779B9  # tells XTC's random numbers from those that pick the token
+
+
+def filtered(
+    logits: mx.array, seeds: mx.array, filters: Mapping[str, mx.array], depths: mx.array | None = None
+) -> mx.array:
+    """Logits [B, N, V], the largest 0, in float32; -inf where a filter drops the token."""
+    per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
+    kept = logits
+    if "top_p" in per_text:
+        kept = mx.where(among_likeliest(logits, per_text["top_p"]), kept, -mx.inf)
+    if "min_p" in per_text:
+        passes = logits >= per_text["min_p"]
+        if "min_tokens" in per_text:
+            passes = passes | among_largest(logits, per_text["min_tokens"])
+        kept = mx.where(passes, kept, -mx.inf)
+    if "xtc_probability" in per_text:
+        kept = mx.where(_xtc_drops(kept, seeds, filters, depths), -mx.inf, kept)
+    if "few" in per_text:
+        best, _ = top_k(mx.maximum(kept, -3e38), FEW)  # [B, N, FEW]
+        last = mx.broadcast_to(per_text["few"], (*best.shape[:-1], 1)) - 1
+        passes = (kept >= mx.take_along_axis(best, mx.clip(last, 0, FEW - 1), axis=-1)) | (last >= FEW)
+        kept = mx.where(passes, kept, -mx.inf)
+    if "top_k" in per_text:
+        kept = mx.where(among_largest(kept, per_text["top_k"]), kept, -mx.inf)
+    return kept
+
+
+def _xtc_drops(
+    kept: mx.array, seeds: mx.array, filters: Mapping[str, mx.array], depths: mx.array | None
+) -> mx.array:
+    """Which tokens [B, N, V] XTC drops, by a coin of each node: all above the threshold but the last."""
+    chance, threshold = (filters[f"xtc_{name}"][:, None, None] for name in ("probability", "threshold"))
+    probabilities = mx.softmax(kept, axis=-1)
+    above = mx.where(probabilities > threshold, probabilities, mx.inf)
+    drops = probabilities > above.min(axis=-1, keepdims=True)
+    special = filters["xtc_special"][:, None, :, None] == mx.arange(kept.shape[-1])  # [B, 1, K, V]
+    seeds = seeds ^ mx.array(COIN, mx.uint32)
+    coin = at_each(lambda seed: mx.random.uniform(shape=(1,), key=seed), seeds)
+    coin = of_nodes(coin, depths)  # [B, N, 1]
+    return drops & ~special.any(axis=-2) & (coin <= chance) & (chance > 0)
+
+
+def among_largest(logits: mx.array, k: mx.array) -> mx.array:
+    """Which of ``logits`` [..., V], none above 0, are not below the ``k``-th largest; [..., 1]."""
+    bits = mx.abs(logits).view(mx.int32)
+    last = _largest(lambda t: (bits < t).sum(axis=-1, keepdims=True) < k, math.inf, bits[..., :1])
+    return bits <= last
+
+
+def among_likeliest(logits: mx.array, p: mx.array) -> mx.array:
+    """Which of ``logits`` [..., V], the largest 0, it takes to reach the probability ``p`` [..., 1]."""
+    vocabulary = logits.shape[-1]
+    masses = mx.exp(logits).reshape(*logits.shape[:-1], math.gcd(vocabulary, 128), -1)
+    bits = masses.view(mx.int32)
+
+    def total(x: mx.array) -> mx.array:
+        return x.sum(axis=-2, keepdims=True).sum(axis=-1, keepdims=True)
+
+    goal = p[..., None] * total(masses)
+    last = _largest(lambda t: total(masses * (bits >= t)) >= goal, 1.0, bits[..., :1, :1])
+    return (bits >= last).reshape(logits.shape) | (p >= 1)  # rounding of the sum must not drop any then
+
+
+def _largest(holds: Callable[[mx.array], mx.array], most: float, like: mx.array) -> mx.array:
+    """The largest bit pattern, up to that of ``most``, that holds; of the shape of ``like``.
+
+    Bit patterns of numbers that are not negative have the order of the numbers, and ``holds`` is true up
+    to one of them. Bisecting them is exact after 31 passes over the vocabulary at most, without a sort.
+    """
+    last = int(np.array(most, np.float32).view(np.int32))
+    powers = [1 << bit for bit in reversed(range(last.bit_length()))]
+    steps = [*mx.array([*powers, 0])]  # constants would make compiled steps contain a kernel for each
+    trial: mx.array = mx.zeros(like.shape, mx.int32) + steps[0]
+    for step, following in pairwise(steps):
+        trial = mx.where(holds(trial), trial, trial - step) + following
+    return trial
