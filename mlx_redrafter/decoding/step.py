@@ -76,16 +76,8 @@ def propose(
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
         if has_no_filter(state.sampling):  # then likely tokens with luck are drafted
             noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
-        beam = draft(
-            drafter,
-            target.embed,
-            state.token,
-            state.context,
-            shape.width,
-            length,
-            memory,
-            None if noise is None else scaled(noise, state.sampling),
-        )
+        added = None if noise is None else scaled(noise, state.sampling)
+        beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory, added)
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end
         found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
