@@ -7,7 +7,8 @@
 
 Letters, the same in every file: B texts · N nodes of a tree · L depths of it · W beams · C capacity in rows ·
 T rows of text · H model width · F context width · V vocabulary · Vd draft vocabulary · Hq, Hkv heads ·
-Dh head size. A node's *row* is its keys and values; ``seeds`` are random numbers', keys are attention's.
+Dh head size. A node's *row* is its keys and values; ``seeds`` are random numbers', keys are attention's;
+*noise* is what sampling adds to logits before it picks the largest.
 A drafter's *memory* is one more layer of rows: what it noted of every token that the target has read.
 """
 
@@ -74,7 +75,7 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        if has_no_filter(state.sampling):  # then likely tokens with luck are drafted
+        if has_no_filter(state.sampling):  # how tokens will be picked is known, and drafts count on it
             noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
         added = None if noise is None else scaled(noise, state.sampling)
         beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory, added)
@@ -134,7 +135,7 @@ def seeds_ahead(state: State, depth: int) -> mx.array:
 
 
 # Logits [B, N, V] at a tree's nodes -> the logits that count (after penalties), and a token [B, N] for each.
-# Given last is the noise [B, L+1, V] of ``Proposed``.
+# Given last is the noise [B, L+1, V] of ``Proposed``, where drafts counted on it.
 Pick = Callable[[Tree, State, mx.array, mx.array | None], tuple[mx.array, mx.array]]
 
 

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..decoding.chance import seeds_at
+from ..decoding.chance import noise_at, seeds_at
 from ..decoding.layers import fit_rows, one_text
 from ..decoding.state import PLAIN, State, begin
 from ..decoding.topk import top_k
@@ -312,7 +312,7 @@ class _Part:
         forbidden = mx.array([[end in row.forbidden for end in ends] for row in self.rows])  # [b, E]
         scores, index = _candidates(logits[:, 0], self.recipe, mx.array(ends, mx.int32), forbidden)
         seeds = seeds_at(state.seeds, state.rows[:, None])[:, 0]  # [b, 2]
-        noise = mx.vmap(lambda seed: mx.random.gumbel(scores.shape[1:], key=seed))(seeds)  # [b, K]
+        noise = noise_at(seeds, scores.shape[1])  # [b, K]
         sampled = _pick(scores, index, mx.array([[row.temperature] for row in self.rows]), noise)
         dictated = mx.array([row.queue[0] if row.queue else -1 for row in self.rows])
         return logits, mx.where(dictated < 0, sampled, dictated)[:, None].astype(mx.int32)
