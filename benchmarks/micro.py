@@ -14,8 +14,9 @@ import harness
 from mlx_redrafter.decoding import lookup
 from mlx_redrafter.decoding.accept import accept
 from mlx_redrafter.decoding.beam import draft
+from mlx_redrafter.decoding.chance import seeds_at
 from mlx_redrafter.decoding.layers import View, commit, leave_path, visible
-from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings, seeds_at
+from mlx_redrafter.decoding.sampling import Sampling, draw, filter_settings
 from mlx_redrafter.decoding.state import DraftShape, State, with_capacity
 from mlx_redrafter.decoding.step import propose
 from mlx_redrafter.decoding.topk import top_k
