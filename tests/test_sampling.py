@@ -108,17 +108,29 @@ def test_three_tokens_have_the_models_joint_distribution(target, drafters, tempe
         assert accepted > 0.3  # the drafts did matter
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 30.0])
-def test_who_knows_the_model_foresees_what_it_samples(target, drafters, temperature):
-    """The random numbers of a place are known before it is drafted."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 30.0},
+        {"temperature": 1.0, "top_p": 0.8},
+        {"temperature": 1.0, "top_k": 3},
+        {"temperature": 1.0, "top_k": 4, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.3},
+        {"temperature": 3.0, "min_p": 0.9, "min_tokens_to_keep": 4},
+    ],
+)
+def test_who_knows_the_model_foresees_what_it_samples(target, drafters, options):
+    """The random numbers of a place are known before it is drafted, and so is what filters will drop."""
     state, shape = take(before_the_last(target, PROMPT), [0] * 500, 32), DraftShape(1, 3)
     seeds = mx.random.randint(0, 1 << 32, (500, 2), mx.uint32, key=mx.random.key(2))
-    sampling = filter_settings([Sampling(temperature=temperature)] * 500, SIZE)
+    sampling = filter_settings([Sampling(**options)] * 500, SIZE)
     state = replace(state, seeds=seeds, sampling=sampling)
     state, _ = step(target, None, pick, PLAIN, state, everything(state))
     state, output = step(target, drafters["good"], pick, shape, state, everything(state))
     assert output.count.tolist() == [1 + shape.length] * 500
-    assert len(set(map(tuple, output.tokens.tolist()))) > 50 or temperature == 0
+    assert len(set(map(tuple, output.tokens.tolist()))) > 50 or options == {"temperature": 0.0}
 
 
 @pytest.mark.parametrize("values", [(3, 3, 2), (1, 4, 3), (2, 3, 4), (1, 3, 3, 2)])
@@ -136,12 +148,13 @@ def test_trees_that_end_before_their_drafts_sample_alike(target, drafters, value
 
 def test_a_greedy_text_is_drafted_alike_beside_texts_that_sample(target, drafters):
     drafted = []
-    for others in ([], [Sampling(temperature=1.0)]):
+    strict = {"top_p": 0.3, "top_k": 2, "min_p": 0.5}
+    for others in ([], [Sampling(temperature=1.0)], [Sampling(temperature=1.0, **strict)]):
         state = take(before_the_last(target, PROMPT), [0] * (1 + len(others)), 32)
         state = replace(state, sampling=filter_settings([Sampling(), *others], SIZE))
         _, output = step(target, drafters["random"], pick, DraftShape(2, 2), state, everything(state))
         drafted.append(output.drafted[0].tolist())
-    assert drafted[0] == drafted[1]
+    assert drafted[0] == drafted[1] == drafted[2]
 
 
 @pytest.mark.parametrize("name", ["none", "all"])

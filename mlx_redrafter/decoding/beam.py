@@ -55,6 +55,7 @@ def draft(
     length: int,
     memory: Any = None,
     noise: mx.array | None = None,
+    kept: Callable[[mx.array], mx.array] | None = None,
 ) -> Beam:
     """Search ``length`` tokens ahead, keeping the ``width`` best beams (arXiv 2403.09919, section 3).
 
@@ -67,6 +68,7 @@ def draft(
         length: tokens drafted.
         memory: what ``look_back`` gave; None: the drafter has none.
         noise: [B, L, V] or more, what the target will add to its logits at each depth; None: nothing.
+        kept: what is left of logits [B, W, V_draft] by the target's filters; None: all.
     """
     depths = []
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
@@ -81,6 +83,8 @@ def draft(
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
         vocabulary = logits.shape[-1]
+        if kept is not None:
+            logits = kept(logits)
         if noise is not None:
             if added is None:
                 everything = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))

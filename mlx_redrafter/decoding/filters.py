@@ -7,6 +7,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from .beam import LOWEST
 from .chance import at_each, of_nodes
 from .topk import FEW, top_k
 
@@ -36,6 +37,27 @@ def filtered(
     if "top_k" in per_text:
         kept = mx.where(among_largest(kept, per_text["top_k"]), kept, -mx.inf)
     return kept
+
+
+def roughly_filtered(logits: mx.array, filters: Mapping[str, mx.array]) -> mx.array:
+    """The same for a drafter's logits [B, W, V_draft], whose filters need not be exact: only the largest
+    few are looked at, and XTC, which drops what drafts are made of, is left out."""
+    per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
+    logits = logits.astype(mx.float32)
+    best, _ = top_k(mx.maximum(logits, LOWEST), min(FEW, logits.shape[-1]))  # [B, W, FEW]
+    passes = mx.full(best.shape, True)
+    if "top_p" in per_text:
+        share = mx.exp(best - mx.logsumexp(logits, axis=-1, keepdims=True))
+        passes = passes & ((mx.cumsum(share, axis=-1) - share < per_text["top_p"]) | (per_text["top_p"] >= 1))
+    if "min_p" in per_text:
+        least = best[..., :1] + per_text["min_p"]
+        passes = passes & ((best >= least) | (mx.arange(best.shape[-1]) < per_text.get("min_tokens", 1)))
+    for name in ("few", "top_k"):
+        if name in per_text:
+            passes = passes & (mx.arange(best.shape[-1]) < per_text[name])
+    last = mx.where(passes, best, mx.inf).min(axis=-1, keepdims=True)
+    last = mx.where(passes.all(axis=-1, keepdims=True), -mx.inf, last)  # all of them pass, and perhaps more
+    return mx.where(logits >= last, logits, LOWEST)
 
 
 def _xtc_drops(

@@ -5,7 +5,7 @@ that some text uses; a text that does not use one has a neutral value there, whi
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -87,6 +87,12 @@ class Sampling:
                 )
         if any(token < 0 or math.isnan(bias) for token, bias in self.logit_bias):
             raise ValueError(f"logit bias {dict(self.logit_bias)} is not usable: give token ids and numbers.")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether it changes logits, by a bias or a penalty."""
+        penalties = self.repetition_penalty not in (0, 1), self.presence_penalty, self.frequency_penalty
+        return bool(self.logit_bias) or any(penalties)
 
     @property
     def filters(self) -> dict[str, float]:
@@ -179,8 +185,17 @@ def draw(
 
 
 def has_no_filter(filters: Settings) -> bool:
-    """Whether tokens are drawn by temperature alone; a drafter does not know what a filter will drop."""
-    return "temperature" in filters and not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
+    """Whether tokens are drawn by temperature alone."""
+    return not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
+
+
+def roughly(filters: Settings) -> Callable[[mx.array], mx.array] | None:
+    """What the filters would keep of a drafter's logits [B, W, V_draft], if there are any."""
+    if has_no_filter(filters):
+        return None
+    from .filters import roughly_filtered
+
+    return lambda logits: roughly_filtered(logits, filters)
 
 
 def scaled(noise: mx.array, filters: Settings) -> mx.array:

@@ -24,8 +24,7 @@ from .beam import Proposer, draft
 from .chance import noise_at, seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
-from .penalties import penalise
-from .sampling import draw, has_no_filter, scaled
+from .sampling import draw, roughly, scaled
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -75,10 +74,13 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        if has_no_filter(state.sampling):  # how tokens will be picked is known, and drafts count on it
+        added = kept = None
+        if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
             noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
-        added = None if noise is None else scaled(noise, state.sampling)
-        beam = draft(drafter, target.embed, state.token, state.context, shape.width, length, memory, added)
+            added, kept = scaled(noise, state.sampling), roughly(state.sampling)
+        beam = draft(
+            drafter, target.embed, state.token, state.context, shape.width, length, memory, added, kept
+        )
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end
         found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
@@ -124,7 +126,10 @@ def pick(
     tree: Tree, state: State, logits: mx.array, noise: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
     """The usual ``Pick``: penalties and filters by each text's settings, random numbers by its seeds."""
-    logits = penalise(logits, tree, state.history, state.rows, state.sampling)
+    if state.sampling.keys() & {"bias", "ages"}:
+        from .penalties import penalise  # most texts have none
+
+        logits = penalise(logits, tree, state.history, state.rows, state.sampling)
     depths = None if tree.is_chain else tree.depths
     return logits, draw(logits, seeds_ahead(state, tree.depth), state.sampling, depths, noise)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 
 from ..decoding.layers import ROOM, Layers, Quantization, View, commit, one_text
-from ..decoding.penalties import penalty_settings
 from ..decoding.sampling import Sampling, filter_settings
 from ..decoding.state import PLAIN, DraftShape, Output, State, join, quantize, take, with_capacity
 from ..decoding.tree import Tree
@@ -389,8 +388,12 @@ class Batch:
         if pads:
             state = take(state, [*range(len(texts)), *[0] * pads], state.capacity)
         samplings = [text.sampling for text in texts] + [Sampling()] * pads
-        sampling = filter_settings(samplings, self._vocabulary) | penalty_settings(samplings)
-        self._state = replace(state, sampling=sampling)
+        settings = filter_settings(samplings, self._vocabulary)
+        if any(sampling.penalises for sampling in samplings):
+            from ..decoding.penalties import penalty_settings
+
+            settings |= penalty_settings(samplings)
+        self._state = replace(state, sampling=settings)
         self._run = self._runner(texts)
 
 
