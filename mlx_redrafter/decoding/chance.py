@@ -16,7 +16,7 @@ def seeds_at(seeds: mx.array, place: mx.array) -> mx.array:
 
 
 def noise_at(seeds: mx.array, vocabulary: int) -> mx.array:
-    """What is added to logits [B, ..., V] before the largest is picked: Gumbel's, for seeds [B, ..., 2]."""
+    """Gumbel's [B, ..., V], which at temperature 1 logits are given before the largest is picked."""
     return at_each(lambda seed: mx.random.gumbel((vocabulary,), key=seed), seeds)
 
 

@@ -166,22 +166,28 @@ def draw(
         seeds: [B, N, 2] of each node's random numbers; [B, L+1, 2] of each depth's with ``depths``.
         filters: from ``filter_settings``.
         depths: [B, N] of the nodes. V random numbers take long to make, and a depth needs them once.
-        noise: [B, L+1, V] of ``noise_at``, if it is known already.
+        noise: [B, L+1, V] of ``noise_for``, if it is known already.
     """
     if "temperature" not in filters:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    logits = logits.astype(mx.float32)
-    temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
-    kept = logits - logits.max(axis=-1, keepdims=True)
+    kept = logits.astype(mx.float32)
     if not has_no_filter(filters):
         from .filters import filtered  # most texts have none
 
-        kept = filtered(kept, seeds, filters, depths)
-    kept = kept / mx.where(temperature > 0, temperature, 1.0)
+        kept = filtered(kept - kept.max(axis=-1, keepdims=True), seeds, filters, depths)
     if noise is None or noise.shape[-1] != logits.shape[-1]:
-        noise = noise_at(seeds, logits.shape[-1])
+        noise = noise_for(seeds, logits.shape[-1], filters)
     kept = kept + of_nodes(noise, depths)[:, : logits.shape[1]]  # [B, N, V]; a chain may end early
-    return mx.argmax(mx.where(temperature > 0, kept, logits), axis=-1).astype(mx.int32)
+    return mx.argmax(kept, axis=-1).astype(mx.int32)
+
+
+def noise_for(seeds: mx.array, vocabulary: int, filters: Settings) -> mx.array:
+    """What is added to logits [B, ..., V] before the largest is picked, for ``seeds`` [B, ..., 2].
+
+    Where others divide the logits by the temperature, the noise is multiplied by it: greedy texts have none.
+    """
+    temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
+    return mx.where(temperature > 0, temperature * noise_at(seeds, vocabulary), 0.0)
 
 
 def has_no_filter(filters: Settings) -> bool:
@@ -196,9 +202,3 @@ def roughly(filters: Settings) -> Callable[[mx.array], mx.array] | None:
     from .filters import roughly_filtered
 
     return lambda logits: roughly_filtered(logits, filters)
-
-
-def scaled(noise: mx.array, filters: Settings) -> mx.array:
-    """The same for logits that are not divided by the temperatures: none for greedy texts."""
-    temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
-    return mx.where(temperature > 0, temperature * noise, 0.0)

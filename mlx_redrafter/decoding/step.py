@@ -21,10 +21,10 @@ import mlx.core as mx
 from . import lookup
 from .accept import accept
 from .beam import Proposer, draft
-from .chance import noise_at, seeds_at
+from .chance import seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
-from .sampling import draw, roughly, scaled
+from .sampling import draw, noise_for, roughly
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -74,12 +74,12 @@ def propose(
         if state.layers.memory:
             entries = state.layers.rows[-1]
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
-        added = kept = None
+        kept = None
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
-            noise = noise_at(seeds_ahead(state, shape.depth), target.vocabulary)  # [B, L+1, V]
-            added, kept = scaled(noise, state.sampling), roughly(state.sampling)
+            noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
+            kept = roughly(state.sampling)
         beam = draft(
-            drafter, target.embed, state.token, state.context, shape.width, length, memory, added, kept
+            drafter, target.embed, state.token, state.context, shape.width, length, memory, noise, kept
         )
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end
