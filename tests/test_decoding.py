@@ -149,20 +149,22 @@ def test_a_chain_is_the_tree_that_a_search_would_find(nodes):
 
 
 def test_accept_follows_the_targets_picks():
-    tokens = mx.array([[10, 11, 12, 13, 14]] * 4)
-    tree = make_tree(tokens, mx.array([[0, 0, 0, 1, 1]] * 4, mx.int32), 2)
+    tokens = mx.array([[10, 11, 12, 13, 14]] * 6)
+    tree = make_tree(tokens, mx.array([[0, 0, 0, 1, 1]] * 6, mx.int32), 2)
     picks = mx.array(
         [
             [11, 14, 0, 0, 77],  # root -> 11 -> 14, then 77
             [12, 14, 55, 0, 0],  # root -> 12, then 55
             [99, 14, 0, 0, 0],  # nothing; 14 is right after 11, which is not said
             [11, 98, 0, 0, 0],  # root -> 11, then 98
+            [11, -1, 0, 0, 77],  # what comes after 11 is not known: only 11 is said
+            [11, 14, 0, 0, -1],  # root -> 11, then 14
         ]
     )
     accepted = accept(tree, picks, 2)
-    assert accepted.count.tolist() == [3, 2, 1, 2]
+    assert accepted.count.tolist() == [3, 2, 1, 2, 1, 2]
     emitted = [row[:n] for row, n in zip(accepted.tokens.tolist(), accepted.count.tolist(), strict=True)]
-    assert emitted == [[11, 14, 77], [12, 55], [99], [11, 98]]
+    assert emitted == [[11, 14, 77], [12, 55], [99], [11, 98], [11], [11, 14]]
     assert accepted.path[0].tolist() == [0, 1, 4]
 
 

@@ -203,6 +203,29 @@ def drawn(sampling, logits, seed=1):
     return draw(logits[None], seeds, filter_settings([sampling], logits.shape[-1]))[0].tolist()
 
 
+@pytest.mark.parametrize("spread", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 20.0])
+def test_what_two_passes_tell_is_what_all_tell(spread, temperature):
+    options = [
+        {"top_p": 0.95},
+        {"top_p": 0.3},
+        {"top_p": 0.9, "top_k": 5, "min_p": 0.1},
+        {"top_p": 0.99, "top_k": 90},
+        {"top_p": 0.999, "min_p": 0.5, "min_tokens_to_keep": 3},
+        {"top_k": 2},
+        {},
+    ]
+    samplings = [Sampling(temperature=temperature, **each) for each in options] + [Sampling()]
+    logits = spread * mx.random.normal((len(samplings), 60, 500), key=mx.random.key(4))
+    logits = mx.round(logits * 8) / 8  # with ties
+    seeds = mx.random.randint(0, 1 << 32, (len(samplings), 60, 2), mx.uint32, key=mx.random.key(5))
+    filters = filter_settings(samplings, 500)
+    exact, partly = (np.array(draw(logits, seeds, filters, partly=x)) for x in (False, True))
+    known = partly >= 0
+    assert known[:, 0].all() and (partly == exact)[known].all()
+    assert known[-1].all() and known.mean() > (0.9 if spread == 6 and temperature <= 1 else 0.3)
+
+
 @pytest.mark.parametrize("options", [*FILTERS.values(), {"top_k": 100}, {"top_p": 0.0}, {"min_p": 1.0}])
 def test_filters_are_mlx_lms(options):
     from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p

@@ -25,14 +25,14 @@ def accept(tree: Tree, picks: mx.array, depth: int) -> Accepted:
 
     Args:
         tree: N drafted nodes, at most ``depth`` levels below the root.
-        picks: [B, N], the target's pick after each node.
+        picks: [B, N], the target's pick after each node; -1 if it is not known, so that no path goes there.
     """
     if depth == 0:  # plain decoding, which must cost no more than it does elsewhere
         root = mx.zeros(picks.shape, mx.int32)
         return Accepted(root, mx.ones((picks.shape[0],), mx.int32), picks)
     picks = picks.astype(tree.tokens.dtype)
     match = mx.take_along_axis(picks, tree.parents, axis=1) == tree.tokens  # [B, N]
-    match = match | (tree.depths == 0)
+    match = (match & (picks >= 0)) | (tree.depths == 0)
     accepted = (match[:, None, :] | ~tree.ancestors).all(axis=-1)  # [B, N]: every ancestor matches
     level = mx.arange(depth + 1)[:, None]  # [L+1, 1]
     path = mx.argmax(accepted[:, None] & (tree.depths[:, None] == level), axis=-1)  # [B, L+1]

@@ -11,6 +11,7 @@ from .beam import LOWEST
 from .chance import at_each, of_nodes
 from .topk import FEW, top_k
 
+GUESSED = 16  # of the largest logits, by which it is guessed what top-p keeps
 COIN = 0x9E3779B9  # tells XTC's random numbers from those that pick the token
 
 
@@ -60,6 +61,46 @@ def roughly_filtered(logits: mx.array, filters: Mapping[str, mx.array]) -> mx.ar
     return mx.where(logits >= last, logits, LOWEST)
 
 
+def drawn_if_sure(logits: mx.array, noise: mx.array, filters: Mapping[str, mx.array]) -> mx.array:
+    """The tokens [B, N] that ``filtered`` with top-p leads to, but without XTC; -1 where two passes over the
+    vocabulary, in place of its 31, do not tell.
+
+    Top-p is guessed from the largest few logits. The token that is drawn by this guess is the right one if it
+    belongs to those that are kept, and if those that the guess keeps reach ``p``: then no other does.
+
+    Args:
+        logits: [B, N, V], the largest 0, in float32.
+        noise: [B, N, V].
+        filters: of B texts.
+    """
+    per_text = {name: value[:, None, None] for name, value in filters.items()}  # [B, 1, 1]
+    masses, bits, goal = _masses(logits, per_text["top_p"])
+    best, index = top_k(mx.maximum(logits, -3e38), min(GUESSED, logits.shape[-1]))  # [B, N, GUESSED]
+    best_bits = mx.take_along_axis(bits.reshape(logits.shape), index, axis=-1)
+    reached = mx.cumsum(best_bits.view(mx.float32), axis=-1) >= goal[..., 0]
+    reached = reached & (per_text["top_p"] < 1)
+    end = mx.argmax(reached, axis=-1, keepdims=True)
+    least = mx.where(reached.any(axis=-1, keepdims=True), mx.take_along_axis(best_bits, end, axis=-1), 0)
+    guess = bits.reshape(logits.shape) >= least
+    if "few" in per_text:
+        last = mx.broadcast_to(per_text["few"], least.shape) - 1
+        lowest = mx.take_along_axis(best, mx.clip(last, 0, best.shape[-1] - 1), axis=-1)
+        guess = guess & ((logits >= lowest) | (last >= GUESSED))
+    if "min_p" in per_text and "min_tokens" not in per_text:
+        guess = guess & (logits >= per_text["min_p"])
+    token = mx.argmax(mx.where(guess, logits, -mx.inf) + noise, axis=-1, keepdims=True)  # [B, N, 1]
+    own, own_bits = (mx.take_along_axis(x.reshape(logits.shape), token, axis=-1) for x in (logits, bits))
+    larger = (logits > own).sum(axis=-1, keepdims=True)
+    sure = (_total(masses * (bits > own_bits[..., None])) < goal)[..., 0] | (per_text["top_p"] >= 1)
+    sure = sure & ((least == 0) | (_total(masses * (bits >= least[..., None])) >= goal)[..., 0])
+    for name in ("few", "top_k"):
+        if name in per_text:
+            sure = sure & (larger < per_text[name])
+    if "min_p" in per_text:
+        sure = sure & ((own >= per_text["min_p"]) | (larger < per_text.get("min_tokens", 0)))
+    return mx.where(sure, token.astype(mx.int32), -1)[..., 0]
+
+
 def _xtc_drops(
     kept: mx.array, seeds: mx.array, filters: Mapping[str, mx.array], depths: mx.array | None
 ) -> mx.array:
@@ -84,16 +125,19 @@ def among_largest(logits: mx.array, k: mx.array) -> mx.array:
 
 def among_likeliest(logits: mx.array, p: mx.array) -> mx.array:
     """Which of ``logits`` [..., V], the largest 0, it takes to reach the probability ``p`` [..., 1]."""
-    vocabulary = logits.shape[-1]
-    masses = mx.exp(logits).reshape(*logits.shape[:-1], math.gcd(vocabulary, 128), -1)
-    bits = masses.view(mx.int32)
-
-    def total(x: mx.array) -> mx.array:
-        return x.sum(axis=-2, keepdims=True).sum(axis=-1, keepdims=True)
-
-    goal = p[..., None] * total(masses)
-    last = _largest(lambda t: total(masses * (bits >= t)) >= goal, 1.0, bits[..., :1, :1])
+    masses, bits, goal = _masses(logits, p)
+    last = _largest(lambda t: _total(masses * (bits >= t)) >= goal, 1.0, bits[..., :1, :1])
     return (bits >= last).reshape(logits.shape) | (p >= 1)  # rounding of the sum must not drop any then
+
+
+def _masses(logits: mx.array, p: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """What logits [..., V] stand for, in a grid that is added up well, their bits, and ``p`` of the total."""
+    masses = mx.exp(logits).reshape(*logits.shape[:-1], math.gcd(logits.shape[-1], 128), -1)
+    return masses, masses.view(mx.int32), p[..., None] * _total(masses)
+
+
+def _total(masses: mx.array) -> mx.array:
+    return masses.sum(axis=-2, keepdims=True).sum(axis=-1, keepdims=True)  # [..., 1, 1]
 
 
 def _largest(holds: Callable[[mx.array], mx.array], most: float, like: mx.array) -> mx.array:

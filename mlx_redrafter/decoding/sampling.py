@@ -158,6 +158,7 @@ def draw(
     filters: Settings,
     depths: mx.array | None = None,
     noise: mx.array | None = None,
+    partly: bool = False,
 ) -> mx.array:
     """A token for every node of every text: [B, N] int32.
 
@@ -167,18 +168,24 @@ def draw(
         filters: from ``filter_settings``.
         depths: [B, N] of the nodes. V random numbers take long to make, and a depth needs them once.
         noise: [B, L+1, V] of ``noise_for``, if it is known already.
+        partly: whether -1 may stand for a token, of any node but the first, that takes long to find.
     """
     if "temperature" not in filters:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    kept = logits.astype(mx.float32)
-    if not has_no_filter(filters):
-        from .filters import filtered  # most texts have none
-
-        kept = filtered(kept - kept.max(axis=-1, keepdims=True), seeds, filters, depths)
+    kept, count = logits.astype(mx.float32), logits.shape[1]
     if noise is None or noise.shape[-1] != logits.shape[-1]:
         noise = noise_for(seeds, logits.shape[-1], filters)
-    kept = kept + of_nodes(noise, depths)[:, : logits.shape[1]]  # [B, N, V]; a chain may end early
-    return mx.argmax(kept, axis=-1).astype(mx.int32)
+    noise = of_nodes(noise, depths)[:, :count]  # [B, N, V]; a chain may end early
+    sure = []
+    if not has_no_filter(filters):
+        from .filters import drawn_if_sure, filtered  # most texts have none
+
+        kept = kept - kept.max(axis=-1, keepdims=True)
+        if partly and "top_p" in filters and "xtc_probability" not in filters:
+            sure, count = [drawn_if_sure(kept[:, 1:], noise[:, 1:], filters)], 1
+        kept = filtered(kept[:, :count], seeds, filters, depths)
+    first = mx.argmax(kept + noise[:, :count], axis=-1).astype(mx.int32)
+    return mx.concatenate([first, *sure], axis=1) if sure else first
 
 
 def noise_for(seeds: mx.array, vocabulary: int, filters: Settings) -> mx.array:

@@ -131,7 +131,8 @@ def pick(
 
         logits = penalise(logits, tree, state.history, state.rows, state.sampling)
     depths = None if tree.is_chain else tree.depths
-    return logits, draw(logits, seeds_ahead(state, tree.depth), state.sampling, depths, noise)
+    seeds, partly = seeds_ahead(state, tree.depth), tree.tokens.shape[1] > 1
+    return logits, draw(logits, seeds, state.sampling, depths, noise, partly)
 
 
 def seeds_ahead(state: State, depth: int) -> mx.array:
