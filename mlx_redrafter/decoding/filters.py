@@ -19,7 +19,7 @@ def filtered(
     logits: mx.array, seeds: mx.array, filters: Mapping[str, mx.array], depths: mx.array | None = None
 ) -> mx.array:
     """Logits [B, N, V], the largest 0, in float32; -inf where a filter drops the token."""
-    per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
+    per_text = _per_text(filters)
     kept = logits
     if "top_p" in per_text:
         kept = mx.where(among_likeliest(logits, per_text["top_p"]), kept, -mx.inf)
@@ -41,9 +41,11 @@ def filtered(
 
 
 def roughly_filtered(logits: mx.array, filters: Mapping[str, mx.array]) -> mx.array:
-    """The same for a drafter's logits [B, W, V_draft], whose filters need not be exact: only the largest
-    few are looked at, and XTC, which drops what drafts are made of, is left out."""
-    per_text = {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
+    """A drafter's logits [B, W, V_draft], in float32; ``LOWEST`` where a filter would drop the token.
+
+    Drafts need not be exact: only the largest few are looked at. XTC, which drops the likeliest, is left out.
+    """
+    per_text = _per_text(filters)
     logits = logits.astype(mx.float32)
     best, _ = top_k(mx.maximum(logits, LOWEST), min(FEW, logits.shape[-1]))  # [B, W, FEW]
     passes = mx.full(best.shape, True)
@@ -73,7 +75,7 @@ def drawn_if_sure(logits: mx.array, noise: mx.array, filters: Mapping[str, mx.ar
         noise: [B, N, V].
         filters: of B texts.
     """
-    per_text = {name: value[:, None, None] for name, value in filters.items()}  # [B, 1, 1]
+    per_text = _per_text(filters)
     masses, bits, goal = _masses(logits, per_text["top_p"])
     best, index = top_k(mx.maximum(logits, -3e38), min(GUESSED, logits.shape[-1]))  # [B, N, GUESSED]
     best_bits = mx.take_along_axis(bits.reshape(logits.shape), index, axis=-1)
@@ -99,6 +101,10 @@ def drawn_if_sure(logits: mx.array, noise: mx.array, filters: Mapping[str, mx.ar
     if "min_p" in per_text:
         sure = sure & ((own >= per_text["min_p"]) | (larger < per_text.get("min_tokens", 0)))
     return mx.where(sure, token.astype(mx.int32), -1)[..., 0]
+
+
+def _per_text(filters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    return {name: value[:, None, None] for name, value in filters.items() if value.ndim == 1}  # [B, 1, 1]
 
 
 def _xtc_drops(

@@ -202,7 +202,7 @@ def has_no_filter(filters: Settings) -> bool:
     return not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
 
 
-def roughly(filters: Settings) -> Callable[[mx.array], mx.array] | None:
+def rough_filter(filters: Settings) -> Callable[[mx.array], mx.array] | None:
     """What the filters would keep of a drafter's logits [B, W, V_draft], if there are any."""
     if has_no_filter(filters):
         return None

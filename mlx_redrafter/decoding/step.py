@@ -24,7 +24,7 @@ from .beam import Proposer, draft
 from .chance import seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
-from .sampling import draw, noise_for, roughly
+from .sampling import draw, noise_for, rough_filter
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -77,7 +77,7 @@ def propose(
         kept = None
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
             noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
-            kept = roughly(state.sampling)
+            kept = rough_filter(state.sampling)
         beam = draft(
             drafter, target.embed, state.token, state.context, shape.width, length, memory, noise, kept
         )
@@ -140,7 +140,8 @@ def seeds_ahead(state: State, depth: int) -> mx.array:
     return seeds_at(state.seeds, state.rows[:, None] + mx.arange(depth + 1))
 
 
-# Logits [B, N, V] at a tree's nodes -> the logits that count (after penalties), and a token [B, N] for each.
+# Logits [B, N, V] at a tree's nodes -> the logits that count (after penalties), and a token [B, N] for each;
+# -1 for one, but never the root's, that takes too long to find: its node is not accepted.
 # Given last is the noise [B, L+1, V] of ``Proposed``, where drafts counted on it.
 Pick = Callable[[Tree, State, mx.array, mx.array | None], tuple[mx.array, mx.array]]
 
