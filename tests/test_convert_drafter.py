@@ -10,6 +10,7 @@ import pytest
 from mlx_redrafter.commands.main import build_parser
 from mlx_redrafter.convert import drafter as convert
 from mlx_redrafter.convert.drafter import convert_drafter, count_tokens, export_drafter
+from mlx_redrafter.loading import find
 from mlx_redrafter.models import bundle
 from mlx_redrafter.models.bundle import load_drafter
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig
@@ -460,6 +461,19 @@ def test_command_with_everything(tmp_path, base_folder, capsys):
     assert "library_name: mlx-redrafter" in (tmp_path / "out/README.md").read_text()
 
 
+def test_command_finds_the_drafter_of_a_base(tmp_path, base_folder, monkeypatch):
+    monkeypatch.setattr(find, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("MLX_REDRAFTER_SEARCH", "off")
+    auto = "--drafter", "auto", "--model", base_folder, "--mlx-path"
+    with pytest.raises(ValueError, match="no drafter was found for tiny-llama"):
+        run(*auto, tmp_path / "none")
+    (tmp_path / "shipped").mkdir()
+    convert_drafter(apple_folder(tmp_path / "apple"), tmp_path / "shipped/one", base=base_folder)
+    assert run(*auto, tmp_path / "out", "--drafter-q-bits", 8) == 0
+    quantized = load_drafter(tmp_path / "out", convert.load_identity(base_folder)).config
+    assert quantized.quantization.bits == 8
+
+
 def test_command_knows_a_drafter_given_as_model(tmp_path):
     source = apple_folder(tmp_path / "apple")
     assert run("--hf-path", source, "--mlx-path", tmp_path / "out") == 0
@@ -475,6 +489,7 @@ def test_command_knows_a_drafter_given_as_model(tmp_path):
         (["--drafter", "apple", "--drafter-q-group-size", "32"], "needs --drafter-q-bits"),
         (["--drafter", "apple", "--upload-repo", "a/b/c"], "owner/name"),
         (["--drafter", "apple", "--mlx-path", "apple"], "exists already"),
+        (["--drafter", "auto"], "name that with --model"),
         (["--hf-path", "base", "--draft-vocab", "4"], "--draft-vocab is for drafters"),
         (["--hf-path", "base", "--store-bits", "8"], "--store-bits is for drafters"),
         (["--drafter", "apple", "--store-bits", "7"], "quantization to 7 bits"),

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust-remote-code", action="store_true", help="allow Python code in the source")
     add("--gguf-quant", choices=QUANTS, help="a GGUF's weights in MLX's nearest form (default), or exact")
     add = parser.add_argument_group("drafters").add_argument
-    add("--drafter", help="convert this drafter; --model then names the base it belongs to")
+    add("--drafter", help="convert this drafter, or the one found (auto); --model names its base")
     add("--drafter-q-bits", type=int, help="quantize the drafter to this many bits")
     add("--drafter-q-group-size", type=int, help=f"weights per scale (default: {DRAFTER_GROUP_SIZE})")
     add("--store-bits", type=int, help="of the drafter's weights on disk only: loaded, they are floats")

@@ -23,8 +23,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..conversations import Row, read_rows
 from ..loading.base import DTYPES, load_base
 from ..loading.files import atomic_file, atomic_folder, check_writable, shell_word
-from ..loading.find import drafter_folder, model_folder
+from ..loading.find import drafter_folder, find_drafter, model_folder
 from ..loading.hub import download
+from ..loading.search import search_drafter
 from ..loading.tokenizer import load_tokenizer
 from ..models import bundle
 from ..models.drafter import DrafterConfig, Quantization
@@ -69,7 +70,8 @@ def convert_drafter(
     """Write the bundle of a drafter.
 
     Args:
-        source: a folder in Apple's layout, a bundle, or a Hugging Face repository of either.
+        source: a folder in Apple's layout, a bundle, or a Hugging Face repository of either; "auto": the one
+            that is found for ``base``.
         output: the bundle's folder; must not exist.
         base: the base model the drafter belongs to (folder, repository or identity); the bundle
             refuses every other. None keeps what the source records, if anything.
@@ -92,7 +94,8 @@ def convert_drafter(
     _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    folder = drafter_folder(source, revision=revision)
+    known = load_identity(base, trust_remote_code) if source == "auto" else None
+    folder = found_for(known) if known else drafter_folder(source, revision=revision)
     raw = bundle.read_config(folder)
     config = bundle.parse_config(folder, raw)
     weights, unused = bundle.read_weights(folder, config, raw)
@@ -102,7 +105,7 @@ def convert_drafter(
         raise ValueError(f"{asked}: the drafter has {most}, keep at most these.")
     identity = recorded = bundle.base_of(raw)
     if base is not None:
-        identity = base if isinstance(base, BaseIdentity) else load_identity(base, trust_remote_code)
+        identity = known or load_identity(base, trust_remote_code)
         bundle.check_base(folder, config, recorded, identity)
     if frequencies is not None:
         tokenizer = tokenizer or _tokenizer(base, frequencies, trust_remote_code)
@@ -118,6 +121,14 @@ def convert_drafter(
     extra = {"source_config": _source_config(raw, dtype)}
     write_drafter(output, config, weights, identity, extra, drafter_card(config, identity), stored)
     return Converted(Path(output), config, identity, unused)
+
+
+def found_for(base: BaseIdentity) -> Path:
+    """The folder of the drafter that ships, or is found, for a base; ``ValueError`` if there is none."""
+    found = find_drafter(base) or search_drafter(base)
+    if found is None:
+        raise ValueError(f"no drafter was found for {base}: name one with --drafter, or train one.")
+    return found
 
 
 def export_drafter(source: str | Path, output: str | Path) -> None:
@@ -294,12 +305,16 @@ def is_drafter(source: str, revision: str | None) -> bool:
     return True
 
 
-def load_identity(base: str | Path, trust_remote_code: bool = False) -> BaseIdentity:
+def load_identity(base: str | Path | BaseIdentity | None, trust_remote_code: bool = False) -> BaseIdentity:
     """The identity of a base model: a folder, a GGUF file or a repository. Reads a few rows of it.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: it cannot be loaded, or none is named.
     """
+    if base is None:
+        raise ValueError("--drafter auto finds the drafter of a base model: name that with --model.")
+    if isinstance(base, BaseIdentity):
+        return base
     try:
         model, _ = load_base(model_folder(str(base)), trust_remote_code, check_values=False)
     except ValueError as error:
