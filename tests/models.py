@@ -117,6 +117,9 @@ class Unprepared:
     def prepare(self, context: mx.array) -> mx.array:
         return context
 
+    def from_target(self, tokens: mx.array) -> mx.array:
+        return tokens
+
 
 class RandomDrafter(Unprepared):
     """Drafts anything: an untrained recurrent drafter."""

@@ -13,6 +13,7 @@ from test_engine import check_while_texts_come_and_go, finish, plain, prompts
 from test_lossless import Turns
 from tiny import make_tiny
 
+from mlx_redrafter.decoding import copies
 from mlx_redrafter.decoding.layers import Quantization as Kept
 from mlx_redrafter.decoding.layers import fit_rows, in_order
 from mlx_redrafter.decoding.state import PLAIN, DraftShape, begin
@@ -48,8 +49,8 @@ def make_drafter(hidden=8, vocabulary=20, **changes):
 
 def with_memory(model, **changes):
     """A target and the drafter whose memory it writes."""
-    found = Target(model).embed(mx.array([0])).shape[-1]
-    fused = MemoryDrafter(make_drafter(found, 101, **changes))
+    target = Target(model)
+    fused = MemoryDrafter(make_drafter(target.embed(mx.array([0])).shape[-1], target.vocabulary, **changes))
     return Target(model, fused.config.context_layers, fused), fused
 
 
@@ -338,7 +339,7 @@ def drafts(engine, *requests):
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_drafts_do_not_depend_on_company(changes):
     target, fused = with_memory(make_model("llama3-rope"), **changes)
-    asks = [Request(prompt, 20 + 5 * i) for i, prompt in enumerate(prompts(5, 7))]
+    asks = [Request(prompt, 30 + 5 * i) for i, prompt in enumerate(prompts(5, 7))]
     shape, alone = DraftShape(3, 4, 9), []
     for ask in asks:
         alone += drafts(Engine(Runner(target, fused), Fixed(shape), 16), ask)
@@ -351,8 +352,9 @@ def test_drafts_do_not_depend_on_company(changes):
     assert drafts(Engine(Runner(blind, blind.memory), Fixed(shape), 16), asks[4]) != alone[4:]
 
 
-def test_rare_tokens_are_drafted():
+def test_rare_tokens_are_drafted(monkeypatch):
     """Of a drafter that likes them most, all that it drafts are tokens of the text that it lacks."""
+    monkeypatch.setattr(copies, "TRUST", (0.0,) * 5)
     target, fused = with_memory(make_model("llama3-rope"), draft_vocab_size=30, rare_tokens=6)
     fused._drafter.rare_bias = mx.array([99.0])
     texts = [list(prompt) for prompt in prompts(3, 7)]

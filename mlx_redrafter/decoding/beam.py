@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from .copies import LOWEST, agreement, agreement_after, gate, what_followed
 from .topk import top_k
-
-LOWEST = -1e9  # stands for log 0, so that scores stay finite and comparable
 
 
 class Proposer(Protocol):
@@ -36,6 +35,10 @@ class Proposer(Protocol):
         """Places [B, W] in the logits -> the target's token ids, of the same shape."""
         ...
 
+    def from_target(self, tokens: mx.array, memory: Any = None) -> mx.array:
+        """Token ids [B, W] -> their places in the logits, of the same shape; -1: they have none."""
+        ...
+
 
 @dataclass
 class Beam:
@@ -54,6 +57,7 @@ def draft(
     width: int,
     length: int,
     memory: Any = None,
+    text: tuple[mx.array, mx.array] | None = None,
     noise: mx.array | None = None,
     kept: Callable[[mx.array], mx.array] | None = None,
 ) -> Beam:
@@ -67,8 +71,9 @@ def draft(
         width: beams kept at each depth.
         length: tokens drafted.
         memory: what ``look_back`` gave; None: the drafter has none.
+        text: [B, C] and the place [B] of its last token: a beam may copy what followed its last tokens there.
         noise: [B, L, V] or more, what the target will add to its logits at each depth; None: nothing.
-        kept: what is left of logits [B, W, V_draft] by the target's filters; None: all.
+        kept: what is left of log-probabilities [B, W, V_draft] by the target's filters; None: all.
     """
     depths = []
     parents = mx.zeros((token.shape[0], width), mx.int32)  # [B, W]
@@ -78,25 +83,38 @@ def draft(
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     seen = {} if memory is None else {"memory": memory}
     added = None
+    match = None if text is None else agreement(*text)[:, None]  # [B, 1, C]
     for depth in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
-        vocabulary = logits.shape[-1]
+        vocabulary, copied = logits.shape[-1], tokens
+        if noise is not None and added is None:
+            everything = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))
+            ids = drafter.to_target(everything, **seen)  # [B, V_draft]
+            added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
+        more = None if added is None else added[:, depth, None]
+        logs = log_softmax(logits)
+        if text is not None and match is not None:
+            copied, trust = what_followed(*text, match)  # [B, W]
+            logs = gate(logs, drafter.from_target(copied, **seen), trust)
+            if noise is not None and more is not None:
+                last = mx.take_along_axis(noise[:, depth], copied, axis=-1)  # [B, W]
+                more = mx.broadcast_to(more, (*copied.shape, vocabulary))
+                more = mx.concatenate([more, last[..., None]], axis=-1)
         if kept is not None:
-            logits = kept(logits)
-        if noise is not None:
-            if added is None:
-                everything = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))
-                ids = drafter.to_target(everything, **seen)  # [B, V_draft]
-                added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
-            logits = logits + added[:, depth, None]
-        total = scores[..., None] + log_softmax(logits)  # [B, W, V_draft]
+            logs = kept(logs)
+        if more is not None:
+            logs = log_softmax(logs + more)
+        total = scores[..., None] + logs  # [B, W, V_draft], or one more
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
-        parents, index = best // vocabulary, best % vocabulary  # [B, W]
+        parents, index = best // total.shape[-1], best % total.shape[-1]  # [B, W]
         if width > 1:
             states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
-        tokens = drafter.to_target(index, **seen)  # [B, W]
+        said = drafter.to_target(mx.minimum(index, vocabulary - 1), **seen)  # [B, W]
+        tokens = mx.where(index < vocabulary, said, mx.take_along_axis(copied, parents, axis=1))
+        if text is not None and match is not None:
+            match = agreement_after(match, parents, tokens, text[0])  # [B, W, C]
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
 

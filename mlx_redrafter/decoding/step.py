@@ -78,8 +78,9 @@ def propose(
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
             noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
             kept = rough_filter(state.sampling)
+        text = state.history, state.rows
         beam = draft(
-            drafter, target.embed, state.token, state.context, shape.width, length, memory, noise, kept
+            drafter, target.embed, state.token, state.context, shape.width, length, memory, text, noise, kept
         )
         drafted = from_beam(beam)
     if shape.lookup:  # what followed the last occurrence of the text's end

@@ -30,7 +30,13 @@ class FusedDrafter:
         if self._of_state is not None and drafter.config.rnn and drafter.config.cell == "simple":
             self._joint, self._of_state = _stack(drafter.rnn_u, self._of_state), None
             self.start = self._joint.bias  # the products of zeros
-        mx.eval(self.start, self._of_context, self._of_state, self._joint)
+        self._places: mx.array | None = None  # [V]
+        if drafter.config.draft_vocab_size:
+            places = mx.arange(drafter.config.head_outputs)
+            self._places = (
+                mx.full(drafter.config.vocab_size, -1).at[drafter.to_target(places)].add(places + 1)
+            )
+        mx.eval(self.start, self._of_context, self._of_state, self._joint, self._places)
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:
         """The embedding [..., H] of a token and the state [..., S] before it -> the state after it."""
@@ -48,6 +54,10 @@ class FusedDrafter:
     def to_target(self, index: mx.array) -> mx.array:
         """Token ids for indices into the draft vocabulary."""
         return self._drafter.to_target(index)
+
+    def from_target(self, tokens: mx.array) -> mx.array:
+        """Indices into the draft vocabulary for token ids; -1: it lacks them."""
+        return tokens if self._places is None else self._places[tokens]
 
     def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
         """As ``Drafter.logits`` [..., Vd], of what ``prepare`` and ``advance`` returned."""

@@ -64,10 +64,8 @@ class MemoryDrafter(FusedDrafter):
     def __init__(self, drafter: Drafter) -> None:
         super().__init__(drafter)
         self._is_rare: mx.array | None = None  # [V]
-        if drafter.config.rare_tokens:
-            known = drafter.to_target(mx.arange(drafter.config.head_outputs))
-            self._is_rare = mx.ones(drafter.config.vocab_size, mx.bool_).at[known].multiply(False)
-            mx.eval(self._is_rare)
+        if drafter.config.rare_tokens and self._places is not None:
+            self._is_rare = self._places < 0
 
     def make_cache(self, held: int) -> Any:
         """mlx-lm's cache for the entries, in which those of the first ``held`` tokens give nothing."""
@@ -102,7 +100,12 @@ class MemoryDrafter(FusedDrafter):
         place = places(count, keys.shape[2])  # [B, C]
         distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
         rare = None
-        if self._is_rare is not None and history is not None and embed is not None:
+        if (
+            self.config.rare_tokens
+            and self._is_rare is not None
+            and history is not None
+            and embed is not None
+        ):
             tokens, shown = find_rare(self._is_rare, history, count, self.config.rare_tokens)
             some = self._drafter.rare_bias
             shift = mx.where(shown[:, None], some, mx.array(-mx.inf, some.dtype))
@@ -126,6 +129,16 @@ class MemoryDrafter(FusedDrafter):
         tokens = super().to_target(mx.minimum(index, known - 1))
         more = mx.take_along_axis(rare, mx.maximum(index.astype(mx.int32) - known, 0), axis=1)
         return mx.where(index < known, tokens, more)
+
+    def from_target(self, tokens: mx.array, memory: Memory | None = None) -> mx.array:
+        """Places [B, W] in the logits for token ids; -1: they have none."""
+        place = super().from_target(tokens)
+        if memory is None or memory.rare is None:
+            return place
+        shown = memory.rare.shift > -mx.inf  # [B, 1, K]
+        same = (memory.rare.tokens[:, None] == tokens[..., None]) & shown  # [B, W, K]
+        rare = self.config.head_outputs + mx.argmax(same, axis=-1).astype(mx.int32)
+        return mx.where((place < 0) & same.any(axis=-1), rare, place)
 
 
 def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int) -> tuple[mx.array, mx.array]:

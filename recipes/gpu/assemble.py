@@ -36,8 +36,9 @@ def main() -> None:
     layers = tuple(map(int, args.layers.split(",")))
     hidden = inputs // (2 + len(layers))
     heads = weights["memory_sink"].size
+    blocks = sum(name.endswith(".linear.bias") for name in weights)
     config = DrafterConfig(
-        hidden, identity.vocab_size, exit_dim, 2, True, weights["draft_to_target"].size, layers,
+        hidden, identity.vocab_size, exit_dim, blocks, True, weights["draft_to_target"].size, layers,
         memory_heads=heads, memory_head_size=weights["memory_q.weight"].shape[0] // heads,
         rare_tokens=args.rare_tokens if "rare_bias" in weights else 0,
     )  # fmt: skip
@@ -46,7 +47,7 @@ def main() -> None:
     if args.start:
         phases = json.loads((args.start / "config.json").read_text())["mlx_redrafter"]["training"]["phases"]
     if args.training:
-        phases.append(json.loads(args.training.read_text())["runs"]["depth"])
+        phases.append(json.loads(args.training.read_text()))
     steps = sum(phase["steps"] for phase in phases)
     extra = {"training": {"steps": steps, "phases": phases}} if phases else {}
     write_drafter(args.output, config, weights, identity, extra, stored=stored)

@@ -111,15 +111,16 @@ class Base:
         x = self.embed(places)[:, None]
         cos, sin = self.cos.index_select(0, at), self.sin.index_select(0, at)
         hidden = torch.arange(columns, device=x.device) > at  # [columns]
-        bias = torch.zeros(columns, device=x.device).masked_fill(hidden, -1e9)
+        bias = torch.zeros(columns, device=x.device, dtype=x.dtype).masked_fill(hidden, -1e9)
+        bias = bias.expand(x.shape[0], self.kv_heads, self.heads // self.kv_heads, columns)
         for i, layer in enumerate(self.layers):
             q, k, v = self._qkv(layer, _rms(x, layer["norm1"], self.eps), cos, sin)
             cache.k[i].index_copy_(2, at, k)
             cache.v[i].index_copy_(2, at, v)
-            grouped = q.reshape(q.shape[0], self.kv_heads, -1, self.dh)
-            scores = grouped @ cache.k[i][:, :, :columns].transpose(-1, -2)
-            weights = torch.softmax(scores.float() * self.dh**-0.5 + bias, dim=-1).to(x.dtype)
-            a = (weights @ cache.v[i][:, :, :columns]).reshape(q.shape[0], 1, -1)
+            keys, values = cache.k[i][:, :, :columns], cache.v[i][:, :, :columns]
+            grouped = q.reshape(q.shape[0], self.kv_heads, -1, self.dh)  # a group's heads, as if places
+            a = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias)
+            a = a.reshape(q.shape[0], 1, -1)
             x = x + F.linear(a, layer["o"])
             x = x + self._mlp(layer, x)
         return F.linear(_rms(x[:, 0], self.norm, self.eps), self.head)

@@ -1,15 +1,17 @@
-"""Write conversations, train a drafter on them, measure it: one model, on one GPU, in a given time.
+"""Write conversations and train a drafter on them: one model, on one GPU, in a given time.
 
-    python run.py FOLDER OUTPUT --seconds S --write S [--start drafter.safetensors]
-        [--wait rows.npz --modes ...]
+    python run.py FOLDER OUTPUT --name NAME --start DRAFTER.safetensors --layers 8 16 23 --seconds S --write S
 
-FOLDER is what ``prepare.py`` wrote. OUTPUT gets NAME.safetensors (in parts of at most 15 MB) and NAME.json.
+FOLDER is what ``prepare.py`` wrote. OUTPUT gets NAME-I.safetensors (parts of at most 15.9 MB), the
+conversations as NAME.npz and what is known of the run as NAME.json. A file FOLDER/deadline with seconds since
+1970 replaces ``--seconds``, also during the run.
 """
 
 import argparse
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import code_prompts
@@ -17,11 +19,12 @@ import numpy as np
 import torch
 from base import Base
 from safetensors.torch import load_file, save_file
-from train import Drafter, Sizes, Vocabulary, acceptance, train
+from train import Drafter, How, Rows, Vocabulary, train, with_rare
 from write import Follow, write
 
 SHORT, LONG, READ = 640, 3072, 1536  # tokens of a row; of a long one; of it, read at once
-LOOP_GRAM, LEAST_DISTINCT = 4, 0.3
+LOOP_GRAM, LOOP = 4, 32  # tokens of a gram, of a stretch
+POOL = 32  # batches whose features are kept
 
 
 def main() -> None:
@@ -31,111 +34,78 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--seconds", type=float, required=True, help="for everything")
-    parser.add_argument("--write", type=float, default=150, help="seconds of it")
-    parser.add_argument("--batch", type=int, default=1024, help="rows written at once")
-    parser.add_argument("--long-batch", type=int, default=160)
+    parser.add_argument("--start", type=Path, required=True, help="a drafter's safetensors, in floats")
     parser.add_argument("--layers", type=int, nargs="+", required=True)
-    parser.add_argument("--exit", type=int, required=True)
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--start", type=Path, help="a drafter's safetensors, whose draft tokens stay")
+    parser.add_argument("--seconds", type=float, required=True, help="for everything")
+    parser.add_argument("--write", type=float, required=True, help="seconds of it")
+    parser.add_argument("--batch", type=int, default=2048, help="rows written at once")
+    parser.add_argument("--long-batch", type=int, default=192)
+    parser.add_argument("--long-share", type=float, default=0.15, help="of the time for writing")
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.json: rows about the model's own code are added"
     )
-    parser.add_argument("--modes", nargs="*", help="only compare these, on rows that another process writes")
-    parser.add_argument("--rows", type=Path, required=True, help="where the rows are kept")
-    parser.add_argument("--steps", type=int, default=10**9)
+    parser.add_argument("--blocks", type=int, help="residual blocks, where it is to have more")
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--tokens", type=int, default=32768, help="of a training batch")
+    parser.add_argument("--tokens", type=int, default=16384, help="of a training batch")
+    parser.add_argument("--uses", type=int, default=2, help="of a batch's features, until made anew")
     parser.add_argument("--short", type=int, default=SHORT)
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     begun = time.time()
-    torch.manual_seed(1)
+    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
     def say(*words: object) -> None:
         print(f"[{args.name} {time.time() - begun:.0f}]", *words, flush=True)
 
     base = Base(args.folder, tuple(args.layers), args.device, torch.bfloat16)
-    prompts = dict(np.load(args.folder / "prompts.npz"))
     say("loaded", torch.cuda.memory_allocated() // 2**20 if args.device == "cuda" else "", "MiB")
     args.output.mkdir(parents=True, exist_ok=True)
-    if args.modes:
-        while not args.rows.exists():
-            time.sleep(2)
-        kept = dict(np.load(args.rows))
-    else:
-        kept = write_all(args, base, prompts, begun + args.write, say)
-        np.savez(args.rows.with_suffix(".part.npz"), **kept)
-        args.rows.with_suffix(".part.npz").rename(args.rows)
-    if args.modes:
-        prompts["measured_names"] = prompts["measured_names"][::2]
-    measured = [
-        (row[:end], int(first))
-        for row, first, end in zip(
-            kept["measured"], prompts["measured_lengths"], kept["measured_ends"], strict=True
-        )
-    ][:: 2 if args.modes else 1]
-    start = load_file(args.start) if args.start else None
-    if start is not None:
-        of_id = np.full(int(base.ids.max()) + 1, -1)
-        of_id[base.ids.cpu().numpy()] = np.arange(len(base.ids))
-        places = of_id[start["draft_to_target"].numpy()]
-    else:
-        counts = np.bincount(kept["short"][kept["short_trained"]], minlength=len(base.ids))
-        places = np.sort(np.argsort(-counts, kind="stable")[: args.vocabulary])
-        say(f"{counts[places].sum() / counts.sum():.4f} of the tokens are in the draft vocabulary")
+    kept = write_all(args, base, dict(np.load(args.folder / "prompts.npz")), begun + args.write, say)
+    start = load_file(args.start)
+    of_id = np.full(int(base.ids.max()) + 1, -1)
+    of_id[base.ids.cpu().numpy()] = np.arange(len(base.ids))
+    places = of_id[start["draft_to_target"].numpy()]
     vocabulary = Vocabulary.of(places, base)
-    results = {}
-    modes = args.modes or ["depth"]
-    for mode in modes:
-        sizes = Sizes(
-            base.hidden,
-            base.hidden * (1 + len(args.layers)),
-            args.exit,
-            2,
-            len(places),
-            mode=mode.split("+")[0],
-        )
-        model = Drafter(sizes).to(args.device)
-        if start is not None:
-            named = {name: x.float() for name, x in start.items() if name != "draft_to_target"}
-            missing, unknown = model.load_state_dict(named, strict=False)
-            assert not unknown and all(name.startswith("memory") for name in missing), (missing, unknown)
-        else:
-            with torch.no_grad():  # the head begins as the model's own, the embeddings are small
-                if args.exit >= base.hidden:
-                    model.lm_head[-1].weight[:, : base.hidden] = base.head[vocabulary.places].float()
-                model.rnn_w.weight *= 8
-        left = begun + args.seconds - time.time() - 45
-        seconds = min(left, 1e9) / (1 if not args.modes else len(modes) - len(results))
-        batches = batches_of(kept, args.tokens, args.short)
-        done = train(
-            model,
-            base,
-            vocabulary,
-            batches,
-            seconds,
-            args.steps,
-            rate=args.rate,
-            lk=3.0 if mode.endswith("+lk") else 0.0,
-            say=lambda *x, m=mode: say(m, *x),
-        )
-        done["measured"] = report(model, base, vocabulary, measured, prompts)
-        done["rate"], done["short_rows"], done["long_rows"] = (
-            args.rate,
-            len(kept["short"]),
-            len(kept.get("long", [])),
-        )
-        done["trained"] = int(kept["short_trained"].sum())
-        results[mode] = done
-        say(mode, json.dumps(done))
-        (args.output / f"{args.name}.json").write_text(
-            json.dumps({"sizes": vars(sizes), "runs": results}, indent=1)
-        )
-        if not args.modes:
-            save(model, base, places, args.output / args.name)
+    model = with_rare(start, base, vocabulary, args.blocks)
+    kinds = [kind for kind in ("short", "long") if kind in kept and len(kept[kind])]
+    rows = {kind: Rows.of(kept[kind], kept[f"{kind}_trained"], vocabulary) for kind in kinds}
+    said = {kind: int(kept[f"{kind}_trained"].sum()) for kind in kinds}
+    say({kind: len(x) for kind, x in rows.items()}, "rows,", said, "trained tokens")
+    count = min(args.tokens // args.short, len(rows["short"]) // 4)
+    held = rows["short"][torch.arange(count, device=args.device)]
+    rows["short"] = rows["short"][torch.arange(count, len(rows["short"]), device=args.device)]
+    end = args.folder / "deadline"
+
+    def share() -> float:
+        at = float(end.read_text()) if end.exists() else begun + args.seconds
+        return (time.time() - trained_from) / max(at - trained_from, 1)
+
+    def keep() -> None:
+        save(model, base, places, args.output / args.name)
+
+    trained_from = time.time()
+    done = train(
+        model,
+        base,
+        vocabulary,
+        featured(base, batches_of(rows, args.tokens), args.uses),
+        (held, base.features(held.tokens)),
+        share,
+        How(rate=args.rate),
+        save=keep,
+        say=say,
+    )
+    keep()
+    done |= {"rate": args.rate, "tokens": args.tokens, "trained_tokens": sum(said.values())}
+    done |= {f"{kind}_rows": len(kept[kind]) for kind in kinds}
+    say(json.dumps(done))
+    (args.output / f"{args.name}.json").write_text(json.dumps(done, indent=1))
+    ids = base.ids.cpu().numpy().astype(np.uint16 if int(base.ids.max()) < 2**16 else np.int32)
+    trained = {f"{kind}_trained": np.packbits(kept[f"{kind}_trained"]) for kind in kinds}
+    np.savez_compressed(args.output / args.name, **{kind: ids[kept[kind]] for kind in kinds}, **trained)
+    say("done")
 
 
 def save(model: Drafter, base: Base, places: np.ndarray, path: Path) -> None:
@@ -149,36 +119,38 @@ def save(model: Drafter, base: Base, places: np.ndarray, path: Path) -> None:
             parts.append({})
         parts[-1][name] = x
     for i, part in enumerate(parts):
-        save_file(part, f"{path}-{i}.safetensors")
+        new = Path(f"{path}-{i}.part")
+        save_file(part, new)
+        new.rename(f"{path}-{i}.safetensors")
 
 
-def report(model, base, vocabulary, measured, prompts) -> dict:
-    model.eval()
-    found = np.array(acceptance(model, base, vocabulary, measured))
-    model.train()
-    names = prompts["measured_names"]
-    return {
-        str(name): [
-            round(float(found[names == name, i].sum() / found[names == name, i + 1].sum()), 3) for i in (0, 2)
-        ]
-        for name in np.unique(names)
-    }
-
-
-def batches_of(kept: dict, tokens: int, short: int):
-    """Endless batches of rows, of one length each, as often as their tokens are many."""
+def batches_of(rows: dict[str, Rows], tokens: int) -> Iterator[Rows]:
+    """Endless batches of rows of one kind, each kind as often as its tokens are many."""
     random_ = np.random.default_rng(3)
-    kinds = [kind for kind in ("short", "long") if kind in kept and len(kept[kind])]
-    sizes = np.array([kept[kind].size for kind in kinds], float)
-    orders: dict[str, list[int]] = {kind: [] for kind in kinds}
+    sizes = np.array([x.tokens.numel() for x in rows.values()], float)
+    orders: dict[str, torch.Tensor] = {}
     while True:
-        kind = kinds[random_.choice(len(kinds), p=sizes / sizes.sum())]
-        rows = kept[kind]
-        count = max(1, tokens // rows.shape[1])
-        if len(orders[kind]) < count:
-            orders[kind] = random_.permutation(len(rows)).tolist()
-        chosen, orders[kind] = orders[kind][:count], orders[kind][count:]
-        yield rows[chosen], kept[f"{kind}_trained"][chosen]
+        kind = list(rows)[random_.choice(len(rows), p=sizes / sizes.sum())]
+        all_, order = rows[kind], orders.get(kind, ())
+        count = min(max(1, tokens // all_.tokens.shape[1]), len(all_))
+        if len(order) < count:
+            order = torch.randperm(len(all_), device=all_.tokens.device)
+        yield all_[order[:count]]
+        orders[kind] = order[count:]
+
+
+def featured(base: Base, batches: Iterator[Rows], uses: int) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """With what the model says of each batch, which comes ``uses`` times, among the ``POOL`` last ones."""
+    chance, pool = random.Random(4), []
+    while True:
+        batch = next(batches)
+        new = batch, base.features(batch.tokens)
+        if len(pool) < POOL:
+            pool.append(new)
+        else:
+            pool[chance.randrange(POOL)] = new
+        for _ in range(uses):
+            yield chance.choice(pool)
 
 
 def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
@@ -189,7 +161,7 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
         int(prompts["end"]),
     )
     starts = np.split(prompts["begun"], np.cumsum(prompts["lengths"])[:-1])
-    chance = np.random.default_rng(2)
+    chance = np.random.default_rng(args.seed)
 
     def texts(rows: list[np.ndarray]) -> torch.Tensor:
         wide = np.full((len(rows), max(map(len, rows))), -1, np.int64)
@@ -197,11 +169,10 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
             wide[i, : len(row)] = row
         return torch.from_numpy(wide).to(base.device)
 
-    def batch(rows, answering, following, length, prefill=0, greedy=None):
+    def batch(rows, answering, following, length, prefill=0):
         warm = np.where(
             chance.random(len(rows)) < 0.5, 0.0, np.where(chance.random(len(rows)) < 0.5, 0.5, 0.8)
         )
-        warm = np.zeros(len(rows)) if greedy else warm
         return write(
             base,
             texts(rows),
@@ -214,21 +185,11 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
         )
 
     kept: dict = {}
-    measured = np.split(prompts["measured"], np.cumsum(prompts["measured_lengths"])[:-1])
-    longest = max(map(len, measured)) + 256
-    count = len(measured)
-    rows, _ = batch(measured, np.ones(count, bool), np.zeros((count, 1), int), longest, greedy=True)
-    ends = []
-    for row, given in zip(rows, measured, strict=True):
-        stop = np.flatnonzero(row[len(given) :] == follow.end)
-        ends.append(min(len(given) + (int(stop[0]) + 1 if len(stop) else 256), len(given) + 256))
-    kept["measured"], kept["measured_ends"] = rows, np.array(ends)
-    say("measured texts written")
-
     parts: dict[str, list] = {"short": [], "short_trained": [], "long": [], "long_trained": []}
 
     def take(kind: str, tokens: np.ndarray, trained: np.ndarray) -> None:
-        good = np.array([fine(x, y) for x, y in zip(tokens, trained, strict=True)])
+        trained = trained & ~loops(tokens)
+        good = trained.sum(1) > 4
         parts[kind].append(tokens[good])
         parts[f"{kind}_trained"].append(trained[good])
 
@@ -240,13 +201,13 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(args.tokenizer))
-    share_long, begun, turn, last = 0.3, time.time(), 0, 0.0
+    begun, turn, last = time.time(), 0, 0.0
     spent = {"short": 0.0, "long": 0.0}
     more: list = []  # conversations about the model's own code: (begun, following)
     while time.time() + last < until:
         started, turn = time.time(), turn + 1
-        wants_long = spent["long"] < share_long * (time.time() - begun)
-        if tokenizer is not None and turn in (3, 9):
+        wants_long = spent["long"] < args.long_share * (time.time() - begun)
+        if tokenizer is not None and turn in (3, 7):
             blocks = own_code(tokenizer, base, parts)
             say(len(blocks), "code blocks")
             if blocks:
@@ -298,14 +259,22 @@ def write_all(args, base: Base, prompts: dict, until: float, say) -> dict:
     return kept
 
 
-def fine(tokens: np.ndarray, trained: np.ndarray) -> bool:
-    """Whether the model said something in a row, and no loop."""
-    said = tokens[trained].astype(np.int64)
-    if len(said) < 48:
-        return len(said) > 4
-    grams = np.stack([said[i : len(said) - LOOP_GRAM + i] for i in range(LOOP_GRAM)])
-    mixed = (grams * np.array([1, 1_000_003, 998_244_353, 15_485_863])[:, None]).sum(0)
-    return len(np.unique(mixed)) >= LEAST_DISTINCT * len(mixed)
+def loops(tokens: np.ndarray) -> np.ndarray:
+    """Which tokens of rows [B, T] end a stretch that was nearly all said three times before, bool."""
+    n = LOOP_GRAM - 1
+    primes = np.array([1, 1_000_003, 998_244_353, 15_485_863])[:LOOP_GRAM]
+    width = tokens.shape[1] - n
+    grams = sum(tokens[:, i : i + width].astype(np.int64) * prime for i, prime in enumerate(primes))
+    order = np.argsort(grams, axis=1, kind="stable")
+    ordered, place = np.take_along_axis(grams, order, 1), np.arange(width)
+    begins = np.ones_like(ordered, bool)
+    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    before = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    old = np.zeros(tokens.shape)
+    np.put_along_axis(old, order + n, before >= 3, 1)
+    total = np.cumsum(old, axis=1)
+    total[:, LOOP:] -= total[:, :-LOOP].copy()
+    return total >= 0.9 * LOOP
 
 
 def own_code(tokenizer, base: Base, parts: dict) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from base import Base, Cache
 
-BUCKET = 256  # columns by which attention grows
+BUCKET = 128  # columns by which attention grows
 LONGEST_USER_TURN = 160
 LEAST_PROBABILITY = 0.05  # of a sampled token, compared with the likeliest
 
@@ -75,8 +75,13 @@ def write(
         logits[:, follow.end] = torch.where(state["said"] == 0, -1e9, logits[:, follow.end])
         warmth = torch.where(answering, temperature, 1.0)[:, None]
         least = logits.amax(-1, keepdim=True) + np.log(LEAST_PROBABILITY)
-        noise = torch.empty_like(logits).exponential_().log_()
-        sampled = torch.where(logits < least, -1e9, logits - warmth * noise).argmax(-1)
+        likely = logits >= least
+        if device == "cpu":  # random numbers are dear, and their number need not be known in advance
+            noise = torch.empty(int(likely.sum())).exponential_().log_()
+            noise = torch.zeros_like(logits).masked_scatter_(likely, noise)
+        else:
+            noise = torch.empty_like(logits).exponential_().log_()
+        sampled = torch.where(likely, logits - warmth * noise, -1e9).argmax(-1)
         sampled = torch.where(~answering & (state["said"] >= LONGEST_USER_TURN), follow.end, sampled)
         after = at + 1
         given = forced.index_select(1, after)[:, 0]
