@@ -66,6 +66,7 @@ class MemoryDrafter(FusedDrafter):
         self._is_rare: mx.array | None = None  # [V]
         if drafter.config.rare_tokens and self._places is not None:
             self._is_rare = self._places < 0
+            mx.eval(self._is_rare)
 
     def make_cache(self, held: int) -> Any:
         """mlx-lm's cache for the entries, in which those of the first ``held`` tokens give nothing."""
