@@ -8,7 +8,7 @@ from decoding import start as start_after
 from mlx_lm.generate import generate_step
 from models import ARCHITECTURES, RandomDrafter, ScriptedDrafter, make_model
 
-from mlx_redrafter.decoding import copies
+from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.layers import Layers, commit, in_order
 from mlx_redrafter.decoding.sampling import Sampling
 from mlx_redrafter.decoding.state import DraftShape, State, begin, join
@@ -68,7 +68,7 @@ def test_good_and_bad_drafters_at_every_shape(monkeypatch, values):
     assert tokens == expected
     assert all(n == shape.depth + 1 for n in steps[:-1])  # the last step may be cut short
     assert speculative(target, WrongDrafter(target, text), shape, 61)[0] == expected
-    monkeypatch.setattr(copies, "TRUST", (0.0,) * 5)  # or some copies are right
+    monkeypatch.setattr(beam, "TRUST", (0.0,) * 5)  # or some copies are right
     wrong_tokens, wrong_steps = speculative(target, WrongDrafter(target, text), shape, 61)
     assert wrong_tokens == expected
     assert set(wrong_steps) == {1}

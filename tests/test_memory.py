@@ -13,7 +13,7 @@ from test_engine import check_while_texts_come_and_go, finish, plain, prompts
 from test_lossless import Turns
 from tiny import make_tiny
 
-from mlx_redrafter.decoding import copies
+from mlx_redrafter.decoding import beam
 from mlx_redrafter.decoding.layers import Quantization as Kept
 from mlx_redrafter.decoding.layers import fit_rows, in_order
 from mlx_redrafter.decoding.state import PLAIN, DraftShape, begin
@@ -354,7 +354,7 @@ def test_drafts_do_not_depend_on_company(changes):
 
 def test_rare_tokens_are_drafted(monkeypatch):
     """Of a drafter that likes them most, all that it drafts are tokens of the text that it lacks."""
-    monkeypatch.setattr(copies, "TRUST", (0.0,) * 5)
+    monkeypatch.setattr(beam, "TRUST", (0.0,) * 5)
     target, fused = with_memory(make_model("llama3-rope"), draft_vocab_size=30, rare_tokens=6)
     fused._drafter.rare_bias = mx.array([99.0])
     texts = [list(prompt) for prompt in prompts(3, 7)]

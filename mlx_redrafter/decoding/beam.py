@@ -6,8 +6,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .copies import LOWEST, agreement, agreement_after, gate, what_followed
 from .topk import top_k
+
+LOWEST = -1e9  # stands for log 0, so that scores stay finite and comparable
+# How far a beam trusts a copied token after so many tokens that agree, where it knows nothing itself: a
+# drafter with few weights does not foresee what a text repeats word for word (docs/log.md).
+TRUST = (0.0, 0.0, 0.3, 0.5, 0.85)
 
 
 class Proposer(Protocol):
@@ -57,7 +61,7 @@ def draft(
     width: int,
     length: int,
     memory: Any = None,
-    text: tuple[mx.array, mx.array] | None = None,
+    copy: tuple[mx.array, mx.array] | None = None,
     noise: mx.array | None = None,
     kept: Callable[[mx.array], mx.array] | None = None,
 ) -> Beam:
@@ -71,7 +75,8 @@ def draft(
         width: beams kept at each depth.
         length: tokens drafted.
         memory: what ``look_back`` gave; None: the drafter has none.
-        text: [B, C] and the place [B] of its last token: a beam may copy what followed its last tokens there.
+        copy: tokens [B, K] that may come next, one after the other, as where the last few tokens stood
+            before, and how many these are [B] (``lookup.Found``); None: beams do not copy.
         noise: [B, L, V] or more, what the target will add to its logits at each depth; None: nothing.
         kept: what is left of log-probabilities [B, W, V_draft] by the target's filters; None: all.
     """
@@ -83,40 +88,74 @@ def draft(
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     seen = {} if memory is None else {"memory": memory}
     added = None
-    match = None if text is None else agreement(*text)[:, None]  # [B, 1, C]
+    gates = None if copy is None else _Gates(drafter, copy, length, seen)
     for depth in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
-        vocabulary, copied = logits.shape[-1], tokens
-        if noise is not None and added is None:
-            everything = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))
-            ids = drafter.to_target(everything, **seen)  # [B, V_draft]
-            added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
-        more = None if added is None else added[:, depth, None]
+        vocabulary = logits.shape[-1]
         logs = log_softmax(logits)
-        if text is not None and match is not None:
-            copied, trust = what_followed(*text, match)  # [B, W]
-            logs = gate(logs, drafter.from_target(copied, **seen), trust)
-            if noise is not None and more is not None:
-                last = mx.take_along_axis(noise[:, depth], copied, axis=-1)  # [B, W]
-                more = mx.broadcast_to(more, (*copied.shape, vocabulary))
-                more = mx.concatenate([more, last[..., None]], axis=-1)
+        if gates is not None:
+            logs = gates.open(depth, logs)  # [B, W, V_draft + 1]
         if kept is not None:
             logs = kept(logs)
-        if more is not None:
-            logs = log_softmax(logs + more)
-        total = scores[..., None] + logs  # [B, W, V_draft], or one more
+        if noise is not None:
+            if added is None:
+                ids = mx.broadcast_to(mx.arange(vocabulary), (token.size, vocabulary))
+                ids = drafter.to_target(ids, **seen)  # [B, V_draft]
+                noise = noise[:, :length]
+                added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
+                if gates is not None:
+                    last = mx.take_along_axis(noise, gates.tokens[..., None], axis=-1)
+                    added = mx.concatenate([added, last], axis=-1)
+            logs = log_softmax(logs + added[:, depth, None])
+        total = scores[..., None] + logs
         scores, best = top_k(total.reshape(total.shape[0], -1), width)  # [B, W]
         parents, index = best // total.shape[-1], best % total.shape[-1]  # [B, W]
         if width > 1:
             states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
-        said = drafter.to_target(mx.minimum(index, vocabulary - 1), **seen)  # [B, W]
-        tokens = mx.where(index < vocabulary, said, mx.take_along_axis(copied, parents, axis=1))
-        if text is not None and match is not None:
-            match = agreement_after(match, parents, tokens, text[0])  # [B, W, C]
+        tokens = drafter.to_target(mx.minimum(index, vocabulary - 1), **seen)  # [B, W]
+        if gates is not None:
+            tokens = gates.follow(depth, index == vocabulary, tokens)
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
+
+
+class _Gates:
+    """Lets beams that have copied all tokens so far copy the next one, as one token more to choose from."""
+
+    def __init__(self, drafter: Proposer, copy: tuple[mx.array, mx.array], length: int, seen: Any) -> None:
+        tokens, match = copy
+        missing = max(length - tokens.shape[1], 0)
+        self.tokens = mx.maximum(mx.pad(tokens[:, :length], [(0, 0), (0, missing)]), 0)  # [B, L]
+        agree = mx.minimum(match[:, None] + mx.arange(length), len(TRUST) - 1)
+        agree = mx.where((match[:, None] > 0) & (mx.arange(length) < tokens.shape[1]), agree, 0)
+        self._trust, self._index = mx.array(TRUST)[agree], drafter.from_target(self.tokens, **seen)  # [B, L]
+        self._follows: mx.array | None = None  # [B, W] which beams have copied all; None: all of them
+
+    def open(self, depth: int, logs: mx.array) -> mx.array:
+        """Log-probabilities [B, W, V_draft + 1], the copied token's last.
+
+        They are a mixture: of what the drafter says [B, W, V_draft], and of the copied token by as much as
+        it is trusted and the drafter is not sure.
+        """
+        trust = self._trust[:, depth, None]
+        if self._follows is not None:
+            trust = trust * self._follows
+        share = (trust * mx.sqrt(1 - mx.exp(logs.max(axis=-1))))[..., None]  # [B, W, 1]
+        index = mx.broadcast_to(self._index[:, depth, None, None], share.shape)
+        place, copied = mx.maximum(index, 0), mx.maximum(mx.log(share), LOWEST)
+        rest = logs + mx.log1p(-share)
+        own = mx.take_along_axis(rest, place, axis=-1)
+        is_same = (index >= 0) & (share > 0)  # the drafter has it too, and it counts once
+        rest = mx.put_along_axis(rest, place, mx.where(is_same, LOWEST, own), axis=-1)
+        copied = mx.minimum(mx.where(is_same, mx.logaddexp(own, copied), copied), 0)
+        return mx.concatenate([rest, copied], axis=-1)
+
+    def follow(self, depth: int, is_copied: mx.array, tokens: mx.array) -> mx.array:
+        """The tokens [B, W] of the next beams, of which some are copied."""
+        self._follows = is_copied
+        return mx.where(is_copied, self.tokens[:, depth, None], tokens)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

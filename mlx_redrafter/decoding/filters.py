@@ -7,8 +7,8 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from .beam import LOWEST
 from .chance import at_each, of_nodes
-from .copies import LOWEST
 from .topk import FEW, top_k
 
 GUESSED = 16  # of the largest logits, by which it is guessed what top-p keeps

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .copies import LOWEST, SHORTEST, agreement, latest
+from .beam import LOWEST
 from .tree import Candidates
 
+LONGEST, SHORTEST = 4, 2  # tokens that must agree, tried from the longest
 DECAY = 0.9  # of the record, per lookup that found something
 # Hits and trials that stand for the time before the first lookup: the first copied token's by the length
 # of the match (2, 3, 4), and the later ones' (once the one before was right).
@@ -23,6 +24,10 @@ class Found:
 
     tokens: mx.array  # [B, K]
     match: mx.array  # [B] how many tokens agree, LONGEST at most; 0: nothing was found
+
+    def first(self, count: int) -> "Found":
+        """Of the tokens, the first ones only."""
+        return self if count == self.tokens.shape[1] else Found(self.tokens[:, :count], self.match)
 
 
 def first_record(batch: int) -> mx.array:
@@ -40,11 +45,22 @@ def find(history: mx.array, end: mx.array, count: int) -> Found:
         end: [B] place of the last token.
         count: K, tokens wanted.
     """
-    columns, place = history.shape[1], mx.arange(history.shape[1])
-    best, match = latest(agreement(history, end)[:, None], end)  # [B, 1]
+    columns = history.shape[1]
+    padded = mx.pad(history, [(0, 0), (LONGEST - 1, 0)], constant_values=-1)
+    agree = mx.ones(history.shape, mx.bool_)
+    match = mx.zeros(history.shape, mx.int32)  # [B, C] tokens that agree, if the copy's end is here
+    for back in range(LONGEST):
+        start = LONGEST - 1 - back
+        wanted = mx.take_along_axis(padded, (end + start)[:, None], axis=1)  # [B, 1]
+        agree = agree & (padded[:, start : start + columns] == wanted) & (wanted >= 0)
+        match = match + agree
+    place = mx.arange(columns)
+    match = mx.where((place < end[:, None]) & (match >= SHORTEST), match, 0)
+    best = mx.argmax(match * columns + place, axis=1, keepdims=True)  # [B, 1]
     period = mx.maximum(end[:, None] - best, 1)
-    places = mx.minimum(best + 1 + place[:count] % period, columns - 1)
-    return Found(mx.take_along_axis(history, places, axis=1), match[:, 0])
+    places = mx.minimum(best + 1 + mx.arange(count) % period, columns - 1)
+    tokens = mx.take_along_axis(history, places, axis=1)
+    return Found(tokens, mx.take_along_axis(match, best, axis=1)[:, 0])
 
 
 def scores(found: Found, record: mx.array) -> mx.array:

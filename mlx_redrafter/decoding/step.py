@@ -66,10 +66,12 @@ def propose(
     """The tree of the likeliest candidates: the drafter's beams, and what the text itself suggests."""
     if shape.size == 1:
         return Proposed(build_chain(state.token, None, 1))
-    drafted, found, noise = None, None, None
+    drafted, noise = None, None
+    length = min(shape.length, shape.depth)
+    # What followed the last occurrence of the text's end: a branch of its own, or the beams' to copy.
+    found = lookup.find(state.history, state.rows, max(min(shape.lookup, shape.depth), length))
     if shape.width:
         assert drafter is not None
-        length = min(shape.length, shape.depth)
         memory = None
         if state.layers.memory:
             entries = state.layers.rows[-1]
@@ -78,19 +80,20 @@ def propose(
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
             noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
             kept = rough_filter(state.sampling)
-        text = state.history, state.rows
+        copy = found.tokens, found.match
         beam = draft(
-            drafter, target.embed, state.token, state.context, shape.width, length, memory, text, noise, kept
+            drafter, target.embed, state.token, state.context, shape.width, length, memory, copy, noise, kept
         )
         drafted = from_beam(beam)
-    if shape.lookup:  # what followed the last occurrence of the text's end
-        found = lookup.find(state.history, state.rows, min(shape.lookup, shape.depth))
+    if shape.lookup:
+        found = found.first(min(shape.lookup, shape.depth))
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
+    learned = found if shape.lookup else None
     if shape.has_one_branch:
-        return Proposed(build_chain(state.token, drafted, shape.size), found, noise)
-    return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), found, noise)
+        return Proposed(build_chain(state.token, drafted, shape.size), learned, noise)
+    return Proposed(build_tree(state.token, drafted, shape.size, shape.depth), learned, noise)
 
 
 def conclude(

@@ -25,7 +25,6 @@ class Sizes:
     vocabulary: int
     memory_heads: int = 4
     memory_head_size: int = 64
-    following: int = 0  # of the heads, the last ones: they find what came after
 
 
 class Drafter(nn.Module):
@@ -68,9 +67,6 @@ class Drafter(nn.Module):
         """Keys and values [B, M, T, Dh] of rows [B, T]."""
         kv = self.memory_kv(torch.cat([p, embedding], dim=-1))
         keys, values = kv.unflatten(-1, (2, self.s.memory_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.s.following:
-            own, next_ = values.split([self.s.memory_heads - self.s.following, self.s.following], dim=1)
-            values = torch.cat([own, next_.roll(-1, dims=2)], dim=1)
         return F.rms_norm(keys, keys.shape[-1:], eps=1e-5), values
 
     def attend(
@@ -88,8 +84,7 @@ class Drafter(nn.Module):
         bias = -F.softplus(self.memory_decay.float())[:, None, None] * torch.log1p(
             distance.clamp(min=0).float()
         )
-        least = (torch.arange(heads, device=q.device) >= heads - self.s.following).to(distance.dtype)
-        bias = bias.masked_fill(distance < least[:, None, None], -1e9).to(q.dtype)  # [M, S, T]
+        bias = bias.masked_fill(distance < 0, -1e9).to(q.dtype)  # [M, S, T]
         sink = self.memory_sink.to(q.dtype)[None, :, None, None].expand(b, heads, s, 1)
         bias = torch.cat([bias[None].expand(b, -1, -1, -1), sink], dim=-1)
         pad = keys.new_zeros(b, heads, 1, dh)
@@ -242,7 +237,9 @@ def loss_of(model, base, vocabulary, rows: Rows, features, how: How):
     return total, len(chosen[0]), torch.stack(hits)
 
 
-def with_rare(tensors: dict, base: Base, vocabulary: Vocabulary, blocks: int | None = None, following: int = 0) -> Drafter:
+def with_rare(
+    tensors: dict, base: Base, vocabulary: Vocabulary, blocks: int | None = None, following: int = 0
+) -> Drafter:
     """The network of a drafter's tensors; ``blocks`` may be more than it has: the new ones begin as nothing.
 
     Without a map to rare tokens it begins as the head's rows would be, were they a map of embeddings.
@@ -257,7 +254,7 @@ def with_rare(tensors: dict, base: Base, vocabulary: Vocabulary, blocks: int | N
         tensors[f"lm_head.{i}.linear.weight"] = torch.zeros(exit_dim, exit_dim)
         tensors[f"lm_head.{i}.linear.bias"] = torch.zeros(exit_dim)
     common = len(vocabulary.places)
-    sizes = Sizes(base.hidden, inputs - base.hidden, exit_dim, blocks, common, heads, head_size, following)
+    sizes = Sizes(base.hidden, inputs - base.hidden, exit_dim, blocks, common, heads, head_size)
     model = Drafter(sizes)
     if "rare_bias" not in tensors:
         known = base.embedding[vocabulary.places].float().cpu()
