@@ -6,7 +6,7 @@ import pytest
 from models import Unprepared
 
 from mlx_redrafter.decoding.accept import accept
-from mlx_redrafter.decoding.beam import LOWEST, Beam, draft, log_softmax
+from mlx_redrafter.decoding.beam import LOWEST, TRUST, Beam, draft, log_softmax
 from mlx_redrafter.decoding.layers import Layers, commit, fit_rows, leave_path, visible, write_rows
 from mlx_redrafter.decoding.lookup import PRIOR, Found, alone, find, first_record, learn, merge, scores
 from mlx_redrafter.decoding.state import DraftShape
@@ -53,17 +53,30 @@ class BigramDrafter(Unprepared):
     def to_target(self, index):
         return index + 100
 
+    def from_target(self, tokens):
+        return mx.where((tokens >= 100) & (tokens < 100 + self.table.shape[0]), tokens - 100, -1)
+
 
 def embed_one_hot(vocabulary):
     return lambda tokens: (tokens[..., None] % 100 == mx.arange(vocabulary)).astype(mx.float32)
 
 
-def reference_beams(table, token, width, length):
-    """Exhaustive beam search: the survivors of each depth as {tokens: score}."""
+def reference_beams(table, token, width, length, copy=(), trust=()):
+    """Exhaustive beam search: the survivors of each depth as {tokens: score}.
+
+    A beam that has copied all of ``copy`` so far may go on; 6 and more have no row in ``table``, and say 0's.
+    """
     logp = table - np.log(np.exp(table).sum(-1, keepdims=True))
     beams, depths = {(token,): 0.0}, []
-    for _ in range(length):
-        grown = {(*b, t): s + logp[b[-1], t] for b, s in beams.items() for t in range(len(table))}
+    for depth in range(length):
+        grown = {}
+        for beam, score in beams.items():
+            likely = dict(enumerate(np.exp(logp[beam[-1] if beam[-1] < len(table) else 0])))
+            if depth < len(copy) and beam[1:] == tuple(copy[:depth]):
+                share = trust[depth] * np.sqrt(1 - max(likely.values()))
+                likely = {t: (1 - share) * p for t, p in likely.items()}
+                likely[copy[depth]] = likely.get(copy[depth], 0.0) + share
+            grown |= {(*beam, t): score + np.log(p) for t, p in likely.items() if p}
         beams = dict(sorted(grown.items(), key=lambda item: -item[1])[:width])
         depths.append(beams)
     return depths
@@ -82,6 +95,33 @@ def test_beam_search_keeps_what_an_exhaustive_one_keeps(width, length):
             assert set(paths[depth]) == set(expected)
             wanted = [expected[path] for path in paths[depth]]
             np.testing.assert_allclose(np.array(beam.scores[row, depth - 1]), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("width, length", [(1, 1), (1, 4), (2, 3), (4, 5)])
+@pytest.mark.parametrize("copies", [([3, 3, 1], 2), ([70, 2, 71, 0, 0], 3), ([1], 4), ([5, 5, 5], 0)])
+def test_beams_copy_as_far_as_a_copy_is_trusted(width, length, copies):
+    """Tokens that the drafter has, and others; after 2 to 4 tokens that agree (0: nothing was found)."""
+    table = 2 * np.random.RandomState(3).randn(6, 6).astype(np.float32)
+    copy, match = copies
+    trust = [TRUST[min(match + depth, 4)] if match else 0.0 for depth in range(len(copy))]
+    given = mx.array([[token + 100 for token in copy]] * 2), mx.array([match, match])
+    sizes = mx.array([4, 1]), mx.zeros((2, 3)), width, length
+    beam = draft(BigramDrafter(table), embed_one_hot(6), *sizes, copy=given)
+    for row, first in enumerate((4, 1)):
+        paths = [(first,)] * width
+        for depth, expected in enumerate(reference_beams(table, first, width, length, copy, trust)):
+            parents, tokens = beam.parents[row, depth].tolist(), beam.tokens[row, depth].tolist()
+            paths = [paths[p] + (t - 100,) for p, t in zip(parents, tokens, strict=True)]
+            assert set(paths) == set(expected)
+            wanted = [expected[path] for path in paths]
+            np.testing.assert_allclose(np.array(beam.scores[row, depth]), wanted, atol=1e-5)
+
+
+def test_who_is_sure_does_not_copy():
+    sure = np.full((6, 6), -40.0) + 80 * np.eye(6)  # says the same token again
+    copy = mx.array([[103, 103]]), mx.array([4])
+    beam = draft(BigramDrafter(sure), embed_one_hot(6), mx.array([2]), mx.zeros((1, 3)), 1, 2, copy=copy)
+    assert beam.tokens.tolist() == [[[102], [102]]]
 
 
 def random_beam(rng, batch, width, length):
