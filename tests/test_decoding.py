@@ -98,13 +98,13 @@ def test_beam_search_keeps_what_an_exhaustive_one_keeps(width, length):
 
 
 @pytest.mark.parametrize("width, length", [(1, 1), (1, 4), (2, 3), (4, 5)])
-@pytest.mark.parametrize("copies", [([3, 3, 1], 2), ([70, 2, 71, 0, 0], 3), ([1], 4), ([5, 5, 5], 0)])
+@pytest.mark.parametrize("copies", [([3, 3, 1, 0, 0], 2), ([70, 2, 71, 0, 0], 3), ([1] * 5, 4), ([5] * 5, 0)])
 def test_beams_copy_as_far_as_a_copy_is_trusted(width, length, copies):
     """Tokens that the drafter has, and others; after 2 to 4 tokens that agree (0: nothing was found)."""
     table = 2 * np.random.RandomState(3).randn(6, 6).astype(np.float32)
     copy, match = copies
     trust = [TRUST[min(match + depth, 4)] if match else 0.0 for depth in range(len(copy))]
-    given = mx.array([[token + 100 for token in copy]] * 2), mx.array([match, match])
+    given = mx.array([[token + 100 for token in copy[:length]]] * 2), mx.array([match, match])
     sizes = mx.array([4, 1]), mx.zeros((2, 3)), width, length
     beam = draft(BigramDrafter(table), embed_one_hot(6), *sizes, copy=given)
     for row, first in enumerate((4, 1)):

@@ -75,8 +75,8 @@ def draft(
         width: beams kept at each depth.
         length: tokens drafted.
         memory: what ``look_back`` gave; None: the drafter has none.
-        copy: tokens [B, K] that may come next, one after the other, as where the last few tokens stood
-            before, and how many these are [B] (``lookup.Found``); None: beams do not copy.
+        copy: [B, L] what followed where the last tokens stood before, and how many these are [B]: a beam that
+            has copied all so far may go on; None: beams do not copy.
         noise: [B, L, V] or more, what the target will add to its logits at each depth; None: nothing.
         kept: what is left of log-probabilities [B, W, V_draft] by the target's filters; None: all.
     """
@@ -87,16 +87,19 @@ def draft(
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     seen = {} if memory is None else {"memory": memory}
-    added = None
-    gates = None if copy is None else _Gates(drafter, copy, length, seen)
+    added, copies = None, mx.array(True)
+    if copy is not None:
+        copied, match = mx.maximum(copy[0], 0), copy[1][:, None]
+        agree = mx.where(match > 0, mx.minimum(match + mx.arange(length), len(TRUST) - 1), 0)
+        trust, places = mx.array(TRUST)[agree], drafter.from_target(copied, **seen)  # [B, L]
     for depth in range(length):
         states = drafter.advance(embed(tokens), states)  # [B, W, S]
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
         vocabulary = logits.shape[-1]
         logs = log_softmax(logits)
-        if gates is not None:
-            logs = gates.open(depth, logs)  # [B, W, V_draft + 1]
+        if copy is not None:
+            logs = gate(logs, places[:, depth, None], trust[:, depth, None] * copies)  # [B, W, V_draft + 1]
         if kept is not None:
             logs = kept(logs)
         if noise is not None:
@@ -105,8 +108,8 @@ def draft(
                 ids = drafter.to_target(ids, **seen)  # [B, V_draft]
                 noise = noise[:, :length]
                 added = mx.take_along_axis(noise, ids[:, None], axis=-1)  # [B, L, V_draft]
-                if gates is not None:
-                    last = mx.take_along_axis(noise, gates.tokens[..., None], axis=-1)
+                if copy is not None:
+                    last = mx.take_along_axis(noise, copied[..., None], axis=-1)
                     added = mx.concatenate([added, last], axis=-1)
             logs = log_softmax(logs + added[:, depth, None])
         total = scores[..., None] + logs
@@ -115,47 +118,31 @@ def draft(
         if width > 1:
             states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
         tokens = drafter.to_target(mx.minimum(index, vocabulary - 1), **seen)  # [B, W]
-        if gates is not None:
-            tokens = gates.follow(depth, index == vocabulary, tokens)
+        if copy is not None:
+            copies = index == vocabulary  # [B, W] which beams have copied all
+            tokens = mx.where(copies, copied[:, depth, None], tokens)
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
 
 
-class _Gates:
-    """Lets beams that have copied all tokens so far copy the next one, as one token more to choose from."""
+def gate(logs: mx.array, index: mx.array, trust: mx.array) -> mx.array:
+    """Log-probabilities [B, W, V_draft + 1] of beams that may copy a token, which comes last.
 
-    def __init__(self, drafter: Proposer, copy: tuple[mx.array, mx.array], length: int, seen: Any) -> None:
-        tokens, match = copy
-        missing = max(length - tokens.shape[1], 0)
-        self.tokens = mx.maximum(mx.pad(tokens[:, :length], [(0, 0), (0, missing)]), 0)  # [B, L]
-        agree = mx.minimum(match[:, None] + mx.arange(length), len(TRUST) - 1)
-        agree = mx.where((match[:, None] > 0) & (mx.arange(length) < tokens.shape[1]), agree, 0)
-        self._trust, self._index = mx.array(TRUST)[agree], drafter.from_target(self.tokens, **seen)  # [B, L]
-        self._follows: mx.array | None = None  # [B, W] which beams have copied all; None: all of them
+    A mixture: what the drafter says, and the copied token by as much as that is trusted and it is not sure.
 
-    def open(self, depth: int, logs: mx.array) -> mx.array:
-        """Log-probabilities [B, W, V_draft + 1], the copied token's last.
-
-        They are a mixture: of what the drafter says [B, W, V_draft], and of the copied token by as much as
-        it is trusted and the drafter is not sure.
-        """
-        trust = self._trust[:, depth, None]
-        if self._follows is not None:
-            trust = trust * self._follows
-        share = (trust * mx.sqrt(1 - mx.exp(logs.max(axis=-1))))[..., None]  # [B, W, 1]
-        index = mx.broadcast_to(self._index[:, depth, None, None], share.shape)
-        place, copied = mx.maximum(index, 0), mx.maximum(mx.log(share), LOWEST)
-        rest = logs + mx.log1p(-share)
-        own = mx.take_along_axis(rest, place, axis=-1)
-        is_same = (index >= 0) & (share > 0)  # the drafter has it too, and it counts once
-        rest = mx.put_along_axis(rest, place, mx.where(is_same, LOWEST, own), axis=-1)
-        copied = mx.minimum(mx.where(is_same, mx.logaddexp(own, copied), copied), 0)
-        return mx.concatenate([rest, copied], axis=-1)
-
-    def follow(self, depth: int, is_copied: mx.array, tokens: mx.array) -> mx.array:
-        """The tokens [B, W] of the next beams, of which some are copied."""
-        self._follows = is_copied
-        return mx.where(is_copied, self.tokens[:, depth, None], tokens)
+    Args:
+        logs: [B, W, V_draft].
+        index: [B, 1] the copied token's place in them; -1: it has none.
+        trust: [B, W] or [B, 1].
+    """
+    share = (trust * mx.sqrt(1 - mx.exp(logs.max(axis=-1))))[..., None]  # [B, W, 1]
+    place = mx.broadcast_to(mx.maximum(index, 0)[..., None], share.shape)
+    rest, copied = logs + mx.log1p(-share), mx.maximum(mx.log(share), LOWEST)
+    own = mx.take_along_axis(rest, place, axis=-1)
+    is_same = (index[..., None] >= 0) & (share > 0)  # the drafter has it too, and it counts once
+    rest = mx.put_along_axis(rest, place, mx.where(is_same, LOWEST, own), axis=-1)
+    copied = mx.where(is_same, mx.logaddexp(own, copied), copied)
+    return mx.concatenate([rest, mx.minimum(copied, 0)], axis=-1)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

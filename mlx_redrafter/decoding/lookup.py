@@ -25,10 +25,6 @@ class Found:
     tokens: mx.array  # [B, K]
     match: mx.array  # [B] how many tokens agree, LONGEST at most; 0: nothing was found
 
-    def first(self, count: int) -> "Found":
-        """Of the tokens, the first ones only."""
-        return self if count == self.tokens.shape[1] else Found(self.tokens[:, :count], self.match)
-
 
 def first_record(batch: int) -> mx.array:
     """[B, 4, 2], how often lookups were right: hits and trials, as in ``PRIOR``."""

@@ -80,13 +80,13 @@ def propose(
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
             noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
             kept = rough_filter(state.sampling)
-        copy = found.tokens, found.match
+        copy = found.tokens[:, :length], found.match
         beam = draft(
             drafter, target.embed, state.token, state.context, shape.width, length, memory, copy, noise, kept
         )
         drafted = from_beam(beam)
     if shape.lookup:
-        found = found.first(min(shape.lookup, shape.depth))
+        found = Found(found.tokens[:, : min(shape.lookup, shape.depth)], found.match)
         scores = lookup.scores(found, state.record)
         drafted = lookup.merge(drafted, found, scores) if drafted else lookup.alone(found, scores)
     assert drafted is not None
