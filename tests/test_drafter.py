@@ -124,6 +124,15 @@ def test_drafting_takes_one_product_less_per_depth_than_training():
     assert products == [3 * 6 + 3, 3 * 5]  # of them 2 in the blocks, 1 in the head; of the context 3
 
 
+def test_tokens_without_a_place():
+    """Of a smaller vocabulary, and those that a model was given later."""
+    for vocabulary, places in ((5, [0, 4, -1]), (None, [1, 19, -1])):
+        drafter = make(draft_vocab=vocabulary)
+        known = drafter.to_target(mx.array([0, 4])).tolist() if vocabulary else [1, 19]
+        beyond = drafter.config.vocab_size + 3
+        assert FusedDrafter(drafter).from_target(mx.array([[*known, beyond]])).tolist() == [places]
+
+
 def test_to_target():
     index = mx.array([[0, 4], [2, 0]])
     assert make(draft_vocab=5).to_target(index).tolist() == [[1, 19], [4, 1]]

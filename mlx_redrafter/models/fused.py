@@ -57,7 +57,9 @@ class FusedDrafter:
 
     def from_target(self, tokens: mx.array) -> mx.array:
         """Indices into the draft vocabulary for token ids; -1: it lacks them."""
-        return tokens if self._places is None else self._places[tokens]
+        last = self.config.vocab_size - 1  # a model may have been given more tokens since
+        places = tokens if self._places is None else self._places[mx.minimum(tokens, last)]
+        return mx.where(tokens <= last, places, -1)
 
     def logits(self, prepared: mx.array, state: mx.array) -> mx.array:
         """As ``Drafter.logits`` [..., Vd], of what ``prepare`` and ``advance`` returned."""

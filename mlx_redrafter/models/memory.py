@@ -154,7 +154,9 @@ def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int) 
         [B, K] tokens, and whether there is one there that is not there before: [B, K] bool.
     """
     place, size = mx.arange(history.shape[1]), min(size, history.shape[1])
-    found = is_rare[mx.maximum(history, 0)] & (history >= 0) & (place <= count[:, None])  # [B, C]
+    found = (
+        is_rare[mx.clip(history, 0, is_rare.size - 1)] & (history >= 0) & (place <= count[:, None])
+    )  # [B, C]
     last = mx.topk(mx.where(found, place, -1), size, axis=1)  # [B, K], in no order
     tokens = mx.take_along_axis(history, mx.maximum(last, 0), axis=1)
     earlier = (mx.arange(size) < mx.arange(size)[:, None]) & (last >= 0)[:, None]  # [B, K, K]
