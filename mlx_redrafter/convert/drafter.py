@@ -94,7 +94,9 @@ def convert_drafter(
     _check_frequency_arguments(draft_vocab, frequencies, save_frequencies)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}.")
-    known = load_identity(base, trust_remote_code) if source == "auto" else None
+    if source == "auto" and base is None:
+        raise ValueError("--drafter auto finds the drafter of a base model: name that with --model.")
+    known = load_identity(base, trust_remote_code) if base is not None and source == "auto" else None
     folder = found_for(known) if known else drafter_folder(source, revision=revision)
     raw = bundle.read_config(folder)
     config = bundle.parse_config(folder, raw)
@@ -305,14 +307,12 @@ def is_drafter(source: str, revision: str | None) -> bool:
     return True
 
 
-def load_identity(base: str | Path | BaseIdentity | None, trust_remote_code: bool = False) -> BaseIdentity:
+def load_identity(base: str | Path | BaseIdentity, trust_remote_code: bool = False) -> BaseIdentity:
     """The identity of a base model: a folder, a GGUF file or a repository. Reads a few rows of it.
 
     Raises:
-        ValueError: it cannot be loaded, or none is named.
+        ValueError: it cannot be loaded.
     """
-    if base is None:
-        raise ValueError("--drafter auto finds the drafter of a base model: name that with --model.")
     if isinstance(base, BaseIdentity):
         return base
     try:

@@ -69,7 +69,7 @@ def propose(
     drafted, noise = None, None
     length = min(shape.length, shape.depth)
     # What followed the last occurrence of the text's end: a branch of its own, or the beams' to copy.
-    found = lookup.find(state.history, state.rows, max(min(shape.lookup, shape.depth), length))
+    found = lookup.find(state.history, state.rows, shape.depth)
     if shape.width:
         assert drafter is not None
         memory = None

@@ -32,10 +32,9 @@ class FusedDrafter:
             self.start = self._joint.bias  # the products of zeros
         self._places: mx.array | None = None  # [V]
         if drafter.config.draft_vocab_size:
-            places = mx.arange(drafter.config.head_outputs)
-            self._places = (
-                mx.full(drafter.config.vocab_size, -1).at[drafter.to_target(places)].add(places + 1)
-            )
+            index = mx.arange(drafter.config.head_outputs)
+            none = mx.full(drafter.config.vocab_size, -1)
+            self._places = none.at[drafter.to_target(index)].add(index + 1)
         mx.eval(self.start, self._of_context, self._of_state, self._joint, self._places)
 
     def advance(self, embedding: mx.array, state: mx.array) -> mx.array:

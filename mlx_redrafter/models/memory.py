@@ -101,12 +101,7 @@ class MemoryDrafter(FusedDrafter):
         place = places(count, keys.shape[2])  # [B, C]
         distance = mx.where(place >= 0, count[:, None] - 1 - place, -1)
         rare = None
-        if (
-            self.config.rare_tokens
-            and self._is_rare is not None
-            and history is not None
-            and embed is not None
-        ):
+        if self._is_rare is not None and history is not None and embed is not None:
             tokens, shown = find_rare(self._is_rare, history, count, self.config.rare_tokens)
             some = self._drafter.rare_bias
             shift = mx.where(shown[:, None], some, mx.array(-mx.inf, some.dtype))
@@ -154,9 +149,8 @@ def find_rare(is_rare: mx.array, history: mx.array, count: mx.array, size: int) 
         [B, K] tokens, and whether there is one there that is not there before: [B, K] bool.
     """
     place, size = mx.arange(history.shape[1]), min(size, history.shape[1])
-    found = (
-        is_rare[mx.clip(history, 0, is_rare.size - 1)] & (history >= 0) & (place <= count[:, None])
-    )  # [B, C]
+    known = (history >= 0) & (place <= count[:, None])  # [B, C]
+    found = known & is_rare[mx.clip(history, 0, is_rare.size - 1)]
     last = mx.topk(mx.where(found, place, -1), size, axis=1)  # [B, K], in no order
     tokens = mx.take_along_axis(history, mx.maximum(last, 0), axis=1)
     earlier = (mx.arange(size) < mx.arange(size)[:, None]) & (last >= 0)[:, None]  # [B, K, K]

@@ -237,9 +237,7 @@ def loss_of(model, base, vocabulary, rows: Rows, features, how: How):
     return total, len(chosen[0]), torch.stack(hits)
 
 
-def with_rare(
-    tensors: dict, base: Base, vocabulary: Vocabulary, blocks: int | None = None, following: int = 0
-) -> Drafter:
+def with_rare(tensors: dict, base: Base, vocabulary: Vocabulary, blocks: int | None = None) -> Drafter:
     """The network of a drafter's tensors; ``blocks`` may be more than it has: the new ones begin as nothing.
 
     Without a map to rare tokens it begins as the head's rows would be, were they a map of embeddings.
