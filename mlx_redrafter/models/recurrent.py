@@ -47,7 +47,8 @@ class Notes(Tape):
         self.nodes = size if tree and size > 1 else 0
         self.tree, self.branches = tree, tree is not None and not tree.is_chain
         self.above = cache(partial(_above, tree))  # for all layers, by the width
-        self.offset, self.columns = offset, columns
+        super().start(tokens, tree, offset, columns)
+        self.columns = columns
         self.windows: list[mx.array] = []  # [B, K - 1 + N, ...]: rows before, and the nodes'
         self.moves: dict[int, tuple[mx.array, After]] = {}  # by the identity of a state after all nodes
         self.paths: dict[int, list[mx.array]] = {}  # the states that led to one, by its identity
@@ -66,7 +67,8 @@ class Notes(Tape):
         Raises:
             ValueError: what was noted does not fit what the layers stored.
         """
-        nodes, self.nodes, self.offset = self.nodes, 0, None
+        super().stop(caches)
+        nodes, self.nodes = self.nodes, 0
         if not nodes:
             return lambda last: [list(cache.cache) for cache in caches]
         windows, moves = iter(self.windows), self.moves

@@ -235,11 +235,12 @@ class Target:
             if isinstance(cache, ArraysCache):
                 watched.append(self.tape.seen(next(states)))
                 return watched[-1]
-            trees.append(TreeCache(tree, start, shown, masks, places, *next(kept)))
+            trees.append(TreeCache(tree, start, offset, shown, masks, places, *next(kept)))
             return trees[-1]
 
+        # Of a chain's root [B], from which it counts up; of each of a tree's nodes [B, N].
+        offset = start if tree.is_chain else start[:, None] + tree.depths
         caches = with_each(self._caches, stand_in)
-        offset = positions(tree, start)
         logits, hidden, after = self._forward(tree.tokens, caches, watched, tree, offset, shown.columns)
         rows, nodes = [x.rows for x in trees], [x.nodes for x in trees]
         if self.memory is not None:
@@ -368,11 +369,6 @@ def quantize(caches: list[Any], how: Quantization | None) -> None:
         maybe_quantize_kv_cache(caches, how.start, how.group_size, how.bits)
 
 
-def positions(tree: Tree, start: mx.array) -> mx.array:
-    """Of a chain's root [B], from which it counts up; of each of a tree's nodes [B, N]."""
-    return start if tree.is_chain else start[:, None] + tree.depths
-
-
 class TreeCache:
     """What one attention layer sees of its memory while a tree of N nodes is verified.
 
@@ -385,6 +381,7 @@ class TreeCache:
         self,
         tree: Tree,
         start: mx.array,
+        offset: mx.array,
         view: View,
         masks: dict[tuple[int | None, int], mx.array],
         places: Places,
@@ -396,7 +393,7 @@ class TreeCache:
         self.masks, self.places = masks, places  # by window and columns, shared by all layers
         nodes = tree.tokens.shape[1]
         self.rows, self.nodes = rows, [part[:, :, :nodes] for part in rows]  # if it never writes any
-        self.offset = positions(tree, start)
+        self.offset = offset
 
     start_position = 0  # that, and what follows, is asked of a cache of chunks
 
