@@ -87,7 +87,7 @@ def draft(
     scores = mx.zeros(tokens.shape, mx.float32)  # [B, 1]
     prepared = drafter.prepare(context)[:, None]  # [B, 1, P]
     seen = {} if memory is None else {"memory": memory}
-    added, copies = None, mx.array(True)
+    added, copies = None, mx.ones(tokens.shape, mx.bool_)  # [B, W] which beams have copied all so far
     if copy is not None:
         copied, match = mx.maximum(copy[0], 0), copy[1][:, None]
         agree = mx.where(match > 0, mx.minimum(match + mx.arange(length), len(TRUST) - 1), 0)
@@ -97,9 +97,13 @@ def draft(
         rows = mx.broadcast_to(prepared, (*tokens.shape, prepared.shape[-1]))  # [B, W, P]
         logits = drafter.logits(rows, states, **seen)  # [B, W, V_draft]
         vocabulary = logits.shape[-1]
+        if copy is not None:  # one place more, of a token to copy that has none
+            logits = mx.pad(logits, [(0, 0), (0, 0), (0, 1)], constant_values=-mx.inf)
+            place = places[:, depth, None]  # [B, 1]
+            place = mx.where(place < 0, vocabulary, place)
         logs = log_softmax(logits)
         if copy is not None:
-            logs = gate(logs, places[:, depth, None], trust[:, depth, None] * copies)  # [B, W, V_draft + 1]
+            logs = gate(logs, place, trust[:, depth, None] * copies)
         if kept is not None:
             logs = kept(logs)
         if noise is not None:
@@ -119,30 +123,27 @@ def draft(
             states = mx.take_along_axis(states, parents[..., None], axis=1)  # [B, W, S]
         tokens = drafter.to_target(mx.minimum(index, vocabulary - 1), **seen)  # [B, W]
         if copy is not None:
-            copies = index == vocabulary  # [B, W] which beams have copied all
-            tokens = mx.where(copies, copied[:, depth, None], tokens)
+            tokens = mx.where(index == vocabulary, copied[:, depth, None], tokens)
+            copies = mx.take_along_axis(copies, parents, axis=1) & (index == place)
         depths.append((tokens, parents, scores))
     return Beam(*(mx.stack(list(values), axis=1) for values in zip(*depths, strict=True)))
 
 
-def gate(logs: mx.array, index: mx.array, trust: mx.array) -> mx.array:
-    """Log-probabilities [B, W, V_draft + 1] of beams that may copy a token, which comes last.
+def gate(logs: mx.array, place: mx.array, trust: mx.array) -> mx.array:
+    """Log-probabilities [B, W, V] of beams that may copy a token.
 
     A mixture: what the drafter says, and the copied token by as much as that is trusted and it is not sure.
 
     Args:
-        logs: [B, W, V_draft].
-        index: [B, 1] the copied token's place in them; -1: it has none.
+        logs: [B, W, V].
+        place: [B, 1] the copied token's.
         trust: [B, W] or [B, 1].
     """
-    share = (trust * mx.sqrt(1 - mx.exp(logs.max(axis=-1))))[..., None]  # [B, W, 1]
-    place = mx.broadcast_to(mx.maximum(index, 0)[..., None], share.shape)
-    rest, copied = logs + mx.log1p(-share), mx.maximum(mx.log(share), LOWEST)
-    own = mx.take_along_axis(rest, place, axis=-1)
-    is_same = (index[..., None] >= 0) & (share > 0)  # the drafter has it too, and it counts once
-    rest = mx.put_along_axis(rest, place, mx.where(is_same, LOWEST, own), axis=-1)
-    copied = mx.where(is_same, mx.logaddexp(own, copied), copied)
-    return mx.concatenate([rest, mx.minimum(copied, 0)], axis=-1)
+    share = trust[..., None] * mx.sqrt(1 - mx.exp(logs.max(axis=-1, keepdims=True)))  # [B, W, 1]
+    place = mx.broadcast_to(place[..., None], share.shape)
+    logs = logs + mx.log1p(-share)
+    copied = mx.logaddexp(mx.take_along_axis(logs, place, axis=-1), mx.log(share))
+    return mx.put_along_axis(logs, place, mx.minimum(copied, 0), axis=-1)
 
 
 def log_softmax(logits: mx.array) -> mx.array:

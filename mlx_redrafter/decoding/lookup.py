@@ -41,15 +41,13 @@ def find(history: mx.array, end: mx.array, count: int) -> Found:
         end: [B] place of the last token.
         count: K, tokens wanted.
     """
-    columns = history.shape[1]
+    batch, columns = history.shape
     padded = mx.pad(history, [(0, 0), (LONGEST - 1, 0)], constant_values=-1)
-    agree = mx.ones(history.shape, mx.bool_)
-    match = mx.zeros(history.shape, mx.int32)  # [B, C] tokens that agree, if the copy's end is here
-    for back in range(LONGEST):
-        start = LONGEST - 1 - back
-        wanted = mx.take_along_axis(padded, (end + start)[:, None], axis=1)  # [B, 1]
-        agree = agree & (padded[:, start : start + columns] == wanted) & (wanted >= 0)
-        match = match + agree
+    # [B, C, LONGEST]: the tokens up to each place.
+    windows = mx.as_strided(padded, (batch, columns, LONGEST), (padded.shape[1], 1, 1))
+    wanted = mx.take_along_axis(padded, end[:, None] + mx.arange(LONGEST), axis=1)[:, None]
+    agree = ((windows == wanted) & (wanted >= 0)).astype(mx.int32)
+    match = mx.cumprod(agree, axis=-1, reverse=True).sum(axis=-1)  # [B, C] tokens that agree, from the last
     place = mx.arange(columns)
     match = mx.where((place < end[:, None]) & (match >= SHORTEST), match, 0)
     best = mx.argmax(match * columns + place, axis=1, keepdims=True)  # [B, 1]
