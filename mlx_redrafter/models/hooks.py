@@ -108,13 +108,13 @@ def turn(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
 
 
 def _kind(rope: Any, size: Any) -> bytes | None:
-    """What tells a rotary embedding of ``size`` from others; None if ``turn`` does not do exactly the same."""
+    """What tells a rotary embedding of ``size`` from others; None if ``turn`` does not do exactly that."""
     places = mx.array([0, 1, 77, 12345])
     try:
         x = mx.random.normal((places.size, 1, 1, size), key=mx.random.key(0))
         known = turns(lambda x: rope(x, offset=places), x.shape)
         is_same = mx.array_equal(turn(x, *known), rope(x, offset=places)).item()
-        return np.array(mx.stack(known)).tobytes() if is_same else None
+        return np.array(mx.stack(list(known))).tobytes() if is_same else None
     except ERRORS:
         return None
 
