@@ -26,6 +26,8 @@ class Backend:
         compiled: whether steps are compiled.
         eager: whether the next step is handed over before the last one's tokens are returned. On a CPU the
             hand-over waits until most of the step is done, and the tokens would wait with it.
+        passage: prompt tokens in one forward pass. On a CPU attention computes what its mask hides, too: half
+            of all, where a prompt is read at once.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Backend:
     compiled: bool
     eager: bool
     in_floats: tuple[DraftShape, ...] = ()
+    passage: int = 1 << 62
 
     def shapes_for(self, weights: Iterable[mx.array]) -> tuple[DraftShape, ...]:
         """What the automatic choice chooses from, for a model with these weights."""
@@ -82,6 +85,7 @@ CPU = Backend(
     grain=1,
     compiled=False,
     eager=False,
+    passage=256,
 )
 
 

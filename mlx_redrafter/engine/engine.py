@@ -292,8 +292,10 @@ class Engine:
         ends = [end for end in (*request.pauses, *request.checkpoints) if end > prompt.read]
         count = min(prompt.left, most, *(end - prompt.read for end in ends))
         if count:
-            tokens = mx.array([list(request.prompt[prompt.read : prompt.read + count])])
-            self.target.forward(tokens, prompt.all_caches)
+            tokens, passage = request.prompt[prompt.read : prompt.read + count], backend.current().passage
+            for start in range(0, count, passage):
+                self.target.forward(mx.array([list(tokens[start : start + passage])]), prompt.all_caches)
+                mx.eval([cache.state for cache in prompt.all_caches])
             quantize(prompt.caches, request.kv)
             mx.eval([cache.state for cache in prompt.all_caches])
             mx.clear_cache()

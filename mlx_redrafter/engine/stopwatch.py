@@ -24,6 +24,7 @@ PATIENCE = 2  # at most this many times as long, where the rounds differ much
 SLOW = 5.0  # seconds after which hardly any more shapes are tried
 LEAST_ROUNDS, MOST_ROUNDS = 2, 15  # in which every shape has its turn
 STEADY = 0.3  # spread of a shape's step times, in plain steps, that leaves no doubt; of two or three, a half
+SURE = 0.03  # the same, times the root of how many there are, with which no more are wanted
 SHORT, LONG = 64, 1024  # tokens of the texts after which steps are timed
 BUSY = 1.5  # threads per core that want to run on a machine where no step time is sure
 DOUBT = 1.25  # a shape that takes this many times what it can ever emit is not timed further
@@ -125,6 +126,12 @@ class Measured:
         return [len(x) > 0 and _in_doubt(x) for x in self.ratios]
 
     @property
+    def unsure(self) -> list[bool]:
+        """For each shape, whether more of its ratios would tell its time much better."""
+        pairs = zip(self.ratios, self.doubtful, strict=True)
+        return [is_doubtful or (len(x) > 0 and not _is_sure(x)) for x, is_doubtful in pairs]
+
+    @property
     def steady(self) -> bool:
         """Whether no shape is doubtful."""
         return not any(self.doubtful)
@@ -133,6 +140,10 @@ class Measured:
 def _in_doubt(ratios: Sequence[float]) -> bool:
     limit = STEADY if len(ratios) > 3 else STEADY / 2
     return len(ratios) < LEAST_ROUNDS or _spread(ratios) > limit * median(ratios)
+
+
+def _is_sure(ratios: Sequence[float]) -> bool:
+    return _spread(ratios) <= SURE * math.sqrt(len(ratios)) * median(ratios)
 
 
 def _spread(values: Sequence[float]) -> float:
@@ -248,8 +259,8 @@ class _Stopwatch:
             return True
         if self._spent > self._seconds:  # only what differs is measured once more
             plain, *others = self._shapes
-            doubtful = dict(zip(self._rounds, self.measured.doubtful, strict=True))
-            self._shapes = [plain, *(shape for shape in others if doubtful[shape])]
+            unsure = dict(zip(self._rounds, self.measured.unsure, strict=True))
+            self._shapes = [plain, *(shape for shape in others if unsure[shape])]
         return len(self._shapes) == 1
 
     def _steps(self) -> Iterator[tuple[DraftShape, bool]]:

@@ -29,7 +29,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.offset: mx.array | None = None  # positions while nodes are verified
-        self.turns: dict[bytes, tuple[mx.array, mx.array]] = {}  # of rotary embeddings, at these
+        self.turns: dict[Any, tuple[mx.array, mx.array]] = {}  # of rotary embeddings, in this pass
 
     def start(self, tokens: mx.array, tree: Tree | None, offset: mx.array | None, columns: int) -> None:
         """From now on tokens are read, or nodes verified.
@@ -75,13 +75,15 @@ class NodeRope(StandIn):
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
         if isinstance(offset, int) and offset and self.tape.offset is not None:
             offset = self.tape.offset
-        is_shared = offset is self.tape.offset and x.dtype == mx.float32 and x.shape[-1] == self.size
-        if offset is None or self.kind is None or not is_shared or kwargs:
+        is_shared = isinstance(offset, int) or (offset is not None and offset is self.tape.offset)
+        fits = self.kind is not None and x.dtype == mx.float32 and x.shape[-1] == self.size
+        if not (is_shared and fits) or kwargs:
             return self._rotated(x, offset, **kwargs)
-        if self.kind not in self.tape.turns:
-            shape = x.shape[0], 1, x.shape[2], self.size
-            self.tape.turns[self.kind] = turns(lambda x: self._rotated(x, offset), shape)
-        return turn(x, *self.tape.turns[self.kind])
+        shape = x.shape[0], 1, x.shape[2], self.size
+        known, which = self.tape.turns, (self.kind, *shape, offset if isinstance(offset, int) else None)
+        if which not in known:
+            known[which] = turns(lambda x: self._rotated(x, offset), shape)
+        return turn(x, *known[which])
 
     def _rotated(self, x: mx.array, offset: int | mx.array, **kwargs: Any) -> mx.array:
         if not isinstance(offset, mx.array) or offset.ndim < 2:
