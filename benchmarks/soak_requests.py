@@ -28,7 +28,8 @@ from mlx_redrafter.decoding.state import PLAIN, DraftShape, State
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Emitted, Fixed, Text
 from mlx_redrafter.model import SpeculativeModel
-from mlx_redrafter.text import Response, Writer, until
+from mlx_redrafter.stop_texts import until
+from mlx_redrafter.text import Response, Writer
 
 import mlx.core as mx  # isort: skip
 from mlx_lm.sample_utils import make_logits_processors  # isort: skip

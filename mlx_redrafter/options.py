@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .chat import Message, encode_messages, refusal, render
@@ -197,12 +196,6 @@ def never_dropped(tokenizer: TokenizerWrapper) -> list[int]:
     return [*tokenizer.encode("\n"), *tokenizer.eos_token_ids]
 
 
-def describe_shape(shape: DraftShape) -> dict[str, int]:
-    """A draft shape in the words of the flags."""
-    names = ("beam_width", "beam_length", "max_nodes", "lookup")
-    return dict(zip(names, (shape.width, shape.length, shape.size, shape.lookup), strict=True))
-
-
 def choose_drafter(options: ModelOptions, decoding: DecodingOptions) -> str | Path | None:
     """What ``load`` is to be told of the drafter, having checked it and the shape as far as is possible."""
     drafter: str | Path | None = None if decoding.no_draft or options.drafter == "none" else options.drafter
@@ -239,18 +232,6 @@ def load_model(
             stacklevel=1,
         )
     return model, tokenizer
-
-
-def load_draft_model(options: ModelOptions, tokenizer: TokenizerWrapper) -> nn.Module | None:
-    """mlx-lm's draft model, if one is asked for; ``ValueError`` if its tokenizer is another."""
-    if options.draft_model is None:
-        return None
-    model, its_tokenizer = load(options.draft_model, drafter=None, dtype=options.dtype)
-    if its_tokenizer.vocab_size != tokenizer.vocab_size:
-        raise ValueError(
-            f"--draft-model {options.draft_model} has another tokenizer than the model: name another."
-        )
-    return model.model
 
 
 def _token_id(token: str, tokenizer: TokenizerWrapper) -> int:

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .decoding.chance import seeds_at
 from .decoding.sampling import draw, filter_settings
 from .engine.engine import Request
+from .model import load
 
 UNKNOWN_TOKEN = "the model said a token that its tokenizer does not have: use the model's own tokenizer."
 
@@ -61,3 +62,13 @@ def _telling(responses: Iterator[GenerationResponse]) -> Iterator[GenerationResp
         if not any(frame.name == "add_token" for frame in traceback.extract_tb(error.__traceback__)):
             raise
         raise ValueError(UNKNOWN_TOKEN) from error
+
+
+def load_draft_model(name: str | None, dtype: str, tokenizer: TokenizerWrapper) -> nn.Module | None:
+    """mlx-lm's draft model, if one is asked for; ``ValueError`` if its tokenizer is another."""
+    if name is None:
+        return None
+    model, its_tokenizer = load(name, drafter=None, dtype=dtype)
+    if its_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise ValueError(f"--draft-model {name} has another tokenizer than the model: name another.")
+    return model.model

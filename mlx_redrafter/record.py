@@ -5,12 +5,18 @@ from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
+from .decoding.state import DraftShape
 from .engine import backend
 from .loading.find import DEFAULT_MODEL
-from .options import describe_shape
 from .text import Response
 
 OTHERS = ("run", "ranks", "command", "json")  # no settings
+
+
+def describe_shape(shape: DraftShape) -> dict[str, int]:
+    """A draft shape in the words of the flags."""
+    names = ("beam_width", "beam_length", "max_nodes", "lookup")
+    return dict(zip(names, (shape.width, shape.length, shape.size, shape.lookup), strict=True))
 
 
 def print_record(responses: Iterator[Response], settings: dict[str, Any]) -> None:

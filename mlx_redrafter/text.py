@@ -1,6 +1,5 @@
 """From a prompt to text, token by token, with mlx-lm's responses and statistics."""
 
-import contextlib
 import operator
 import time
 import warnings
@@ -128,7 +127,10 @@ def stream_generate(
         tokenizer = TokenizerWrapper(tokenizer)
     if not isinstance(model, SpeculativeModel):
         model, draft = SpeculativeModel(model, None), False
-    stop = check_stop(stop)
+    if stop or isinstance(stop, str):
+        from .stop_texts import check_stop, until
+
+        stop = check_stop(stop)
     if prefill_step_size < 1:
         raise ValueError(f"prefill step size {prefill_step_size} is not usable: give 1 or more.")
     ids = _encode(model, tokenizer, prompt, prompt_cache)
@@ -170,7 +172,7 @@ def stream_generate(
             **options,
         )
         responses = (Response(**vars(response)) for response in plain)
-    return until(responses, stop)
+    return until(responses, stop) if stop else responses
 
 
 def generate(
@@ -207,40 +209,6 @@ def statistics(last: Response) -> str:
         depths = " ".join(f"{share:.2f}" for share in last.acceptance)
         lines.insert(2, f"Drafting: {last.tokens_per_step:.2f} tokens per step, acceptance by depth {depths}")
     return "\n".join(lines)
-
-
-def until(responses: Iterator[Response], stop: Sequence[str]) -> Iterator[Response]:
-    """Pass ``responses`` on up to the first of the ``stop`` texts.
-
-    Text that may be the beginning of a stop text is held back until it is clear, so the output does
-    not depend on how the text is cut into tokens.
-    """
-    held = ""
-    with contextlib.closing(responses):  # type: ignore[type-var]
-        for response in responses:
-            held += response.text
-            clear = len(held) if response.finish_reason else certain(held, stop)
-            found = min((place for text in stop if (place := held.find(text)) >= 0), default=None)
-            if found is not None and found <= clear:
-                response.text, response.finish_reason = held[:found], "stop"
-                yield response
-                return
-            response.text, held = held[:clear], held[clear:]
-            yield response
-
-
-def check_stop(stop: str | Sequence[str]) -> list[str]:
-    """The stop texts as a list; ``ValueError`` if one is empty."""
-    texts = [stop] if isinstance(stop, str) else list(stop)
-    if "" in texts:
-        raise ValueError("an empty stop text would end the output at once: leave it out.")
-    return texts
-
-
-def certain(text: str, stop: Sequence[str]) -> int:
-    """How many of the first characters of ``text`` cannot be part of a stop text that is yet to end."""
-    unclear = (n for phrase in stop for n in range(1, len(phrase)) if text.endswith(phrase[:n]))
-    return len(text) - max(unclear, default=0)
 
 
 def _encode(

@@ -26,7 +26,8 @@ from mlx_redrafter.engine.engine import Engine
 from mlx_redrafter.engine.loop import Fixed, Text
 from mlx_redrafter.loading.tokenizer import load_tokenizer
 from mlx_redrafter.models.target import Target
-from mlx_redrafter.text import Response, until
+from mlx_redrafter.stop_texts import until
+from mlx_redrafter.text import Response
 
 PROMPT = [5, 9, 33, 2, 17, 60, 3]
 SHAPE = DraftShape(2, 4)

@@ -14,7 +14,8 @@ from ..decoding.state import DraftShape
 from ..engine.loop import Sampler
 from ..model import SpeculativeModel
 from ..options import DecodingOptions, never_dropped
-from ..text import check_stop, stream_generate, until
+from ..stop_texts import check_stop, until
+from ..text import stream_generate
 from .measure import Contender
 from .report import BASELINE, DRAFT_MODEL, OURS
 

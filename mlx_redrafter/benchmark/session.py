@@ -25,11 +25,11 @@ from ..options import (
     PromptOptions,
     check_range,
     choose_drafter,
-    describe_shape,
-    load_draft_model,
     load_model,
     warn_of_idle,
 )
+from ..plain import load_draft_model
+from ..record import describe_shape
 from ..text import check_shape
 from . import lengths, phases, report, sweep
 from .concurrency import Crowd, compare
@@ -131,8 +131,8 @@ class Session:
         self.padded = self._padded(encode)
         self.plain = partial(mlx_lm_contender, self.model, self.tokenizer, decoding)
         self.ours = partial(our_contender, self.model, self.tokenizer, decoding)
-        contenders = [self.plain(), self.ours(decoding.shape)]
-        if (draft_model := load_draft_model(options.model, self.tokenizer)) is not None:
+        contenders, asked = [self.plain(), self.ours(decoding.shape)], options.model
+        if (draft_model := load_draft_model(asked.draft_model, asked.dtype, self.tokenizer)) is not None:
             contenders.append(self.plain(draft_model))
         exact, longest = decoding.temp == 0, self.model.context_length
         turns, trials = options.turns, options.trials

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..decoding.state import DraftShape
-from ..options import describe_shape
+from ..record import describe_shape
 from .measure import Asked, Run
 
 RESAMPLES = 10_000  # of the bootstrap

@@ -12,7 +12,7 @@ from ..decoding.layers import Layers, fit_rows
 from ..decoding.state import DraftShape
 from ..decoding.tree import make_tree
 from ..models.target import Target
-from ..options import describe_shape
+from ..record import describe_shape
 from .measure import Contender, Meter, Run, time_answer
 from .statistics import interval, shapes_used, speed, tokens_per_step
 from .tables import Table, number, speedup

@@ -19,7 +19,8 @@ from ..loading.cache import cache_folder
 from ..loading.files import atomic_file
 from ..loading.find import DEFAULT_MODEL
 from ..model import drafter_for
-from ..options import check_range, check_text, choose_drafter, load_draft_model, load_model, warn_of_idle
+from ..options import check_range, check_text, choose_drafter, load_model, warn_of_idle
+from ..plain import load_draft_model
 from ..session import Session
 from ..text import Response, statistics
 from .arguments import add_decoding_arguments, colours, harmless, options_of
@@ -187,7 +188,7 @@ class Chat:
             drafter = choose_drafter(self.asked, self.decoding)
             model, tokenizer = load_model(self.asked, drafter)
             warn_of_idle(self.asked, prompting, self.decoding, tokenizer)
-            self.draft_model = load_draft_model(self.asked, tokenizer)
+            self.draft_model = load_draft_model(self.asked.draft_model, self.asked.dtype, tokenizer)
         for note in notes:
             print(f"warning: {note.message}", file=sys.stderr)
         return model, tokenizer

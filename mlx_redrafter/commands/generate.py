@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..chat import Continuing
-from ..options import check_text, choose_drafter, describe_shape, load_draft_model, load_model, warn_of_idle
+from ..options import check_text, choose_drafter, load_model, warn_of_idle
 from ..text import Response, statistics, stream_generate
 from .arguments import add_decoding_arguments, colours, harmless, options_of
 
@@ -60,22 +60,26 @@ def run(args: argparse.Namespace) -> int:
         if args.prefill_response or prompting.is_raw(tokenizer):
             tokenizer = Continuing(tokenizer)
         ids = prompting.encode([{"role": "user", "content": prompt}], tokenizer)
+        options = decoding.for_stream_generate(tokenizer)
+        if asked.draft_model is not None:
+            from ..plain import load_draft_model
+
+            options["draft_model"] = load_draft_model(asked.draft_model, asked.dtype, tokenizer)
         responses = stream_generate(
             model,
             tokenizer,
             ids,
             prompt_progress_callback=_progress(len(ids), decoding.prefill_step_size),
             prompt_cache=cache.layers if cache else None,
-            draft_model=load_draft_model(asked, tokenizer),
-            **decoding.for_stream_generate(tokenizer),
+            **options,
         )
     responses = _with_notes(responses, [str(note.message) for note in notes])
     if args.json:
         settings = vars(args) | vars(asked) | vars(prompting) | vars(decoding)
         settings["drafting"] = model.drafter is not None and not decoding.no_draft
-        settings |= describe_shape(decoding.shape) if decoding.shape else {}
-        from ..record import print_record
+        from ..record import describe_shape, print_record
 
+        settings |= describe_shape(decoding.shape) if decoding.shape else {}
         print_record(responses, settings)
     else:
         _print(responses, args.show_draft, args.verbose)

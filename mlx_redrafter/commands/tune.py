@@ -13,7 +13,8 @@ from ..engine.step_times import candidates, conditions, keep
 from ..engine.stopwatch import LONG, PATIENCE, SHORT, calibrate
 from ..loading.find import DEFAULT_MODEL
 from ..model import DTYPES, load
-from ..options import check_range, describe_shape
+from ..options import check_range
+from ..record import describe_shape
 from ..text import stream_generate
 
 PROMPTS = (

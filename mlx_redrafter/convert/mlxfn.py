@@ -21,7 +21,7 @@ from ..loading.files import atomic_folder
 from ..loading.read import dtype_name
 from ..model import SpeculativeModel
 from ..models.identity import identity_of
-from ..options import describe_shape
+from ..record import describe_shape
 from ..text import check_shape
 from .functions import DTYPES, Function, Functions, shape_word
 

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from pydantic_core import from_json
 
 from ..plain import UNKNOWN_TOKEN
-from ..text import certain
+from ..stop_texts import certain
 from .worker import Logprobs, Said
 
 # How a call begins, up to its arguments, where calls are written as JSON.

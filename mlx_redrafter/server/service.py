@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..chat import Continuing, Message
 from ..engine.grammar import Grammar
-from ..text import check_stop
+from ..stop_texts import check_stop
 from .catalog import Catalog, Loaded
 from .errors import BadRequest
 from .generation import Generation
