@@ -174,6 +174,26 @@ def test_texts_of_very_different_length_do_not_make_each_other_pay(model):
     assert found == wanted
 
 
+@pytest.mark.parametrize(
+    ("share", "most", "batches"), [(1e4, 1 << 28, 1), (1e4, 1000, 2), (1e-4, 1 << 28, 2)]
+)
+def test_padding_that_is_little_beside_the_weights_is_cheaper_than_another_pass(
+    model, monkeypatch, share, most, batches
+):
+    monkeypatch.setattr("mlx_redrafter.engine.engine.SPARE", share)
+    monkeypatch.setattr("mlx_redrafter.engine.engine.MOST_SPARE", most)
+    engine = Engine(Runner(Target(model), None), Fixed(SHAPES[3]))
+    prompts = [[(7 * j + i) % 101 for j in range(length)] for i, length in enumerate((400, 20, 30))]
+    wanted = {engine.submit(Request(prompt, 10)): plain(model, prompt, 10) for prompt in prompts}
+    found, most_batches = {}, 0
+    while engine.is_busy:
+        for emitted in engine.step():
+            found.setdefault(emitted.number, []).extend(emitted.tokens)
+        most_batches = max(most_batches, len(engine._batches))
+    assert most_batches == batches
+    assert found == wanted
+
+
 def layer_of(target):
     return target.layers_of(target.make_cache())[1].rows[0]
 

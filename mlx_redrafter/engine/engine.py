@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 CHUNK = 2048  # prompt tokens read at once, mlx-lm's default
 UNLIMITED = 1 << 62  # tokens
-WASTE = 1.25  # a batch may take this many times the memory that its texts need
+WASTE = 1.25  # a batch may take this many times the memory that its texts need,
+SPARE, MOST_SPARE = 1 / 6, 1 << 28  # or this share of the weights' more: a batch apart reads these once more
 
 
 @dataclass(eq=False)
@@ -338,7 +339,10 @@ class Engine:
             return False
         everyone = [*batch.everyone, text]
         needs = [bucket(each.rows + 1) for each in everyone]
-        fits = len(everyone) * max(batch.capacity, *needs) <= WASTE * sum(needs)
+        padded = max(batch.capacity, *needs)
+        spare = min(SPARE * sum(weight.nbytes for weight in self.target.weights), MOST_SPARE)
+        wasted = sum(batch.nbytes_of(padded) - batch.nbytes_of(rows) for rows in needs)
+        fits = len(everyone) * padded <= WASTE * sum(needs) or wasted <= spare
         alike = (text.asks_host, text.kept)  # steps that ask the host are not compiled, and wait for it
         return fits and all((each.asks_host, each.kept) == alike for each in batch.everyone)
 
