@@ -26,8 +26,7 @@ class Backend:
         compiled: whether steps are compiled.
         eager: whether the next step is handed over before the last one's tokens are returned. On a CPU the
             hand-over waits until most of the step is done, and the tokens would wait with it.
-        passage: prompt tokens in one forward pass. On a CPU attention computes what its mask hides, too: half
-            of all, where a prompt is read at once.
+        passage: prompt tokens in one forward pass; few on CPUs, where attention computes what its mask hides.
     """
 
     name: str

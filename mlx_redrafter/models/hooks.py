@@ -79,8 +79,8 @@ class NodeRope(StandIn):
         fits = self.kind is not None and x.dtype == mx.float32 and x.shape[-1] == self.size
         if not (is_shared and fits) or kwargs:
             return self._rotated(x, offset, **kwargs)
-        shape = x.shape[0], 1, x.shape[2], self.size
-        known, which = self.tape.turns, (self.kind, *shape, offset if isinstance(offset, int) else None)
+        shape, known = (x.shape[0], 1, x.shape[2], self.size), self.tape.turns
+        which = self.kind, *shape, offset if isinstance(offset, int) else None
         if which not in known:
             known[which] = turns(lambda x: self._rotated(x, offset), shape)
         return turn(x, *known[which])
