@@ -340,10 +340,10 @@ class Engine:
         everyone = [*batch.everyone, text]
         needs = [bucket(each.rows + 1) for each in everyone]
         padded = max(batch.capacity, *needs)
-        # Several machines must decide the same, and have different parts of the weights.
-        weights = -1 if self.target.leader else sum(weight.nbytes for weight in self.target.weights)
-        wasted = sum(batch.nbytes_of(padded) - batch.nbytes_of(rows) for rows in needs)
-        fits = len(everyone) * padded <= WASTE * sum(needs) or wasted <= min(SPARE * weights, MOST_SPARE)
+        fits = len(everyone) * padded <= WASTE * sum(needs)
+        if not fits and not self.target.leader:  # machines must decide the same, whatever weights they have
+            wasted = sum(batch.nbytes_of(padded) - batch.nbytes_of(rows) for rows in needs)
+            fits = wasted <= min(SPARE * sum(weight.nbytes for weight in self.target.weights), MOST_SPARE)
         alike = (text.asks_host, text.kept)  # steps that ask the host are not compiled, and wait for it
         return fits and all((each.asks_host, each.kept) == alike for each in batch.everyone)
 
