@@ -41,9 +41,8 @@ def test_shared_sines_give_exactly_what_mlx_lm_computes(name, kind):
     found, sines = rotated(ropes, OFFSETS[kind], x)
     for rope, one in zip(ropes, found, strict=True):
         assert mx.array_equal(one, one_by_one(rope, OFFSETS[kind], x)).item()
-    assert sines == (
-        2 if name == "gemma3" else 1 if name in SHARED else 0
-    )  # Gemma 3's windows have their own
+    windows = name == "gemma3"  # which have sines of their own
+    assert sines == (2 if windows else 1 if name in SHARED else 0)
 
 
 def test_embeddings_that_differ_share_nothing():

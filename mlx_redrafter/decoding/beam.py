@@ -130,13 +130,13 @@ def draft(
 
 
 def gate(logs: mx.array, place: mx.array, trust: mx.array) -> mx.array:
-    """Log-probabilities [B, W, V] of beams that may copy a token.
+    """Log-probabilities [B, W, V_draft + 1] of beams that may copy a token.
 
     A mixture: what the drafter says, and the copied token by as much as that is trusted and it is not sure.
 
     Args:
-        logs: [B, W, V].
-        place: [B, 1] the copied token's.
+        logs: [B, W, V_draft + 1], the last one's minus infinity or next to it.
+        place: [B, 1] the copied token's: the last, if the drafter has none for it.
         trust: [B, W] or [B, 1].
     """
     share = trust[..., None] * mx.sqrt(1 - mx.exp(logs.max(axis=-1, keepdims=True)))  # [B, W, 1]

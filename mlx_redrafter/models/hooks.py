@@ -75,7 +75,7 @@ class NodeRope(StandIn):
     def __call__(self, x: mx.array, offset: int | mx.array = 0, **kwargs: Any) -> mx.array:
         if isinstance(offset, int) and offset and self.tape.offset is not None:
             offset = self.tape.offset
-        is_shared = isinstance(offset, int) or (offset is not None and offset is self.tape.offset)
+        is_shared = isinstance(offset, int) or offset is self.tape.offset
         fits = self.kind is not None and x.dtype == mx.float32 and x.shape[-1] == self.size
         if not (is_shared and fits) or kwargs:
             return self._rotated(x, offset, **kwargs)
