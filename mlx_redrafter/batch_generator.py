@@ -17,7 +17,7 @@ from .decoding.layers import Layers
 from .engine.engine import Request
 from .engine.loop import Emitted, Processor, Sampler
 from .model import SpeculativeModel
-from .models.target import to_prompt_cache
+from .models.prompt_caches import to_prompt_cache
 
 try:
     from mlx_lm.generate import BatchGenerator as PlainBatchGenerator

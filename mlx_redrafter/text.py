@@ -21,7 +21,7 @@ from .decoding.state import DraftShape
 from .engine.engine import CHUNK, UNLIMITED, Request
 from .engine.loop import Chooser, Emitted, Fixed, Sampler
 from .model import SpeculativeModel
-from .models.target import kept_as, quantize, to_prompt_cache
+from .models.target import kept_as
 
 if TYPE_CHECKING:
     from .engine.grammar import Grammar
@@ -292,7 +292,9 @@ def _can_draft(
         reasons.append("a prompt cache of several kinds")
     try:
         for how in filter(None, {request.kv, *kept}):
-            runner.target.check_quantized(how)
+            from .models.prompt_caches import check_quantized
+
+            check_quantized(runner.target, how)
     except ValueError:
         reasons.append("kv_bits")
     if reasons and model.drafter is not None:
@@ -346,6 +348,8 @@ def _speculative(
         finally:
             engine.close()
             if kept is not None and left:  # the caller may have left in the middle of a step
+                from .models.prompt_caches import quantize, to_prompt_cache
+
                 to_prompt_cache(left.pop(), rows + writer.tokens, kept, request.kv)
                 last = writer.last if writer.tokens else request.prompt[-1]
                 target.forward(mx.array([[last]]), kept)  # mlx-lm leaves the last token in them too

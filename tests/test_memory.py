@@ -24,7 +24,8 @@ from mlx_redrafter.engine.prefixes import Prefixes
 from mlx_redrafter.engine.runner import Runner
 from mlx_redrafter.models.drafter import Drafter, DrafterConfig, Quantization
 from mlx_redrafter.models.memory import MemoryDrafter, attend, attend_at_once, read_texts
-from mlx_redrafter.models.target import Target, to_prompt_cache
+from mlx_redrafter.models.prompt_caches import to_prompt_cache
+from mlx_redrafter.models.target import Target
 
 SIZES = {"exit_dim": 20, "num_draft_layers": 1, "rnn": True, "memory_heads": 2, "memory_head_size": 8}
 

@@ -14,7 +14,8 @@ from test_engine import finish
 from test_stream import Silent
 
 from mlx_redrafter import DraftShape, Sampling, SpeculativeModel, stream_generate
-from mlx_redrafter.decoding.layers import Layers, Quantization, quantized
+from mlx_redrafter.decoding.layers import Layers, Quantization
+from mlx_redrafter.decoding.quantized import quantized
 from mlx_redrafter.engine.engine import Engine, Request
 from mlx_redrafter.engine.loop import Fixed
 from mlx_redrafter.engine.runner import Runner

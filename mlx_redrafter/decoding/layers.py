@@ -238,24 +238,6 @@ def one_text(layers: Layers, number: int) -> Layers:
     return replace(layers, rows=rows, states=states)
 
 
-def quantized(layers: Layers, how: Quantization) -> Layers:
-    """The committed layers with keys and values quantized, in place of the given ones, one at a time."""
-    for number, rows in enumerate(layers.rows[:-1] if layers.memory else layers.rows):
-        layers.rows[number] = [part for array in rows for part in quantized_rows(array, how)]
-        mx.eval(layers.rows[number])
-    return layers
-
-
-def quantized_rows(rows: mx.array, how: Quantization) -> list[mx.array]:
-    """Rows [B, Hkv, n, Dh] packed, their scales and their biases, each [B, Hkv, n, ...]."""
-    return list(mx.quantize(rows, group_size=how.group_size, bits=how.bits))
-
-
-def quantization_of(packed: mx.array, scales: mx.array, size: int) -> Quantization:
-    """How rows of ``size`` numbers are quantized. Their widths tell: compiled steps are given arrays only."""
-    return Quantization(32 * packed.shape[-1] // size, size // scales.shape[-1])
-
-
 def _rebuilt(layers: Layers, capacity: int, change: Callable[[mx.array, int], mx.array]) -> Layers:
     """The committed layers with every buffer changed, given the rows it is to have; one at a time and in the
     same lists, so that no two copies of all are in memory at once."""

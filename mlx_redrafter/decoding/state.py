@@ -10,12 +10,9 @@ import numpy as np
 from . import lookup
 from .layers import (
     Layers,
-    Quantization,
     commit,
     fit_rows,
     join_rows,
-    one_text,
-    quantized,
     take_rows,
     with_room,
 )
@@ -183,14 +180,6 @@ def take(state: State, texts: Sequence[int], capacity: int) -> State:
     layers = take_rows(state.layers, index, capacity)
     per_text: dict[str, Any] = {name: getattr(state, name)[index] for name in PER_TEXT}
     return State(**per_text, layers=layers, history=_fitted(state.history, capacity)[index])
-
-
-def quantize(state: State, text: int, how: Quantization) -> State:
-    """The committed state of one text, by number, quantized; the given one stays as it is."""
-    per_text: dict[str, Any] = {
-        name: getattr(state, name)[text : text + 1] for name in (*PER_TEXT, "history")
-    }
-    return State(**per_text, layers=quantized(one_text(commit(state.layers), text), how))
 
 
 def join(states: Sequence[State], capacity: int) -> State:

@@ -24,7 +24,7 @@ from .beam import Proposer, draft
 from .chance import seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
-from .sampling import draw, noise_for, rough_filter
+from .sampling import draw
 from .state import DraftShape, Output, State
 from .tree import Tree, build_chain, build_tree, from_beam
 
@@ -78,6 +78,8 @@ def propose(
             memory = drafter.look_back(entries, state.rows, view.columns, state.history, target.embed)
         kept = None
         if "temperature" in state.sampling:  # how tokens will be picked is known, and drafts count on it
+            from .drawing import noise_for, rough_filter
+
             noise = noise_for(seeds_ahead(state, shape.depth), target.vocabulary, state.sampling)
             kept = rough_filter(state.sampling)
         copy = found.tokens[:, :length], found.match

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache
 from ..decoding.layers import Layers, Quantization, in_order
 from ..decoding.sampling import Sampling
 from ..decoding.state import State, begin
-from ..models.target import kept_as, quantize, read_rows
+from ..models.target import kept_as, read_rows
 from . import backend
 from .loop import (
     Batch,
@@ -184,7 +184,9 @@ class Engine:
         if request.caches is not None and not self.target.suits(request.caches):
             raise ValueError("the caches have other windows than the model: use mlx-lm's make_prompt_cache.")
         if request.kv is not None:
-            self.target.check_quantized(request.kv)
+            from ..models.prompt_caches import check_quantized
+
+            check_quantized(self.target, request.kv)
         self._count += 1
         text = Text(
             self._count,
@@ -297,8 +299,11 @@ class Engine:
             for start in range(0, count, passage):
                 self.target.forward(mx.array([list(tokens[start : start + passage])]), prompt.all_caches)
                 mx.eval([cache.state for cache in prompt.all_caches])
-            quantize(prompt.caches, request.kv)
-            mx.eval([cache.state for cache in prompt.all_caches])
+            if request.kv is not None:
+                from ..models.prompt_caches import quantize
+
+                quantize(prompt.caches, request.kv)
+                mx.eval([cache.state for cache in prompt.all_caches])
             mx.clear_cache()
             prompt.read += count
             if prompt.read in request.checkpoints or any(self.target.windows):  # which will forget them

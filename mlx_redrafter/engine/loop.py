@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from ..decoding.layers import ROOM, Layers, Quantization, View, commit, one_text
 from ..decoding.sampling import Sampling, filter_settings
-from ..decoding.state import PLAIN, DraftShape, Output, State, join, quantize, take, with_capacity
+from ..decoding.state import PLAIN, DraftShape, Output, State, join, take, with_capacity
 from ..decoding.tree import Tree
 
 if TYPE_CHECKING:
@@ -365,6 +365,8 @@ class Batch:
         keep = [i for i, text in enumerate(self.texts) if text not in self._ended]
         for number, text in enumerate(self.texts):
             if text.turns(0):
+                from ..decoding.quantized import quantize
+
                 assert text.turn is not None and self._state is not None
                 self.turned.append((text, quantize(self._state, number, text.turn)))
                 text.kept, text.turn = replace(text.turn, start=0), None

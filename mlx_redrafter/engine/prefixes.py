@@ -29,7 +29,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..decoding.layers import Layers, Rows
-from ..models.target import fill, windows_of
+from ..models.prompt_caches import fill
+from ..models.target import windows_of
 from . import backend
 
 if TYPE_CHECKING:

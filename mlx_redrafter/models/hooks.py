@@ -30,6 +30,7 @@ class Tape:
     def __init__(self) -> None:
         self.offset: mx.array | None = None  # positions while nodes are verified
         self.turns: dict[Any, tuple[mx.array, mx.array]] = {}  # of rotary embeddings, in this pass
+        self.masks: dict[Any, tuple[Any, mx.array]] = {}  # in this pass, and what is made of each
 
     def start(self, tokens: mx.array, tree: Tree | None, offset: mx.array | None, columns: int) -> None:
         """From now on tokens are read, or nodes verified.
@@ -40,11 +41,11 @@ class Tape:
             offset: the nodes' positions; None: tokens are read.
             columns: rows of the buffers that attention is shown.
         """
-        self.offset, self.turns = offset, {}
+        self.offset, self.turns, self.masks = offset, {}, {}
 
     def stop(self, caches: Sequence[Any]) -> Callable[[mx.array], States]:
         """The states after a node [B] of each text."""
-        self.offset, self.turns = None, {}
+        self.offset, self.turns, self.masks = None, {}, {}
         return lambda last: []
 
 

@@ -8,16 +8,15 @@ recurrent layers ``recurrent.py``).
 
 import contextlib
 import copy
+import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import (
     ArraysCache,
     ChunkedKVCache,
@@ -35,9 +34,6 @@ from ..decoding.layers import (
     View,
     as_ring,
     fit_rows,
-    in_order,
-    quantization_of,
-    quantized_rows,
     visible,
     write_rows,
 )
@@ -52,6 +48,7 @@ if TYPE_CHECKING:
     from .memory import MemoryDrafter
 
 RMS_EPS = 1e-6
+X86 = ("x86_64", "amd64")
 INNER_NAMES = ("model", "transformer", "backbone")
 LAYERS_NAMES = ("layers", "h", "blocks")
 NORM_NAMES = ("norm", "final_layer_norm")
@@ -120,6 +117,10 @@ class Target:
         self.weights = [part for part in parts(self._view) if isinstance(part, mx.array)]
         if is_watched:
             watch(self._view, self.tape)
+        if platform.machine().lower() in X86 and mx.default_device().type != mx.gpu:
+            from .x86 import quicken
+
+            quicken(self._view)
         inner: Any = _inner_place(self._view)
         self.is_part = getattr(inner[0][inner[1]], "pipeline_size", 1) > 1
         self.layers = _layers(inner[0][inner[1]])
@@ -248,22 +249,6 @@ class Target:
             nodes.append(self.memory.remember(hidden, self.embed(tree.tokens)))
         return Verified(logits, hidden, rows, nodes, after)
 
-    def check_quantized(self, how: Quantization) -> None:
-        """Raise ``ValueError`` if mlx-lm cannot decode with keys and values quantized so."""
-        caches = self.make_cache()
-        try:
-            if {type(cache) for cache in self._caches} != {KVCache}:
-                raise ValueError("its layers remember more than keys and values, or a window of them only")
-            for _ in range(2):  # nothing is computed
-                self.forward(mx.array([[0]]), caches)
-                quantize(caches, replace(how, start=0))
-        except (ValueError, TypeError, AttributeError) as error:
-            reason, *_ = str(error).partition("\n")
-            raise ValueError(
-                f"{_name(self.model)} cannot be decoded with keys and values of {how.bits} bits in groups of "
-                f"{how.group_size} ({reason}): give others, or leave kv_bits out."
-            ) from error
-
     def check(self, device: str = "", agree: Callable[[str], str] = str) -> None:
         """Compare logits with sequential decoding's on this very model (``trial.py``).
 
@@ -284,7 +269,7 @@ class Target:
             return
         from .trial import try_out
 
-        try_out(self, _name(self.model), agree)
+        try_out(self, name_of(self.model), agree)
         if known:
             write_note("self-checks", known, trees=self.trees, batches=self.batches)
 
@@ -332,41 +317,9 @@ def _padded(state: mx.array, full: mx.array) -> mx.array:
     return mx.pad(state, [(0, 0), (missing, 0)]) if missing else state
 
 
-def to_prompt_cache(layers: Layers, rows: int, caches: list[Any], how: Quantization | None = None) -> None:
-    """Give mlx-lm caches the committed buffers of one text, ``rows`` of which are valid.
-
-    If these have been quantized since, by ``how``, quantized caches take the places of the given ones.
-    """
-    if layers.rows and len(layers.rows[0]) > 2:
-        quantize(caches, how and replace(how, start=0))
-    fill(caches, in_order(layers, rows), rows)
-
-
-def fill(caches: Sequence[Any], layers: Layers, rows: int) -> None:
-    """Give mlx-lm caches what the layers, ``in_order``, remember of a text of ``rows`` tokens."""
-    kept, states = iter(layers.rows), iter(layers.states)
-    cache: Any
-    for cache in leaves(caches):
-        if isinstance(cache, ArraysCache):
-            cache.state = [*next(states)], None, None
-        else:
-            parts = next(kept)
-            cache.keys, cache.values = parts if len(parts) == 2 else (parts[:3], parts[3:])
-        if isinstance(cache, RotatingKVCache):
-            cache.keys, cache.values = (part[:, :, -cache.max_size :] for part in parts)
-            cache._idx = cache.keys.shape[2]
-        cache.offset = rows
-
-
 def kept_as(cache: Any) -> Quantization | None:
     """How what an mlx-lm cache holds is quantized; None: it is not."""
     return Quantization(cache.bits, cache.group_size) if isinstance(cache, QuantizedKVCache) else None
-
-
-def quantize(caches: list[Any], how: Quantization | None) -> None:
-    """Put quantized caches in the places of mlx-lm caches that hold ``how.start`` tokens or more."""
-    if how is not None:
-        maybe_quantize_kv_cache(caches, how.start, how.group_size, how.bits)
 
 
 class TreeCache:
@@ -423,6 +376,8 @@ class TreeCache:
             raise ValueError("it selects rows by their places in its cache")
         self.nodes = [keys, values]
         if len(self.rows) > 2:
+            from ..decoding.quantized import quantization_of, quantized_rows
+
             how = quantization_of(self.rows[0], self.rows[1], keys.shape[-1])
             self.bits, self.group_size = how.bits, how.group_size
             self.nodes = [*quantized_rows(keys, how), *quantized_rows(values, how)]
@@ -454,7 +409,7 @@ def _inner_place(model: nn.Module) -> tuple[nn.Module, str]:
     for name in INNER_NAMES:
         if isinstance(owner.get(name), nn.Module):
             return (owner, name) if callable(owner[name]) else (owner[name], "language_model")
-    raise ValueError(f"{_name(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
+    raise ValueError(f"{name_of(model)} has no inner model named {' or '.join(INNER_NAMES)}.")
 
 
 def _norm_place(inner: Any) -> tuple[nn.Module, str]:
@@ -491,10 +446,10 @@ def _window(cache: Any, model: nn.Module) -> int | None:
     if type(cache) is RotatingKVCache and cache.keep == 0:
         return int(cache.max_size)
     raise ValueError(
-        f"{_name(model)} cannot verify drafts: its {type(cache).__name__} cannot be rolled back after a "
+        f"{name_of(model)} cannot verify drafts: its {type(cache).__name__} cannot be rolled back after a "
         "rejected one."
     )
 
 
-def _name(model: nn.Module) -> str:
+def name_of(model: nn.Module) -> str:
     return f"Model type {getattr(model, 'model_type', type(model).__name__)}"

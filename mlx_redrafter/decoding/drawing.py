@@ -1,0 +1,59 @@
+"""How tokens are drawn at a temperature: random numbers are added to logits, and the largest is picked.
+
+Greedy texts do not need this file.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .chance import noise_at, of_nodes
+from .sampling import NEUTRAL, Settings
+
+
+def drawn(
+    logits: mx.array,
+    seeds: mx.array,
+    filters: Settings,
+    depths: mx.array | None,
+    noise: mx.array | None,
+    partly: bool,
+) -> mx.array:
+    """As ``sampling.draw``, of texts that are not all greedy."""
+    kept, count = logits.astype(mx.float32), logits.shape[1]
+    if noise is None or noise.shape[-1] != logits.shape[-1]:
+        noise = noise_for(seeds, logits.shape[-1], filters)
+    noise = of_nodes(noise, depths)[:, :count]  # [B, N, V]; a chain may end early
+    sure = []
+    if not has_no_filter(filters):
+        from .filters import drawn_if_sure, filtered  # most texts have none
+
+        kept = kept - kept.max(axis=-1, keepdims=True)
+        if partly and "top_p" in filters and "xtc_probability" not in filters:
+            sure, count = [drawn_if_sure(kept[:, 1:], noise[:, 1:], filters)], 1
+        kept = filtered(kept[:, :count], seeds, filters, depths)
+    first = mx.argmax(kept + noise[:, :count], axis=-1).astype(mx.int32)
+    return mx.concatenate([first, *sure], axis=1) if sure else first
+
+
+def noise_for(seeds: mx.array, vocabulary: int, filters: Settings) -> mx.array:
+    """What is added to logits [B, ..., V] before the largest is picked, for ``seeds`` [B, ..., 2].
+
+    Where others divide the logits by the temperature, the noise is multiplied by it: greedy texts have none.
+    """
+    temperature = filters["temperature"][:, None, None]  # [B, 1, 1]
+    return mx.where(temperature > 0, temperature * noise_at(seeds, vocabulary), 0.0)
+
+
+def has_no_filter(filters: Settings) -> bool:
+    """Whether tokens are drawn by temperature alone."""
+    return not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
+
+
+def rough_filter(filters: Settings) -> Callable[[mx.array], mx.array] | None:
+    """What the filters would keep of a drafter's logits [B, W, V_draft], if there are any."""
+    if has_no_filter(filters):
+        return None
+    from .filters import roughly_filtered
+
+    return lambda logits: roughly_filtered(logits, filters)
