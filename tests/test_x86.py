@@ -25,7 +25,7 @@ SAME = {
 def quick_view(model):
     tape = Tape()
     seen = view(model, tape)
-    quicken(seen)
+    quicken(seen, tape)
     tape.start(mx.zeros((1, 1), mx.int32), None, None, 0)
     return seen, tape
 

@@ -3,18 +3,19 @@
 Greedy texts do not need this file.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
 from .chance import noise_at, of_nodes
-from .sampling import NEUTRAL, Settings
+
+FILTERS = {"top_p", "min_p", "min_tokens", "xtc_probability", "top_k", "few"}
 
 
 def drawn(
     logits: mx.array,
     seeds: mx.array,
-    filters: Settings,
+    filters: Mapping[str, mx.array],
     depths: mx.array | None,
     noise: mx.array | None,
     partly: bool,
@@ -36,7 +37,7 @@ def drawn(
     return mx.concatenate([first, *sure], axis=1) if sure else first
 
 
-def noise_for(seeds: mx.array, vocabulary: int, filters: Settings) -> mx.array:
+def noise_for(seeds: mx.array, vocabulary: int, filters: Mapping[str, mx.array]) -> mx.array:
     """What is added to logits [B, ..., V] before the largest is picked, for ``seeds`` [B, ..., 2].
 
     Where others divide the logits by the temperature, the noise is multiplied by it: greedy texts have none.
@@ -45,12 +46,12 @@ def noise_for(seeds: mx.array, vocabulary: int, filters: Settings) -> mx.array:
     return mx.where(temperature > 0, temperature * noise_at(seeds, vocabulary), 0.0)
 
 
-def has_no_filter(filters: Settings) -> bool:
+def has_no_filter(filters: Mapping[str, mx.array]) -> bool:
     """Whether tokens are drawn by temperature alone."""
-    return not filters.keys() & {*NEUTRAL, "few"} - {"temperature"}
+    return filters.keys().isdisjoint(FILTERS)
 
 
-def rough_filter(filters: Settings) -> Callable[[mx.array], mx.array] | None:
+def rough_filter(filters: Mapping[str, mx.array]) -> Callable[[mx.array], mx.array] | None:
     """What the filters would keep of a drafter's logits [B, W, V_draft], if there are any."""
     if has_no_filter(filters):
         return None

@@ -120,7 +120,7 @@ class Target:
         if platform.machine().lower() in X86 and mx.default_device().type != mx.gpu:
             from .x86 import quicken
 
-            quicken(self._view)
+            quicken(self._view, self.tape)
         inner: Any = _inner_place(self._view)
         self.is_part = getattr(inner[0][inner[1]], "pipeline_size", 1) > 1
         self.layers = _layers(inner[0][inner[1]])

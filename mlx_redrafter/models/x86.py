@@ -13,22 +13,23 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from .hooks import Tape
 
-def quicken(view: nn.Module) -> None:
+
+def quicken(view: nn.Module, tape: Tape) -> None:
     """Let the modules of a view compute so, where their code is known."""
     for module in view.modules():
         quick = KNOWN.get(_code(type(module)))
-        if quick is not None and isinstance(module, nn.Module):
-            module.__class__ = type(type(module).__name__, (quick, type(module)), {})
+        if quick is not None:
+            module.__class__ = type(type(module).__name__, (quick, type(module)), {"tape": tape})
 
 
 def _code(kind: type) -> Any:
     """What tells what a class computes when it is called: code, and the functions that it uses by name."""
     call: Any = vars(kind).get("__call__")
-    if (code := getattr(call, "__code__", None)) is None:
-        return None
-    used = tuple(id(call.__globals__.get(name)) for name in code.co_names)
-    return code.co_code, code.co_consts, code.co_varnames, code.co_names, used
+    code = getattr(call, "__code__", None)
+    used = tuple(id(call.__globals__.get(name)) for name in code.co_names) if code else ()
+    return code and (code.co_code, code.co_consts, code.co_varnames, code.co_names, used)
 
 
 class Attention(nn.Module):
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         if mask is None:
             return None
         which = (mask, count, columns) if isinstance(mask, str) else id(mask)
-        if which not in (known := self.rope.tape.masks):
+        if which not in (known := self.tape.masks):
             causal = mx.arange(columns - count, columns)[:, None] >= mx.arange(columns)
             bias = mx.where(causal if isinstance(mask, str) else mask, 0.0, -mx.inf)
             known[which] = mask, bias[:, :, None] if bias.ndim == 4 else bias
@@ -84,8 +85,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, bi
     (batch, _, count, size), (heads, columns) = queries.shape, keys.shape[1:3]
     scores = (scale * queries).reshape(batch, heads, -1, size) @ keys.swapaxes(-1, -2)
     if bias is not None:
-        hidden = scores.reshape(batch, heads, -1, count, columns) + bias
-        scores = hidden.reshape(scores.shape)
+        scores = (scores.reshape(batch, heads, -1, count, columns) + bias).reshape(scores.shape)
     powers = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
     found = (powers @ values) / powers.sum(axis=-1, keepdims=True)
     return found.reshape(*queries.shape[:3], -1)
