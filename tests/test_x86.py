@@ -83,7 +83,9 @@ def test_attention_is_mlx_s(heads, size):
     shown[..., 0] = True
     bias = mx.where(shown, 0.0, -mx.inf)
     wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3, mask=shown)
-    assert_close(attend(queries, keys, values, 0.3, bias[:, :, None]), wanted)
+    grouped = mx.repeat(bias, heads[1], axis=1)
+    grouped = mx.tile(grouped, (1, 1, heads[0] // heads[1], 1))
+    assert_close(attend(queries, keys, values, 0.3, grouped), wanted)
     wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.3)
     assert_close(attend(queries, keys, values, 0.3), wanted)
 
@@ -100,7 +102,7 @@ def test_layers_share_masks_within_a_pass():
     model = make_model("llama", num_hidden_layers=3)
     seen, tape = quick_view(model)
     seen(mx.zeros((1, 6), mx.int32), cache=make_prompt_cache(model))
-    assert list(tape.masks) == [("causal", 6, 6)]
+    assert list(tape.masks) == [("causal", (1, 2, 2, 6, 6))]
     mask = mx.ones((4, 4), mx.bool_)
     for layer in seen.layers:
         layer.self_attn(mx.random.normal((1, 4, 32)), mask, make_prompt_cache(model)[0])

@@ -26,6 +26,9 @@ def at_each(random: Callable[[mx.array], mx.array], seeds: mx.array) -> mx.array
     return numbers.reshape(*seeds.shape[:-1], -1)
 
 
-def of_nodes(numbers: mx.array, depths: mx.array | None) -> mx.array:
-    """Numbers [B, N, ...] of nodes, from those of their depths [B, L+1, ...]."""
-    return numbers if depths is None else mx.take_along_axis(numbers, depths[..., None], axis=1)
+def of_nodes(numbers: mx.array, nodes: mx.array | None) -> mx.array:
+    """Numbers [B, M, ...] at places [B, M] of [B, N, ...], those of a place copied as one; None: all."""
+    if nodes is None:
+        return numbers
+    first = numbers.shape[1] * mx.arange(numbers.shape[0])[:, None]
+    return numbers.reshape(-1, *numbers.shape[2:])[first + nodes]

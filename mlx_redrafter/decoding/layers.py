@@ -18,6 +18,7 @@ replaces them with those after the accepted nodes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import mlx.core as mx
 
@@ -128,8 +129,9 @@ def leave_path(layers: Layers, nodes: Sequence[Rows], path: mx.array, start: mx.
         path: [B, L+1], the accepted nodes.
         start: [B], where the root's row belongs.
     """
-    index = path[:, None, :, None]  # [B, 1, L+1, 1]
-    left = [[mx.take_along_axis(part, index, axis=2) for part in rows] for rows in nodes]
+    index, length = path[:, None, :, None], path.shape[1]  # [B, 1, L+1, 1]
+    shared = cache(lambda batch, heads, _, *more: mx.broadcast_to(index, (batch, heads, length, *more)))
+    left = [[mx.take_along_axis(part, shared(*part.shape), axis=2) for part in rows] for rows in nodes]
     return replace(layers, path=left, path_start=start)
 
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 from . import lookup
 from .accept import accept
 from .beam import Proposer, draft
-from .chance import seeds_at
+from .chance import of_nodes, seeds_at
 from .layers import Layers, Rows, View, commit, leave_path, write_tokens
 from .lookup import Found
 from .sampling import draw
@@ -116,8 +116,8 @@ def conclude(
         layers = leave_path(layers, nodes, accepted.path, state.rows)
 
     token = mx.take_along_axis(accepted.tokens, end, axis=1)[:, 0]  # [B]
-    context = mx.take_along_axis(seen.context, last[..., None], axis=1)[:, 0]  # [B, F]
-    logits = mx.take_along_axis(all_logits, accepted.path[..., None], axis=1)  # [B, L+1, V]
+    context = of_nodes(seen.context, last)[:, 0]  # [B, F]
+    logits = of_nodes(all_logits, accepted.path)  # [B, L+1, V]
     history = write_tokens(state.history, accepted.tokens, state.rows + 1)
     record = state.record
     if proposed.found is not None:

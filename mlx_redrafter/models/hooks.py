@@ -80,10 +80,9 @@ class NodeRope(StandIn):
         fits = self.kind is not None and x.dtype == mx.float32 and x.shape[-1] == self.size
         if not (is_shared and fits) or kwargs:
             return self._rotated(x, offset, **kwargs)
-        shape, known = (x.shape[0], 1, x.shape[2], self.size), self.tape.turns
-        which = self.kind, *shape, offset if isinstance(offset, int) else None
+        which, known = (self.kind, *x.shape, offset if isinstance(offset, int) else None), self.tape.turns
         if which not in known:
-            known[which] = turns(lambda x: self._rotated(x, offset), shape)
+            known[which] = turns(lambda x: self._rotated(x, offset), x.shape)
         return turn(x, *known[which])
 
     def _rotated(self, x: mx.array, offset: int | mx.array, **kwargs: Any) -> mx.array:
@@ -97,11 +96,13 @@ class NodeRope(StandIn):
 
 
 def turns(rotate: Callable[[mx.array], mx.array], shape: Sequence[int]) -> tuple[mx.array, mx.array]:
-    """Cosines and sines [B, 1, N, Dh] for ``turn``, of a rotary embedding of x [B, 1, N, Dh]."""
+    """Cosines and sines [B, Hq or Hkv, N, Dh] for ``turn``, of a rotary embedding of x of that shape."""
     half = shape[-1] // 2
-    ones = mx.broadcast_to(mx.arange(shape[-1]) < half, shape).astype(mx.float32)
+    ones = mx.broadcast_to(mx.arange(shape[-1]) < half, (shape[0], 1, *shape[2:])).astype(mx.float32)
     cosines, sines = mx.split(rotate(ones), [half], axis=-1)
-    return mx.concatenate([cosines, cosines], axis=-1), mx.concatenate([-sines, sines], axis=-1)
+    cosines = mx.concatenate([cosines, cosines], axis=-1)
+    sines = mx.concatenate([-sines, sines], axis=-1)
+    return mx.broadcast_to(cosines, shape), mx.broadcast_to(sines, shape)
 
 
 def turn(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:

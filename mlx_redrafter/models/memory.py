@@ -24,8 +24,6 @@ from ..decoding.layers import Rows, places
 from .drafter import MEMORY_EPS, Drafter
 from .fused import FusedDrafter
 
-LOG2_E = math.log2(math.e)
-
 Embed = Callable[[mx.array], mx.array]  # token ids [...] -> the base model's embeddings [..., H]
 
 
@@ -214,11 +212,11 @@ def attend_at_once(
 def attend(queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array, sink: mx.array) -> mx.array:
     """The same, also of queries [..., B, M, n, Dh].
 
-    It takes half the time on a CPU, where MLX's power of two takes a third of its exponential's.
+    It takes half the time on a CPU, where MLX's power takes a third of its exponential's.
     """
-    scale, sink = LOG2_E * queries.shape[-1] ** -0.5, (LOG2_E * sink)[:, None, None]
-    scores = (scale * queries) @ keys.swapaxes(-1, -2) + LOG2_E * bias  # [B, M, n, T]
+    scores = (queries.shape[-1] ** -0.5 * queries) @ keys.swapaxes(-1, -2) + bias  # [B, M, n, T]
+    sink = sink[:, None, None]
     top = mx.stop_gradient(mx.maximum(scores.max(axis=-1, keepdims=True), sink))
-    powers = mx.power(2.0, scores - top)
-    total = powers @ mx.ones((powers.shape[-1], 1), powers.dtype) + mx.power(2.0, sink - top)
+    powers = mx.power(math.e, scores - top)
+    total = powers.sum(axis=-1, keepdims=True) + mx.power(math.e, sink - top)
     return (powers @ values) / total

@@ -46,21 +46,23 @@ class Attention(nn.Module):
         queries, values = both[:, :heads], values.reshape(batch, count, own, -1).transpose(0, 2, 1, 3)
         keys, values = cache.update_and_fetch(both[:, heads:], values)
         if isinstance(keys, mx.array):
-            found = attend(queries, keys, values, self.scale, self._bias(mask, count, keys.shape[2]))
+            bias = self._bias(mask, (batch, own, heads // own, count, keys.shape[2]))
+            found = attend(queries, keys, values, self.scale, bias)
         else:  # quantized
             found = scaled_dot_product_attention(queries, keys, values, cache, self.scale, mask)
         found = self.o_proj(found.transpose(0, 2, 1, 3).reshape(batch * count, -1))
         return found.reshape(batch, count, -1)
 
-    def _bias(self, mask: Any, count: int, columns: int) -> Any:
+    def _bias(self, mask: Any, shape: tuple[int, ...]) -> Any:
         """What hides the same scores as a mask; layers share it."""
         if mask is None:
             return None
-        which = (mask, count, columns) if isinstance(mask, str) else id(mask)
+        which, (count, columns) = (mask if isinstance(mask, str) else id(mask), shape), shape[-2:]
         if which not in (known := self.tape.masks):
             causal = mx.arange(columns - count, columns)[:, None] >= mx.arange(columns)
             bias = mx.where(causal if isinstance(mask, str) else mask, 0.0, -mx.inf)
-            known[which] = mask, bias[:, :, None] if bias.ndim == 4 else bias
+            bias = mx.broadcast_to(bias[:, :, None] if bias.ndim == 4 else bias, shape)
+            known[which] = mask, bias.reshape(*shape[:2], -1, columns)
         return known[which][1]
 
 
@@ -77,15 +79,10 @@ class FeedForward(nn.Module):
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, bias: Any = None) -> mx.array:
-    """Attention [B, Hq, N, Dh] to T keys and values [B, Hkv, T, Dh].
-
-    Args:
-        bias: [B, 1, 1, N, T] or [N, T], added to the scores.
-    """
-    (batch, _, count, size), (heads, columns) = queries.shape, keys.shape[1:3]
-    scores = (scale * queries).reshape(batch, heads, -1, size) @ keys.swapaxes(-1, -2)
-    if bias is not None:
-        scores = (scores.reshape(batch, heads, -1, count, columns) + bias).reshape(scores.shape)
+    """Attention [B, Hq, N, Dh] to [B, Hkv, T, Dh]; ``bias`` [B, Hkv, Hq / Hkv * N, T] is added to scores."""
+    rows = (scale * queries).reshape(*keys.shape[:2], -1, queries.shape[-1])
+    scores = rows @ keys.swapaxes(-1, -2)
+    scores = scores if bias is None else scores + bias
     powers = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
     found = (powers @ values) / powers.sum(axis=-1, keepdims=True)
     return found.reshape(*queries.shape[:3], -1)
