@@ -72,16 +72,14 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> Any:
         if x.dtype != mx.float32:
             return super().__call__(x)
-        rows = x.reshape(-1, x.shape[-1])
-        gate = self.gate_proj(rows)
+        gate = self.gate_proj(rows := x.reshape(-1, x.shape[-1]))
         gated = gate * self.up_proj(rows) / (1 + mx.power(1 / math.e, gate))
         return self.down_proj(gated).reshape(x.shape)
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, bias: Any = None) -> mx.array:
     """Attention [B, Hq, N, Dh] to [B, Hkv, T, Dh]; ``bias`` [B, Hkv, Hq / Hkv * N, T] is added to scores."""
-    rows = (scale * queries).reshape(*keys.shape[:2], -1, queries.shape[-1])
-    scores = rows @ keys.swapaxes(-1, -2)
+    scores = (scale * queries).reshape(*keys.shape[:2], -1, keys.shape[-1]) @ keys.swapaxes(-1, -2)
     scores = scores if bias is None else scores + bias
     powers = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
     found = (powers @ values) / powers.sum(axis=-1, keepdims=True)
