@@ -1,6 +1,6 @@
 """mlx-lm's caches given what a text's layers hold, and quantized as mlx-lm does.
 
-Only texts that begin in such caches, end in them, or have quantized keys and values need this file.
+Only texts that begin or end in such caches, are kept for reuse, or have quantized keys and values need it.
 """
 
 from collections.abc import Sequence

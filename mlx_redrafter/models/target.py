@@ -452,4 +452,5 @@ def _window(cache: Any, model: nn.Module) -> int | None:
 
 
 def name_of(model: nn.Module) -> str:
+    """What errors call a model."""
     return f"Model type {getattr(model, 'model_type', type(model).__name__)}"

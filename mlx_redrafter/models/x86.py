@@ -82,8 +82,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float, bi
     scores = (scale * queries).reshape(*keys.shape[:2], -1, keys.shape[-1]) @ keys.swapaxes(-1, -2)
     scores = scores if bias is None else scores + bias
     powers = mx.power(math.e, scores - scores.max(axis=-1, keepdims=True))
-    found = (powers @ values) / powers.sum(axis=-1, keepdims=True)
-    return found.reshape(*queries.shape[:3], -1)
+    return ((powers @ values) / powers.sum(axis=-1, keepdims=True)).reshape(*queries.shape[:3], -1)
 
 
 KNOWN = {_code(llama.Attention): Attention, _code(llama.MLP): FeedForward}
